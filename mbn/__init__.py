@@ -1,0 +1,71 @@
+"""Memorized batch normalisation with double forward propagation (Guo et al., AAAI 2018) for PyTorch.
+
+    from mbn import convert, second_forward
+    model = convert(model)                      # every nn.BatchNorm becomes memorized
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+    second_forward(model, images)               # refreshes the memory with the updated weights
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Loaded at first use (PEP 562): the configuration, which lives beside the layers, is checked before torch is imported.
+_HOME = {
+    "BatchNorm1d": "batch",
+    "BatchNorm2d": "batch",
+    "BatchNorm3d": "batch",
+    "BatchRenorm1d": "renorm",
+    "BatchRenorm2d": "renorm",
+    "BatchRenorm3d": "renorm",
+    "MemorizedBatchNorm1d": "memorized",
+    "MemorizedBatchNorm2d": "memorized",
+    "MemorizedBatchNorm3d": "memorized",
+    "StandardReLU": "propagation",
+    "UnitConv1d": "propagation",
+    "UnitConv2d": "propagation",
+    "UnitConv3d": "propagation",
+    "convert": "convert",
+    "held": "base",
+    "project_unit_rows": "propagation",
+    "second_forward": "base",
+    "set_lambda": "memorized",
+    "set_renorm": "renorm",
+    "to_batch_norm": "convert",
+}
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from .norm.base import held as held
+    from .norm.base import second_forward as second_forward
+    from .norm.batch import BatchNorm1d as BatchNorm1d
+    from .norm.batch import BatchNorm2d as BatchNorm2d
+    from .norm.batch import BatchNorm3d as BatchNorm3d
+    from .norm.convert import convert as convert
+    from .norm.convert import to_batch_norm as to_batch_norm
+    from .norm.memorized import MemorizedBatchNorm1d as MemorizedBatchNorm1d
+    from .norm.memorized import MemorizedBatchNorm2d as MemorizedBatchNorm2d
+    from .norm.memorized import MemorizedBatchNorm3d as MemorizedBatchNorm3d
+    from .norm.memorized import set_lambda as set_lambda
+    from .norm.propagation import StandardReLU as StandardReLU
+    from .norm.propagation import UnitConv1d as UnitConv1d
+    from .norm.propagation import UnitConv2d as UnitConv2d
+    from .norm.propagation import UnitConv3d as UnitConv3d
+    from .norm.propagation import project_unit_rows as project_unit_rows
+    from .norm.renorm import BatchRenorm1d as BatchRenorm1d
+    from .norm.renorm import BatchRenorm2d as BatchRenorm2d
+    from .norm.renorm import BatchRenorm3d as BatchRenorm3d
+    from .norm.renorm import set_renorm as set_renorm
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".norm.{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

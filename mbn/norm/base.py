@@ -1,0 +1,162 @@
+"""What all layers with batch statistics share: shapes, precision, and which forward pass remembers."""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import affine_normalize, statistics_dtype
+
+
+class BatchStatisticsNorm(nn.Module):
+    """Base of BatchNorm, MemorizedBatchNorm and BatchRenorm.
+
+    Input and output: (N, C) or (N, C, *spatial), as many dimensions as the subclass's `input_dims` allows. Any memory
+    layout; output in the input's dtype; statistics in at least float32 whatever the module's dtype.
+
+    A training forward does one of three things with its batch's statistics, by the layer's `phase`:
+    `"first"` remembers them only if forwards is 1, `"second"` only if it is 2, `"held"` never.
+    `second_forward` and `held` set the phase. Evaluation uses `test_statistics()` and changes nothing.
+
+    Errors: ValueError for an input of the wrong number of dimensions or without any value.
+    """
+
+    input_dims: tuple[int, ...] = ()
+    # Buffers that keep at least float32 when the module is cast to a narrower type.
+    statistics: tuple[str, ...] = ("running_mean",)
+    # The settings that `convert` passes on, in the order of the signature.
+    settings: tuple[str, ...] = ()
+
+    running_mean: Tensor
+
+    def __init__(self, num_features: int, eps: float, affine: bool, forwards: int) -> None:
+        super().__init__()
+        if forwards not in (1, 2):
+            raise ValueError(f"forwards must be 1 or 2, not {forwards!r}")
+        self.num_features = num_features
+        self.eps = eps
+        self.affine = affine
+        self.forwards = forwards
+        self.phase = "first"
+        self._forgotten = False
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(num_features))
+
+    # What a subclass states.
+
+    def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
+        """Normalise x as training does, and take its statistics into what the layer remembers where told so."""
+        raise NotImplementedError
+
+    def test_statistics(self) -> tuple[Tensor, Tensor]:
+        """The mean and the variance (C,) that evaluation would normalise with now."""
+        raise NotImplementedError
+
+    def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and sqrt(variance + eps) (C,) that a training forward of x is normalised by now. Changes nothing."""
+        raise NotImplementedError
+
+    # What they share.
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in self.input_dims:
+            wanted = " or ".join(f"{d}D" for d in self.input_dims)
+            raise ValueError(f"{type(self).__name__} expects a {wanted} input, not {x.dim()}D")
+        if x.shape[1] != self.num_features:
+            raise ValueError(f"{type(self).__name__} expects {self.num_features} channels, not {x.shape[1]}")
+        if not self.training:
+            mu, s2 = self.test_statistics()
+            return affine_normalize(x, mu, s2, *self._affine(x), self.eps)
+        if x.numel() == 0:
+            raise ValueError(f"{type(self).__name__} cannot take statistics of an empty batch")
+        remember = self.phase == "second" or (self.phase == "first" and self.forwards == 1)
+        if self.phase != "held":
+            self._forgotten = not remember
+        return self.normalize_training(x, remember)
+
+    def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """gamma and beta in the statistics' precision, as torch's kernels want them beside a half-precision x."""
+        dtype = statistics_dtype(x.dtype)
+        weight, bias = self.weight, self.bias
+        return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def train(self, mode: bool = True):
+        if not mode and self._forgotten:
+            self._forgotten = False
+            _warn_forgotten()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        kept = {name: getattr(self, name) for name in self.statistics}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            wide = statistics_dtype(after.dtype)
+            if after.dtype != wide:
+                # Cast from what it was, so that the statistics do not lose bits on the way through half precision.
+                setattr(self, name, before.to(device=after.device, dtype=wide))
+        return self
+
+    def extra_repr(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
+        return f"{self.num_features}, eps={self.eps}, affine={self.affine}, {shown}"
+
+
+@functools.cache
+def _warn_forgotten() -> None:
+    """Once in a process: one forgotten line makes every layer of the model say so."""
+    warnings.warn(
+        "training forwards with forwards=2 remembered nothing before eval(): call second_forward(model, inputs) after "
+        "optimizer.step(), or the evaluation uses statistics from before these forwards",
+        stacklevel=4,
+    )
+
+
+def norm_layers(module: nn.Module) -> list[BatchStatisticsNorm]:
+    """All layers of ours with batch statistics inside module, each once, in the order of registration."""
+    return [layer for layer in module.modules() if isinstance(layer, BatchStatisticsNorm)]
+
+
+@contextlib.contextmanager
+def phase(layers: Iterable[BatchStatisticsNorm], name: str) -> Iterator[None]:
+    """Set the layers' phase ("first", "second" or "held") for the duration of a with block."""
+    layers = list(layers)
+    before = [layer.phase for layer in layers]
+    for layer in layers:
+        layer.phase = name
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.phase = old
+
+
+def held(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """A context in which training forwards of module leave every memory and moving average as it is."""
+    return phase(norm_layers(module), "held")
+
+
+def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The second forward propagation of Algorithm 1: module's layers remember the batch under its updated weights.
+
+    Call it after `optimizer.step()` with what the first forward was called with. It runs `module(*args, **kwargs)` in
+    training mode and without gradients, under the autocast that is active, and returns its output. Every layer with
+    forwards=2 takes the batch into its memory or moving averages, one entry per call. Layers in eval mode (frozen
+    ones) remember nothing.
+
+    Errors: RuntimeError where module is in eval mode, or has no layer with forwards=2.
+
+    Source: Guo et al., AAAI 2018, Algorithm 1, lines 10 to 12.
+    """
+    if not module.training:
+        raise RuntimeError("second_forward needs the module in training mode: call module.train() first")
+    layers = [layer for layer in norm_layers(module) if layer.forwards == 2]
+    if not layers:
+        raise RuntimeError("second_forward found no layer with forwards=2: convert(module, forwards=2) makes them")
+    with torch.no_grad(), phase(layers, "second"):
+        return module(*args, **kwargs)

@@ -1,0 +1,123 @@
+"""Exchange the BatchNorm layers of any network for ours, and back."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import BatchStatisticsNorm
+from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .memorized import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d
+from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+
+# For each norm the layers that take the place of BatchNorm1d, 2d and 3d.
+NORMS: dict[str, tuple[type[BatchStatisticsNorm], ...]] = {
+    "mbn": (MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d),
+    "brn": (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
+    "bn": (BatchNorm1d, BatchNorm2d, BatchNorm3d),
+}
+TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
+    """Exchange every `nn.BatchNorm1d/2d/3d` inside module for a layer of ours, in place, and return module.
+
+    The new layers hold the very same parameters (an optimiser made before goes on working), the running statistics,
+    eps, device, dtype, requires_grad and train mode of the old ones; a BatchNorm that is used in two places stays one
+    layer. If module is itself a BatchNorm, its replacement is returned. Layers that are ours already are left alone.
+
+    Arguments:
+        module: any network.
+        norm: "mbn", "brn" or "bn" (ours, whose averages can wait for a second forward).
+        settings: the layer's own settings by name, such as memory=40 or gradient="batch" for "mbn".
+
+    Errors: ValueError for an unknown norm; TypeError for a setting the layer does not have (the message lists those
+    it has), and for a SyncBatchNorm or a lazy BatchNorm inside module. Nothing is changed then.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
+    allowed = [
+        name
+        for name in inspect.signature(NORMS[norm][0]).parameters
+        if name not in ("num_features", "eps", "affine")
+    ]
+    for name in settings:
+        if name not in allowed:
+            raise TypeError(f"{norm} layers have no setting {name!r}; theirs are {', '.join(allowed)}")
+    for layer in module.modules():
+        if isinstance(layer, nn.SyncBatchNorm):
+            raise TypeError(
+                "SyncBatchNorm cannot be converted: its statistics span processes, which memorized ones do not; "
+                "convert the network before convert_sync_batchnorm, or without it"
+            )
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and isinstance(layer, TORCH):
+            raise TypeError("a lazy BatchNorm has no channels yet: run the network once before convert")
+
+    def exchange(layer: nn.Module) -> nn.Module | None:
+        for ours, torchs in zip(NORMS[norm], TORCH, strict=True):
+            if isinstance(layer, torchs):
+                return _to_ours(layer, ours, settings)
+        return None
+
+    return _exchange(module, exchange)
+
+
+def to_batch_norm(module: nn.Module) -> nn.Module:
+    """Return a copy of module with `nn.BatchNorm` in place of our layers, equal to it in eval mode.
+
+    For export (ONNX, serving, fusing) and for everything else that knows torch's layers only. The copy shares nothing
+    with module, whose training can go on. Its running statistics are those that module would use at test time.
+    """
+
+    def exchange(layer: nn.Module) -> nn.Module | None:
+        for layers in NORMS.values():
+            for ours, torchs in zip(layers, TORCH, strict=True):
+                if isinstance(layer, ours):
+                    return _to_torch(layer, torchs)
+        return None
+
+    return _exchange(copy.deepcopy(module), exchange)
+
+
+def _exchange(module: nn.Module, exchange) -> nn.Module:
+    """Replace each layer for which exchange gives another, the same one wherever a layer is shared."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for layer in list(module.modules()):
+        new = exchange(layer)
+        if new is not None:
+            replaced[layer] = new
+    for parent in list(module.modules()):
+        # Not named_children(), which names a layer that one parent holds twice only once.
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    return replaced.get(module, module)
+
+
+def _to_ours(old: nn.Module, ours: type[BatchStatisticsNorm], settings: dict[str, Any]) -> BatchStatisticsNorm:
+    new = ours(old.num_features, eps=old.eps, affine=False, **settings)  # type: ignore[call-arg]
+    like = old.weight if old.weight is not None else old.running_mean
+    if like is not None:
+        new.to(device=like.device, dtype=like.dtype)
+    new.affine, new.weight, new.bias = old.affine, old.weight, old.bias
+    if old.running_mean is not None:
+        state = {k: v for k, v in old.state_dict().items() if k not in ("weight", "bias")}
+        problems: tuple[list[str], list[str], list[str]] = ([], [], [])
+        new._load_from_state_dict(state, "", {}, False, *problems)
+    new.train(old.training)
+    return new
+
+
+def _to_torch(old: BatchStatisticsNorm, torchs: type[nn.Module]) -> nn.Module:
+    new = torchs(old.num_features, eps=old.eps, affine=False)
+    mean, variance = old.test_statistics()
+    dtype = mean.dtype if old.weight is None else old.weight.dtype
+    new.to(device=mean.device, dtype=dtype)
+    with torch.no_grad():
+        new.running_mean.copy_(mean)  # type: ignore[operator, union-attr]
+        new.running_var.copy_(variance)  # type: ignore[operator, union-attr]
+    new.affine, new.weight, new.bias = old.affine, old.weight, old.bias
+    new.train(old.training)
+    return new
