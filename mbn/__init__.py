@@ -1,9 +1,9 @@
 """Memorized batch normalisation with double forward propagation (Guo et al., AAAI 2018) for PyTorch.
 
-    from mbn import convert, second_forward
-    model = convert(model)                      # every nn.BatchNorm becomes memorized
-    loss.backward(); optimizer.step(); optimizer.zero_grad()
-    second_forward(model, images)               # refreshes the memory with the updated weights
+from mbn import convert, second_forward
+model = convert(model)                      # every nn.BatchNorm becomes memorized
+loss.backward(); optimizer.step(); optimizer.zero_grad()
+second_forward(model, images)               # refreshes the memory with the updated weights
 """
 
 import importlib

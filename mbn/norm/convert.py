@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,9 +40,7 @@ def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
     allowed = [
-        name
-        for name in inspect.signature(NORMS[norm][0]).parameters
-        if name not in ("num_features", "eps", "affine")
+        name for name in inspect.signature(NORMS[norm][0]).parameters if name not in ("num_features", "eps", "affine")
     ]
     for name in settings:
         if name not in allowed:
@@ -96,8 +95,8 @@ def _exchange(module: nn.Module, exchange) -> nn.Module:
     return replaced.get(module, module)
 
 
-def _to_ours(old: nn.Module, ours: type[BatchStatisticsNorm], settings: dict[str, Any]) -> BatchStatisticsNorm:
-    new = ours(old.num_features, eps=old.eps, affine=False, **settings)  # type: ignore[call-arg]
+def _to_ours(old: Any, ours: Callable[..., Any], settings: dict[str, Any]) -> BatchStatisticsNorm:
+    new = ours(old.num_features, eps=old.eps, affine=False, **settings)
     like = old.weight if old.weight is not None else old.running_mean
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)
@@ -110,14 +109,14 @@ def _to_ours(old: nn.Module, ours: type[BatchStatisticsNorm], settings: dict[str
     return new
 
 
-def _to_torch(old: BatchStatisticsNorm, torchs: type[nn.Module]) -> nn.Module:
+def _to_torch(old: BatchStatisticsNorm, torchs: Callable[..., Any]) -> nn.Module:
     new = torchs(old.num_features, eps=old.eps, affine=False)
     mean, variance = old.test_statistics()
     dtype = mean.dtype if old.weight is None else old.weight.dtype
     new.to(device=mean.device, dtype=dtype)
     with torch.no_grad():
-        new.running_mean.copy_(mean)  # type: ignore[operator, union-attr]
-        new.running_var.copy_(variance)  # type: ignore[operator, union-attr]
+        new.running_mean.copy_(mean)
+        new.running_var.copy_(variance)
     new.affine, new.weight, new.bias = old.affine, old.weight, old.bias
     new.train(old.training)
     return new

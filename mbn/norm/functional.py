@@ -60,9 +60,7 @@ def pool(mu: Tensor, s2: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     return m, v, w
 
 
-def memorized_moments(
-    mu: Tensor, s2: Tensor, n: int, m: Tensor, v: Tensor, W: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def memorized_moments(mu: Tensor, s2: Tensor, n: int, m: Tensor, v: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The moments that normalise a batch together with its memory (eq. 6), and the batch's share of them.
 
         rho  = n / (n + W)
@@ -152,8 +150,8 @@ def renormalized_batch_norm(
     """y = gamma ((x - mu_B) / sigma_B * r + d) + beta, with r and d constant and sigma_B = sqrt(s2_B + eps).
 
     Gradients flow through x's own moments, which mu and s2 (detached, as `batch_moments` gives them) must hold. The
-    form of batch renormalisation (Ioffe 2017, algorithm 1), and of MBN with gradient="batch", where r = sigma_B / sigma^
-    and d = (mu_B - mu^) / sigma^. Backward, where xhat_B is x normalised by the batch alone:
+    form of batch renormalisation (Ioffe 2017, algorithm 1), and of MBN with gradient="batch", where
+    r = sigma_B / sigma^ and d = (mu_B - mu^) / sigma^. Backward, where xhat_B is x normalised by the batch alone:
         dx = gamma r / sigma_B * (dy - mean(dy) - xhat_B mean(dy xhat_B))
     """
     if has_native_kernels(x):
@@ -180,9 +178,7 @@ class _RenormalizedBatchNorm(torch.autograd.Function):
         return dx, None, None, None, None, *_wanted(ctx, 5, dscale * r + dshift * d, dshift), None
 
 
-def _renormalized_affine(
-    r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _renormalized_affine(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """gamma (xhat r + d) + beta as one affine map of xhat: its scale and its shift."""
     scale = r if weight is None else weight * r
     shift = d if weight is None else weight * d

@@ -158,9 +158,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, s2 = batch_moments(x)
         W = self.lam_tensor * self.memory_weight
-        mu_hat, s2_hat, _ = memorized_moments(
-            mu, s2, values_per_channel(x), self.running_mean, self.running_var, W
-        )
+        mu_hat, s2_hat, _ = memorized_moments(mu, s2, values_per_channel(x), self.running_mean, self.running_var, W)
         return mu_hat, (s2_hat + self.eps).sqrt()
 
     def forget(self) -> None:

@@ -51,7 +51,7 @@ def _refuse_bias(bias: bool) -> None:
 
 
 class UnitConv1d(_Unit, nn.Conv1d):
-    __doc__ = _Unit.__doc__
+    __doc__ = _Unit.__doc__ or ""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, **kwargs):
         _refuse_bias(bias)
@@ -63,7 +63,7 @@ class UnitConv1d(_Unit, nn.Conv1d):
 
 
 class UnitConv2d(_Unit, nn.Conv2d):
-    __doc__ = _Unit.__doc__
+    __doc__ = _Unit.__doc__ or ""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, **kwargs):
         _refuse_bias(bias)
@@ -75,7 +75,7 @@ class UnitConv2d(_Unit, nn.Conv2d):
 
 
 class UnitConv3d(_Unit, nn.Conv3d):
-    __doc__ = _Unit.__doc__
+    __doc__ = _Unit.__doc__ or ""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, **kwargs):
         _refuse_bias(bias)
@@ -96,8 +96,12 @@ class StandardReLU(nn.Module):
         return (F.relu(u) - RELU_MEAN) / RELU_STD
 
 
+def unit_layers(module: nn.Module) -> list[_Unit]:
+    """All unit-norm layers inside module."""
+    return [layer for layer in module.modules() if isinstance(layer, _Unit)]
+
+
 def project_unit_rows(module: nn.Module) -> None:
     """Scale each row of every unit-norm layer inside module to norm 1: to be called after each optimiser step."""
-    for layer in module.modules():
-        if isinstance(layer, _Unit):
-            layer.project_()
+    for layer in unit_layers(module):
+        layer.project_()

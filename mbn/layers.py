@@ -1,0 +1,89 @@
+"""What a network is handed: a triple of constructors (conv, norm, act), one function per `norm=` option.
+
+It is a triple because normalisation propagation rescales filters before, and the ReLU after, and has nothing to put
+where the others have `norm(channels)`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import nn
+
+from .norm.batch import BatchNorm2d
+from .norm.memorized import MemorizedBatchNorm2d
+from .norm.propagation import StandardReLU, UnitConv2d
+from .norm.renorm import BatchRenorm2d
+
+
+class Layers(NamedTuple):
+    """conv(in_channels, out_channels, kernel_size, stride=, padding=, bias=), norm(channels) and act()."""
+
+    conv: Callable[..., nn.Module]
+    norm: Callable[[int], nn.Module]
+    act: Callable[[], nn.Module]
+
+
+def bn(forwards: int, eps: float = 1e-5, momentum: float = 0.1) -> Layers:
+    """Batch normalisation (Ioffe and Szegedy 2015)."""
+    return Layers(nn.Conv2d, partial(BatchNorm2d, eps=eps, momentum=momentum, forwards=forwards), _relu)
+
+
+def mbn(
+    forwards: int,
+    lam: float,
+    memory: int = 20,
+    decay: float = 0.9,
+    eps: float = 1e-5,
+    gradient: str = "paper",
+) -> Layers:
+    """Memorized batch normalisation (Guo et al. 2018), lambda starting at lam."""
+    norm = partial(
+        MemorizedBatchNorm2d,
+        memory=memory,
+        decay=decay,
+        eps=eps,
+        lam=lam,
+        forwards=forwards,
+        gradient=gradient,
+    )
+    return Layers(nn.Conv2d, norm, _relu)
+
+
+def brn(forwards: int, eps: float = 1e-5, momentum: float = 0.01) -> Layers:
+    """Batch renormalisation (Ioffe 2017), starting as batch normalisation: r_max = 1, d_max = 0."""
+    norm = partial(BatchRenorm2d, eps=eps, momentum=momentum, r_max=1.0, d_max=0.0, forwards=forwards)
+    return Layers(nn.Conv2d, norm, _relu)
+
+
+def normprop(forwards: int) -> Layers:
+    """Normalisation propagation (Arpit et al. 2016): no batch statistics, so that `forwards` changes nothing."""
+    return Layers(_unit_conv, _no_norm, StandardReLU)
+
+
+def gn(forwards: int, groups: int = 32, channels: int = 4, eps: float = 1e-5) -> Layers:
+    """Group normalisation (Wu and He 2018) with min(groups, C // channels) groups: no batch statistics either.
+
+    32 groups on a CIFAR network's 16 to 64 channels would be instance norm: hence at least `channels` channels a group.
+    """
+
+    def norm(num_features: int) -> nn.Module:
+        most = min(groups, max(1, num_features // channels))
+        # A layer of classes (NIN's last) may have a number of channels that the groups do not divide.
+        divisor = next(g for g in range(most, 0, -1) if num_features % g == 0)
+        return nn.GroupNorm(divisor, num_features, eps=eps)
+
+    return Layers(nn.Conv2d, norm, _relu)
+
+
+def _unit_conv(*args, bias: bool = False, **kwargs) -> nn.Module:
+    """Whether the network wants a bias or not: the unit-norm convolution's beta is one."""
+    return UnitConv2d(*args, **kwargs)
+
+
+def _relu() -> nn.Module:
+    return nn.ReLU(inplace=True)
+
+
+def _no_norm(num_features: int) -> nn.Module:
+    return nn.Identity()

@@ -1,0 +1,446 @@
+"""A run from its configuration to its record."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from tqdm import tqdm
+
+from . import checkpoint, record
+from . import layers as layer_options
+from .config import MBN, Config, identity, iterations, iterations_per_epoch, run_name, to_dict
+from .data import DeviceDataset, load
+from .errors import UserError
+from .evaluate import evaluate
+from .files import lock
+from .gap import Statistics, statistics_gap, training_statistics
+from .journal import Journal
+from .layers import Layers
+from .norm.memorized import set_lambda
+from .schedule import value_at
+from .signals import Stop
+from .update import WINDOW, Update
+
+# A record keeps at most this many points of a curve.
+CURVE_POINTS = 250
+# Rows of the journal within an epoch.
+ROWS_PER_EPOCH = 10
+
+
+def train(config: Config, build: Callable[[Layers], nn.Module]) -> dict[str, Any]:
+    """Train the run that config describes, from its last checkpoint if there is one, and return its record.
+
+    build: makes the network from its layers. Errors: UserError, with code 75 or 130 when a signal stopped the run; the
+    same call goes on from where it was.
+    """
+    folder = Path(config.machine.results) / "runs" / run_name(config)
+    with lock(folder / "lock"):
+        run = Run(config, build, folder)
+        try:
+            with Stop() as stop:
+                run.train(stop)
+        finally:
+            run.close()
+        return run.finish()
+
+
+class Run:
+    """The state of a run: network, optimiser, data, counters; what a checkpoint holds."""
+
+    def __init__(self, config: Config, build: Callable[[Layers], nn.Module], folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        self.name = run_name(config)
+        self.results = Path(config.machine.results)
+        self.checkpoint_path = folder / "checkpoint.pt"
+        state = self._saved_state()
+        machine = state["machine"] if state else {}
+        # What is left to choose is chosen once: a resumed run goes on as it began.
+        self.device = choose_device(config.machine.device, machine.get("device"))
+        self.mode = choose_mode(config.machine.mode, machine.get("mode"))
+        self.threads = choose_threads(config.machine.threads, machine.get("threads"))
+        torch.set_num_threads(self.threads)
+        self.commit, self.dirty = record.commit_and_dirty()
+
+        self.length = iterations(config)
+        self.per_epoch = iterations_per_epoch(config)
+        torch.manual_seed(config.seed)
+        model = build(make_layers(config))
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.lr = torch.tensor(0.0, device=self.device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=self.lr,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.update = Update(self.model, self.optimizer, config.forwards, self.mode, self.device)
+        if config.forwards == 2 and not self.update.layers:
+            print(
+                f"warning: norm={config.norm.name} has no batch statistics: the second forward is skipped.",
+                file=sys.stderr,
+            )
+        self.iteration = 0
+        self.seconds = 0.0
+        self.training_seconds = 0.0
+        self.epoch_sums = Sums()
+        self.row_sums = Sums()
+        self.anew = config.machine.again
+        if state:
+            self._restore(state)
+        self.images = min(self._images_at(self.iteration), self._images_at(self.length))
+        data = load(config.dataset, Path(config.machine.data))
+        self.data = DeviceDataset(data, config.dataset, config.seed, self.device)
+        text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(text)
+        self.journal = Journal(self.folder, text, state["journal_lines"] if state else 0)
+
+    # Checkpoints.
+
+    def _saved_state(self) -> dict[str, Any] | None:
+        """The state to go on from. With machine.again a finished run, or one not begun so, starts over."""
+        state = checkpoint.load(self.checkpoint_path)
+        if state is None:
+            return None
+        if state["identity"] != json.dumps(identity(self.config), sort_keys=True):
+            raise UserError(
+                f"{self.checkpoint_path} belongs to another configuration: move {self.folder} away and run the "
+                "command again."
+            )
+        finished = record.path_of(self.results, self.name).exists() and state["iteration"] == state["length"]
+        if self.config.machine.again and (finished or not state["anew"]):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return None
+        return state
+
+    def _state(self) -> dict[str, Any]:
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "name": self.name,
+            "identity": json.dumps(identity(self.config), sort_keys=True),
+            "config": json.dumps(to_dict(self.config)),
+            "iteration": self.iteration,
+            "length": self.length,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generators": generators,
+            "epoch_sums": self.epoch_sums.as_list(),
+            "row_sums": self.row_sums.as_list(),
+            "journal_lines": self.journal.lines,
+            "seconds": self.seconds,
+            "training_seconds": self.training_seconds,
+            "machine": {"device": str(self.device), "mode": self.mode, "threads": self.threads},
+            "commit": self.commit,
+            "dirty": self.dirty,
+            "anew": self.anew,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        torch.set_rng_state(state["generators"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["generators"]:
+            torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+        self.iteration = state["iteration"]
+        self.epoch_sums = Sums(*state["epoch_sums"])
+        self.row_sums = Sums(*state["row_sums"])
+        self.seconds = state["seconds"]
+        self.training_seconds = state["training_seconds"]
+        self.anew = state["anew"]
+        if state["commit"] != self.commit or state["dirty"]:
+            # One record, two versions of the code: not what its commit alone would give.
+            self.dirty = True
+        print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the state is no longer finite. Errors: UserError."""
+        name = first_nonfinite(self.model)
+        if name is not None:
+            raise self._diverged(f"{name} is no longer finite after iteration {self.iteration}")
+        checkpoint.save(self._state(), self.checkpoint_path)
+        self.saved_at = time.monotonic()
+
+    # Training.
+
+    def train(self, stop: Stop) -> None:
+        """Train to the end, or until a signal: then save and raise UserError."""
+        size = self.config.batch_size
+        self.saved_at = self.clock = time.monotonic()
+        bar = tqdm(total=self.length, initial=self.iteration, unit="it", disable=None, dynamic_ncols=True)
+        epoch = -1
+        self.model.train()
+        row_every = max(1, self.per_epoch // ROWS_PER_EPOCH)
+        with bar:
+            while self.iteration < self.length:
+                if self.iteration // self.per_epoch != epoch:
+                    epoch = self.iteration // self.per_epoch
+                    self.data.start_epoch(epoch)
+                position = self.iteration % self.per_epoch
+                self.set_schedule(self.iteration)
+                images, labels = self.data.train_batch(position * size, size)
+                ends = position == self.per_epoch - 1 or self.iteration == self.length - 1
+                training = training_statistics(self.model, images) if ends else {}
+                self.update(images, labels)
+                self.iteration += 1
+                bar.update()
+                row_due = (position + 1) % row_every == 0 and not ends
+                if ends or row_due or self.update.pending == WINDOW:
+                    self.drain()
+                    bar.set_postfix_str(self.epoch_sums.shown(self.images_per_second()))
+                if row_due:
+                    self._row("train", self.row_sums)
+                if ends:
+                    self._end_of_epoch(training, bar)
+                    self.save()
+                elif time.monotonic() - self.saved_at > self.config.machine.checkpoint_seconds:
+                    self.drain()
+                    self.save()
+                if stop.code is not None and self.iteration < self.length:
+                    self.drain()
+                    self.save()
+                    raise UserError(
+                        f"stopped at iteration {self.iteration} of {self.length}, saved in {self.checkpoint_path}: the "
+                        "same command goes on from there.",
+                        code=stop.code,
+                    )
+
+    def set_schedule(self, iteration: int) -> None:
+        """Put learning rate and lambda to their values for this 0-based iteration."""
+        schedule, norm = self.config.schedule, self.config.norm
+        lr = value_at(schedule.lr, schedule.milestones, iteration, self.length)
+        if lr != getattr(self, "_lr_set", None):
+            self._lr_set = lr
+            self.lr.fill_(lr)
+        if isinstance(norm, MBN):
+            lam = value_at(norm.lam, schedule.milestones, iteration, self.length)
+            if lam != getattr(self, "_lam_set", None):
+                self._lam_set = lam
+                set_lambda(self.model, lam)
+
+    def drain(self) -> None:
+        """Read the losses of the iterations since the last time, and stop if one of them is not finite."""
+        pending = self.update.pending
+        for offset, (loss, errors) in enumerate(self.update.drain()):
+            iteration = self.iteration - pending + offset
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                raise self._diverged(f"the loss was {loss} at iteration {iteration}")
+            images = self._images_at(iteration + 1) - self._images_at(iteration)
+            self.epoch_sums.add(loss, errors, images)
+            self.row_sums.add(loss, errors, images)
+        now = time.monotonic()
+        self.training_seconds += now - self.clock
+        self.seconds += now - self.clock
+        self.clock = now
+
+    def _diverged(self, what: str) -> UserError:
+        last = f"{self.checkpoint_path} holds the last good state" if self.checkpoint_path.exists() else ""
+        lr = value_at(self.config.schedule.lr, self.config.schedule.milestones, self.iteration - 1, self.length)
+        epoch = (self.iteration - 1) // self.per_epoch + 1
+        return UserError(
+            f"training diverged: {what} (epoch {epoch}, learning rate {lr}); "
+            + (last or "no checkpoint had been written yet")
+            + "; try a smaller schedule.lr."
+        )
+
+    def _end_of_epoch(self, training: Statistics, bar: tqdm) -> None:
+        gaps = statistics_gap(self.model, training)
+        self.model.eval()
+        measured = evaluate(self.model, self.data, self.config.evaluate.batch_size)
+        self.model.train()
+        speed = self.images_per_second()
+        norms = {
+            name: p.detach().norm().item()
+            for name, p in self.model.named_parameters()
+            if name.endswith("weight") and p.dim() > 1
+        }
+        extra = {
+            "test_loss": measured.loss,
+            "test_error": measured.error,
+            "test_error_top5": measured.error_top5,
+            "weight_norm": sum(v * v for v in norms.values()) ** 0.5,
+            "weight_norms": norms,
+        }
+        if gaps:
+            extra["gap_mean"] = sum(g[0] for g in gaps.values()) / len(gaps)
+            extra["gap_std"] = sum(g[1] for g in gaps.values()) / len(gaps)
+            extra["gap_means"] = {name: g[0] for name, g in gaps.items()}
+            extra["gap_stds"] = {name: g[1] for name, g in gaps.items()}
+        epoch = self.iteration / self.per_epoch
+        sums = self.epoch_sums
+        bar.write(
+            f"epoch {epoch:g} of {self.length / self.per_epoch:g}: training loss {sums.loss:.4f}, error "
+            f"{sums.error:.2f} %; test loss {measured.loss:.4f}, error {measured.error:.2f} %; {speed:.0f} images/s",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+        self._row("epoch", sums, extra)
+        self.row_sums = Sums()
+        self.epoch_sums = Sums()
+        self.seconds += time.monotonic() - self.clock
+        self.clock = time.monotonic()
+
+    def _row(self, kind: str, sums: "Sums", extra: dict[str, Any] | None = None) -> None:
+        """Write a row of the journal: what sums hold, the schedule, and more."""
+        row: dict[str, Any] = {
+            "kind": kind,
+            "iteration": self.iteration,
+            "epoch": self.iteration / self.per_epoch,
+            "images": self._images_at(self.iteration),
+            "train_loss": sums.loss,
+            "train_error": sums.error,
+            "lr": self._lr_set,
+            "images_per_second": round(self.images_per_second(), 1),
+        }
+        if isinstance(self.config.norm, MBN):
+            row["lambda"] = self._lam_set
+        self.journal.write(row | (extra or {}))
+        if kind == "train":
+            self.row_sums = Sums()
+
+    def images_per_second(self) -> float:
+        """Training images a second since the run began, evaluation and saving left out."""
+        return self._images_at(self.iteration) / max(self.training_seconds, 1e-9)
+
+    def _images_at(self, iteration: int) -> int:
+        """Training images seen before a 0-based iteration."""
+        epochs, batches = divmod(iteration, self.per_epoch)
+        n = self.config.dataset.train_images
+        return epochs * n + min(batches * self.config.batch_size, n)
+
+    # The end.
+
+    def finish(self) -> dict[str, Any]:
+        """Write the record of a run that has reached its end, and return it."""
+        rows = [row for row in self.journal.rows() if row["kind"] == "epoch"]
+        last = rows[-1]
+        keys = ("images", "train_error", "train_loss", "test_error", "test_loss", "gap_mean", "gap_std")
+        step = -(-len(rows) // CURVE_POINTS)
+        points = rows[::-step][::-1]  # the last one always
+        content = {
+            "name": self.name,
+            "config": record.config_for_record(self.config),
+            "test_error": last["test_error"],
+            "test_error_best": min(row["test_error"] for row in rows),
+            "train_error": last["train_error"],
+            "test_error_top5": last["test_error_top5"],
+            "test_error_precise": None,
+            "test_loss": last["test_loss"],
+            "train_loss": last["train_loss"],
+            "iterations": self.length,
+            "images": self._images_at(self.length),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "seconds": round(self.seconds, 1),
+            "images_per_second": round(self.images_per_second(), 1),
+            "device": record.device_name(self.device),
+            "mode": self.mode,
+            "threads": self.threads,
+            "commit": self.commit,
+            "dirty": self.dirty,
+            "versions": record.versions(),
+            "curves": {key: [_five_digits(row[key]) for row in points] for key in keys if key in last},
+        }
+        path = record.write(self.results, content)
+        return record.read(path)
+
+    def close(self) -> None:
+        self.journal.close()
+
+
+class Sums:
+    """Losses, errors and images added up: added in the order of iterations, so that a resume gives the same bits."""
+
+    def __init__(self, losses: float = 0.0, errors: int = 0, images: int = 0) -> None:
+        self.losses, self.errors, self.images = losses, errors, images
+
+    def add(self, loss: float, errors: int, images: int) -> None:
+        """One batch: its mean loss, its errors, its images."""
+        self.losses += loss * images
+        self.errors += errors
+        self.images += images
+
+    def as_list(self) -> list[float]:
+        return [self.losses, self.errors, self.images]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss an image."""
+        return self.losses / max(self.images, 1)
+
+    @property
+    def error(self) -> float:
+        """Percent of the images."""
+        return 100 * self.errors / max(self.images, 1)
+
+    def shown(self, speed: float) -> str:
+        return f"loss {self.loss:.4f}, error {self.error:.2f} %, {speed:.0f} images/s"
+
+
+def _five_digits(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
+def make_layers(config: Config) -> Layers:
+    """The layers of `norm=`, with its settings; lambda starts at the schedule's first value."""
+    settings = {key: value for key, value in to_dict(config)["norm"].items() if key != "name"}
+    if "lam" in settings:
+        settings["lam"] = settings["lam"][0]
+    return getattr(layer_options, config.norm.name)(config.forwards, **settings)
+
+
+def choose_device(wanted: str, earlier: str | None) -> torch.device:
+    """The device that is asked for; for auto the one the run began on, else CUDA where there is one, else the CPU."""
+    name = wanted
+    if wanted == "auto":
+        name = earlier or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name.split(":")[0]]:
+        began = "the run began on it, and " if wanted == "auto" else ""
+        raise UserError(f"there is no {name} here: {began}machine.device=cpu goes on on the CPU.")
+    if earlier and name != earlier:
+        print(
+            f"warning: the run began on {earlier}; on {name} it will not end with the same bits.",
+            file=sys.stderr,
+        )
+    return torch.device(name)
+
+
+def choose_mode(wanted: str, earlier: str | None) -> str:
+    """eager or compile; for auto the one the run began with."""
+    if wanted != "auto":
+        return wanted
+    return earlier or "eager"
+
+
+def choose_threads(wanted: int | None, earlier: int | None) -> int:
+    """CPU threads: as asked for, or as the run began, or torch's choice. Another number changes the last bits."""
+    threads = wanted or earlier or torch.get_num_threads()
+    if earlier and threads != earlier:
+        print(
+            f"warning: the run began with {earlier} threads; with {threads} it will not end with the same bits.",
+            file=sys.stderr,
+        )
+    return threads
+
+
+def first_nonfinite(model: nn.Module) -> str | None:
+    """The name of the first parameter or buffer that holds a NaN or an infinity. Waits for the device once if none."""
+    tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    # A sum is finite only if all its terms are (a finite sum that overflows is no state to go on from either).
+    sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors.values()])
+    bad = ~torch.isfinite(sums)
+    if not bad.any().item():
+        return None
+    return list(tensors)[int(bad.nonzero()[0].item())]

@@ -1,0 +1,76 @@
+"""One iteration of training (Algorithm 1 of the paper)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm.base import norm_layers, phase
+from .norm.propagation import project_unit_rows, unit_layers
+
+# Losses stay on the device for this many iterations, and are then read at once.
+WINDOW = 50
+
+
+class Update:
+    """First forward, loss, backward, optimiser step; then, with forwards=2, the second forward that remembers.
+
+    mode: "eager", or "compile" to compile both forwards with torch.compile. The learning rate and everything a layer
+    remembers are tensors changed in place. Loss and number of errors of the last iterations are kept on the device
+    until `drain`, so that an iteration never waits for the host.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        forwards: int,
+        mode: str,
+        device: torch.device,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.layers = [layer for layer in norm_layers(model) if layer.forwards == 2] if forwards == 2 else []
+        self.projects = bool(unit_layers(model))
+        self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
+        self.second: Callable[..., Tensor] = model
+        if mode == "compile":
+            self.first = torch.compile(self._first, fullgraph=True)
+            self.second = torch.compile(model, fullgraph=True)
+        self.window = torch.zeros(2, WINDOW, device=device)
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self.pending = 0
+
+    def _first(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(images)
+        loss = F.cross_entropy(logits, labels)
+        errors = (logits.detach().argmax(1) != labels).sum()
+        return loss, torch.stack([loss.detach(), errors.to(loss.dtype)])
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode."""
+        loss, measured = self.first(images, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.projects:
+            project_unit_rows(self.model)
+        if self.layers:
+            with torch.no_grad(), phase(self.layers, "second"):
+                self.second(images)
+        self.window.index_copy_(1, self.cursor, measured[:, None].to(self.window.dtype))
+        self.cursor.add_(1).remainder_(WINDOW)
+        self.pending += 1
+
+    def drain(self) -> list[tuple[float, int]]:
+        """Loss (mean over the batch) and number of errors of each iteration since the last call; waits for the device.
+
+        Must be called at least every WINDOW iterations.
+        """
+        assert self.pending <= WINDOW
+        losses, errors = self.window.tolist()
+        measured = [(losses[i], int(errors[i]) if errors[i] == errors[i] else 0) for i in range(self.pending)]
+        self.cursor.zero_()
+        self.pending = 0
+        return measured

@@ -1,0 +1,312 @@
+"""Every normalisation in float64, as loops over single values, written from the equations and not from `mbn`.
+
+Letters are the paper's: x_i^(j) is the j-th value vector (C,) of batch i, where j runs over images and positions, n_i
+their number, alpha_i the batch's weight, mu and s2 mean and biased variance, a hat for those that normalise, eta the
+decay, lam lambda. `dl_dy` is the loss's gradient by y. All tensors are float64; functions of x are differentiable.
+
+What the layers keep as moments is kept here as the inputs themselves, so that eq. 6 is never assumed.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+Vectors = list[Tensor]
+
+
+def vectors(x: Tensor) -> Vectors:
+    """x^(j): the n = N*H*W vectors (C,) of x (N, C, *spatial), image by image and position by position."""
+    positions = list(itertools.product(*(range(size) for size in x.shape[2:])))
+    return [image[(slice(None), *position)] for image in x for position in positions]
+
+
+def tensor(xs: Vectors, shape: torch.Size) -> Tensor:
+    """The (N, C, *spatial) tensor whose `vectors` are xs."""
+    return torch.stack(xs).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def moments(xs: Vectors) -> tuple[Tensor, Tensor]:
+    """mu = sum_j x^(j) / n,  s2 = sum_j (x^(j) - mu)**2 / n."""
+    return weighted_moments([xs], [1.0])
+
+
+def weighted_moments(batches: list[Vectors], alpha: list[float]) -> tuple[Tensor, Tensor]:
+    """Eq. 5.
+
+    mu^ = sum_i alpha_i sum_j x_i^(j) / sum_i alpha_i n_i
+    s2^ = sum_i sum_j alpha_i (x_i^(j) - mu^)**2 / sum_i alpha_i n_i
+    """
+    total = sum(a * len(xs) for a, xs in zip(alpha, batches, strict=True))
+    mu_hat = torch.zeros_like(batches[0][0])
+    for a, xs in zip(alpha, batches, strict=True):
+        for x in xs:
+            mu_hat = mu_hat + a * x
+    mu_hat = mu_hat / total
+    s2_hat = torch.zeros_like(mu_hat)
+    for a, xs in zip(alpha, batches, strict=True):
+        for x in xs:
+            s2_hat = s2_hat + a * (x - mu_hat) ** 2
+    return mu_hat, s2_hat / total
+
+
+class _Layer:
+    """What the three normalisations with batch statistics share: which forward pass remembers."""
+
+    def __init__(self, channels: int, forwards: int, eps: float = 1e-5) -> None:
+        self.channels, self.forwards, self.eps = channels, forwards, eps
+
+    def first(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """The forward that is differentiated: remembers its batch where there is no second."""
+        y = self.normalize(x, gamma, beta)
+        if self.forwards == 1:
+            self.remember(x)
+        return y
+
+    def second(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """The forward after the step: the same rule, against the memory without B, and then B is remembered."""
+        y = self.normalize(x, gamma, beta)
+        assert self.forwards == 2
+        self.remember(x)
+        return y
+
+    def evaluate(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """y = gamma (x - mu) / sigma + beta with the test-time statistics."""
+        mu, sigma = self.test_statistics()
+        return tensor([gamma * (v - mu) / sigma + beta for v in vectors(x)], x.shape)
+
+
+class MBN(_Layer):
+    """Memorized batch normalisation (Guo et al. 2018). `memory` holds the remembered inputs, the newest first."""
+
+    def __init__(self, channels, k, eta=0.9, lam=0.1, forwards=2, gradient="paper", eps=1e-5) -> None:
+        super().__init__(channels, forwards, eps)
+        self.k, self.eta, self.lam, self.gradient = k, eta, lam, gradient
+        self.memory: list[Vectors] = []
+
+    def alpha(self) -> list[float]:
+        """Eq. 8: alpha_B = 1 and alpha_i = lam eta**a_i, the age a_i of the newest remembered batch being 0."""
+        return [1.0] + [self.lam * self.eta**a for a in range(len(self.memory))]
+
+    def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mu^, s2^ of x and the memory."""
+        return weighted_moments([vectors(x), *self.memory], self.alpha())
+
+    def rho(self, x: Tensor) -> float:
+        """n_B / sum_i alpha_i n_i."""
+        batches = [vectors(x), *self.memory]
+        return len(batches[0]) / sum(a * len(xs) for a, xs in zip(self.alpha(), batches, strict=True))
+
+    def normalize(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """y = gamma (x - mu^) / sqrt(s2^ + eps) + beta (eq. 7).
+
+        The memory is constant. With gradient "batch" so is its correction:
+        y = gamma (R (x - mu_B) / sigma_B + D) + beta, R = stopgrad(sigma_B / sigma^), D = stopgrad((mu_B - mu^) / sigma^).
+        """
+        mu_hat, s2_hat = self.training_statistics(x)
+        sigma_hat = (s2_hat + self.eps) ** 0.5
+        xs = vectors(x)
+        if self.gradient == "paper":
+            return tensor([gamma * (v - mu_hat) / sigma_hat + beta for v in xs], x.shape)
+        R, D = self.correction(x)
+        mu, s2 = moments(xs)
+        sigma = (s2 + self.eps) ** 0.5
+        return tensor([gamma * (R * (v - mu) / sigma + D) + beta for v in xs], x.shape)
+
+    def correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """R = sigma_B / sigma^ and D = (mu_B - mu^) / sigma^, constants."""
+        x = x.detach()
+        mu_hat, s2_hat = self.training_statistics(x)
+        mu, s2 = moments(vectors(x))
+        sigma_hat = (s2_hat + self.eps) ** 0.5
+        return (s2 + self.eps) ** 0.5 / sigma_hat, (mu - mu_hat) / sigma_hat
+
+    def backward(self, x: Tensor, gamma: Tensor, dl_dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dl/dx, dl/dgamma, dl/dbeta in closed form; sums over j run over the current batch.
+
+        "paper": dl/dx^(j) = gamma / sigma^ (dl/dy^(j) - rho mean(dl/dy) - rho xhat^(j) mean(dl/dy xhat))
+        "batch": dl/dx^(j) = gamma / sigma^ (dl/dy^(j) - mean(dl/dy) - xhat_B^(j) mean(dl/dy xhat_B))
+        """
+        mu_hat, s2_hat = self.training_statistics(x)
+        sigma_hat = (s2_hat + self.eps) ** 0.5
+        xs, dys = vectors(x), vectors(dl_dy)
+        n = len(xs)
+        xhat = [(v - mu_hat) / sigma_hat for v in xs]
+        dl_dgamma = sum(dy * h for dy, h in zip(dys, xhat, strict=True))
+        dl_dbeta = sum(dys)
+        if self.gradient == "paper":
+            share, h_B = self.rho(x), xhat
+        else:
+            mu, s2 = moments(xs)
+            share, h_B = 1.0, [(v - mu) / (s2 + self.eps) ** 0.5 for v in xs]
+        mean_dy = dl_dbeta / n
+        mean_dy_h = sum(dy * h for dy, h in zip(dys, h_B, strict=True)) / n
+        dl_dx = [
+            gamma / sigma_hat * (dy - share * mean_dy - share * h * mean_dy_h) for dy, h in zip(dys, h_B, strict=True)
+        ]
+        return tensor(dl_dx, x.shape), dl_dgamma, dl_dbeta
+
+    def remember(self, x: Tensor) -> None:
+        """Enter x as age 0; what is older than k batches is forgotten."""
+        self.memory = [vectors(x.detach()), *self.memory][: self.k]
+
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """The moments of the memory alone, weights eta**a; mean 0 and variance 1 before anything was remembered."""
+        if not self.memory:
+            zeros = torch.zeros(self.channels, dtype=torch.float64)
+            return zeros, zeros + 1
+        return weighted_moments(self.memory, [self.eta**a for a in range(len(self.memory))])
+
+    def test_statistics(self) -> tuple[Tensor, Tensor]:
+        m, v = self.pooled()
+        return m, (v + self.eps) ** 0.5
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What a layer's buffers must hold, by name; rows of the memory that are still empty hold zeros."""
+        mean = torch.zeros(self.k, self.channels, dtype=torch.float64)
+        var, count = torch.zeros_like(mean), mean.new_zeros(self.k)
+        for a, xs in enumerate(self.memory):
+            mean[a], var[a] = moments(xs)
+            count[a] = len(xs)
+        m, v = self.pooled()
+        w = sum((self.eta**a * len(xs) for a, xs in enumerate(self.memory)), 0.0)
+        return {
+            "memory_mean": mean,
+            "memory_var": var,
+            "memory_count": count,
+            "memory_weight": mean.new_tensor(w),
+            "running_mean": m,
+            "running_var": v,
+        }
+
+
+class BRN(_Layer):
+    """Batch renormalisation (Ioffe 2017, algorithm 1); the first update copies."""
+
+    def __init__(self, channels, momentum=0.01, r_max=3.0, d_max=5.0, forwards=1, eps=1e-5) -> None:
+        super().__init__(channels, forwards, eps)
+        self.momentum, self.r_max, self.d_max = momentum, r_max, d_max
+        self.mu = torch.zeros(channels, dtype=torch.float64)
+        self.sigma = torch.ones(channels, dtype=torch.float64)
+        self.updates = 0
+
+    def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mu_B and sigma_B = sqrt(s2_B + eps), biased."""
+        mu_B, s2_B = moments(vectors(x))
+        return mu_B, (s2_B + self.eps) ** 0.5
+
+    def correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """r = clip(sigma_B / sigma, 1 / r_max, r_max), d = clip((mu_B - mu) / sigma, -d_max, d_max), constants."""
+        mu_B, sigma_B = self.batch_statistics(x.detach())
+        r, d = torch.empty_like(mu_B), torch.empty_like(mu_B)
+        for c in range(self.channels):
+            r[c] = min(max(sigma_B[c] / self.sigma[c], 1 / self.r_max), self.r_max)
+            d[c] = min(max((mu_B[c] - self.mu[c]) / self.sigma[c], -self.d_max), self.d_max)
+        return r, d
+
+    def normalize(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """y = gamma ((x - mu_B) / sigma_B r + d) + beta."""
+        mu_B, sigma_B = self.batch_statistics(x)
+        r, d = self.correction(x)
+        return tensor([gamma * ((v - mu_B) / sigma_B * r + d) + beta for v in vectors(x)], x.shape)
+
+    def backward(self, x: Tensor, gamma: Tensor, dl_dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dl/dx, dl/dgamma, dl/dbeta as printed below algorithm 1 of Ioffe (2017).
+
+        dl/dxhat    = dl/dy gamma
+        dl/dsigma_B = sum_j dl/dxhat (x - mu_B) (-r / sigma_B**2)
+        dl/dmu_B    = sum_j dl/dxhat (-r / sigma_B)
+        dl/dx       = dl/dxhat r / sigma_B + dl/dsigma_B (x - mu_B) / (n sigma_B) + dl/dmu_B / n
+        """
+        xs, dys = vectors(x), vectors(dl_dy)
+        n = len(xs)
+        mu_B, sigma_B = self.batch_statistics(x)
+        r, d = self.correction(x)
+        dl_dxhat = [dy * gamma for dy in dys]
+        dl_dsigma = sum(g * (v - mu_B) * (-r / sigma_B**2) for g, v in zip(dl_dxhat, xs, strict=True))
+        dl_dmu = sum(g * (-r / sigma_B) for g in dl_dxhat)
+        dl_dx = [
+            g * r / sigma_B + dl_dsigma * (v - mu_B) / (n * sigma_B) + dl_dmu / n
+            for g, v in zip(dl_dxhat, xs, strict=True)
+        ]
+        xhat = [(v - mu_B) / sigma_B * r + d for v in xs]
+        dl_dgamma = sum(dy * h for dy, h in zip(dys, xhat, strict=True))
+        return tensor(dl_dx, x.shape), dl_dgamma, sum(dys)
+
+    def remember(self, x: Tensor) -> None:
+        """mu += momentum (mu_B - mu), sigma += momentum (sigma_B - sigma)."""
+        mu_B, sigma_B = self.batch_statistics(x.detach())
+        step = self.momentum if self.updates else 1.0
+        self.mu = self.mu + step * (mu_B - self.mu)
+        self.sigma = self.sigma + step * (sigma_B - self.sigma)
+        self.updates += 1
+
+    def test_statistics(self) -> tuple[Tensor, Tensor]:
+        return self.mu, self.sigma
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {
+            "running_mean": self.mu,
+            "running_std": self.sigma,
+            "num_batches_tracked": torch.tensor(self.updates),
+        }
+
+
+class BN(_Layer):
+    """Batch normalisation with torch's conventions: momentum 0.1, unbiased variance in the moving average."""
+
+    def __init__(self, channels, momentum=0.1, forwards=1, eps=1e-5) -> None:
+        super().__init__(channels, forwards, eps)
+        self.momentum = momentum
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.var = torch.ones(channels, dtype=torch.float64)
+        self.updates = 0
+
+    def normalize(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """y = gamma (x - mu_B) / sqrt(s2_B + eps) + beta."""
+        mu, s2 = moments(vectors(x))
+        return tensor([gamma * (v - mu) / (s2 + self.eps) ** 0.5 + beta for v in vectors(x)], x.shape)
+
+    def backward(self, x: Tensor, gamma: Tensor, dl_dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dl/dx = gamma / sigma_B (dl/dy - mean(dl/dy) - xhat mean(dl/dy xhat)): MBN's without a memory."""
+        return MBN(self.channels, k=1, eps=self.eps).backward(x, gamma, dl_dy)
+
+    def remember(self, x: Tensor) -> None:
+        """mean += momentum (mu_B - mean), var += momentum (s2_B n / (n - 1) - var)."""
+        xs = vectors(x.detach())
+        mu, s2 = moments(xs)
+        self.mean = self.mean + self.momentum * (mu - self.mean)
+        self.var = self.var + self.momentum * (s2 * len(xs) / (len(xs) - 1) - self.var)
+        self.updates += 1
+
+    def test_statistics(self) -> tuple[Tensor, Tensor]:
+        return self.mean, (self.var + self.eps) ** 0.5
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {
+            "running_mean": self.mean,
+            "running_var": self.var,
+            "num_batches_tracked": torch.tensor(self.updates),
+        }
+
+
+def unit_convolution(x: Tensor, W: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """u_i = gamma_i (W_i * x) / ||W_i||_2 + beta_i, stride 1, no padding (Arpit et al. 2016).
+
+    x: (N, C, H, W'), W: (C_out, C, kh, kw); the norm runs over (C, kh, kw).
+    """
+    rows, _, kh, kw = W.shape
+    columns = []
+    for i in range(rows):
+        norm = sum(w**2 for w in W[i].flatten()) ** 0.5
+        places = itertools.product(range(x.shape[2] - kh + 1), range(x.shape[3] - kw + 1))
+        u = [gamma[i] * (x[:, :, p : p + kh, q : q + kw] * W[i]).sum((1, 2, 3)) / norm + beta[i] for p, q in places]
+        columns.append(torch.stack(u, 1).reshape(len(x), x.shape[2] - kh + 1, -1))
+    return torch.stack(columns, 1)
+
+
+def standard_relu(u: Tensor) -> Tensor:
+    """o = (max(u, 0) - sqrt(1 / (2 pi))) / sqrt((1 - 1 / pi) / 2)."""
+    mean, std = math.sqrt(1 / (2 * math.pi)), math.sqrt((1 - 1 / math.pi) / 2)
+    return torch.stack([(v if v > 0 else v * 0) - mean for v in u.flatten()]).reshape(u.shape) / std

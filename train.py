@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Train one network: `python train.py dataset=cifar10 model=resnet56 norm=mbn` is the paper's run."""
+
+import sys
+from pathlib import Path
+
+# This checkout's own code, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from mbn import config as configuration
+from mbn.errors import UserError
+
+HELP = """Train one network and write its record.
+
+  python train.py dataset=cifar10 model=resnet56 norm=mbn     the paper's run
+  python train.py experiment=quickstart                       two minutes on a CPU, no download
+  python train.py -m norm=bn,mbn seed=0,1,2                   a sweep, one run after another
+
+The same command again resumes an unfinished run, and shows the result of a finished one.
+
+Options: --help; --cfg job prints the resolved configuration; -m sweeps.
+
+Choices:
+{choices}
+Settings (key=value; the defaults, or what the rest of this command makes of them):
+{settings}"""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 done, 1 a user's error, 75 stopped by a signal and to be resumed, 130 Ctrl-C."""
+    flags = [a for a in arguments if a.startswith("-")]
+    overrides = [a for a in arguments if not a.startswith("-")]
+    try:
+        if flags and flags[0] in ("-h", "--help"):
+            print(HELP.format(choices=choices(), settings=settings(overrides)))
+        elif flags and flags[0] in ("-c", "--cfg"):
+            print(settings([o for o in overrides if o not in ("job", "all", "hydra")]))
+        elif flags:
+            sweep()
+        else:
+            run(configuration.load(overrides))
+    except (configuration.ConfigError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    return 0
+
+
+def run(config: configuration.Config) -> None:
+    from mbn import record
+
+    path = record.path_of(Path(config.machine.results), configuration.run_name(config))
+    runs = Path(config.machine.results) / "runs"
+    if path.exists() and not config.machine.again:
+        result = record.read(path)
+        print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it anew.")
+    else:
+        # Importing torch takes seconds: not before the configuration is known to be right.
+        import models
+        from mbn.trainer import train
+
+        def build(layers):
+            extra = {k: v for k, v in vars(config.model).items() if k != "name"}
+            return models.build(config.model.name, config.dataset.image_size, layers, config.dataset.classes, **extra)
+
+        print(f"{configuration.run_name(config)}: {configuration.iterations(config)} iterations")
+        result = train(config, build)
+        print(record.summary(result))
+    print(f"record: {path}\ncurves: tensorboard --logdir {runs}")
+
+
+def sweep() -> None:
+    """`-m` and what else Hydra's own command line offers."""
+    import hydra
+
+    configuration.register_resolvers()
+
+    @hydra.main(config_path="configs", config_name="config", version_base="1.3")
+    def job(composed) -> None:
+        run(configuration.checked(composed))
+
+    job()
+
+
+def choices() -> str:
+    return "".join(f"  {group}={'|'.join(configuration.options(group))}\n" for group in configuration.groups())
+
+
+def settings(overrides: list[str]) -> str:
+    """The composed configuration, one line a setting."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    class OneLine(yaml.SafeDumper):
+        pass
+
+    OneLine.add_representer(list, lambda dumper, v: dumper.represent_sequence("tag:yaml.org,2002:seq", v, True))
+    composed = OmegaConf.to_container(configuration.compose(overrides), resolve=True)
+    return yaml.dump(composed, Dumper=OneLine, sort_keys=False, width=1000)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
