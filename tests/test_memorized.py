@@ -551,7 +551,10 @@ def small_net(**settings):
 @pytest.mark.parametrize("forwards", [1, 2])
 @gradients
 def test_a_compiled_net_trains_as_an_eager_one_and_is_compiled_once(forwards, gradient):
-    """All in one graph each; a change of lambda must not compile anew, as it comes in the middle of training."""
+    """One graph for each of the two forwards; a change of lambda in mid-training must not compile anew.
+
+    With forwards=1 the graph overwrites what its own backward needs (torch recomputes from it, pytorch#197039).
+    """
     torch._dynamo.reset()
     eager = small_net(forwards=forwards, gradient=gradient).double()
     twin = copy.deepcopy(eager)
@@ -575,6 +578,20 @@ def test_a_compiled_net_trains_as_an_eager_one_and_is_compiled_once(forwards, gr
     assert eager[1].memory_count.tolist() == [64, 64, 64]
     net_eval = [net.eval()(x) for net in (eager, compiled)]
     assert_close(*net_eval, **tolerance)
+
+
+@gradients
+def test_compiled_forwards_may_come_before_both_backwards(gradient):
+    """As in a siamese network: the second call overwrites the memory that the first normalised with."""
+    torch._dynamo.reset()
+    eager = fill(MemorizedBatchNorm1d(3, lam=0.5, forwards=1, gradient=gradient).double(), spatial=())
+    twin = copy.deepcopy(eager)
+    a, b = inputs(4, 3).requires_grad_(), inputs(4, 3, at=3).requires_grad_()
+    dl_dy, results = torch.randn(8, 3, dtype=torch.float64), []
+    for layer in (eager, torch.compile(twin, fullgraph=True, backend="aot_eager")):
+        y = torch.cat([layer(a), layer(b)])
+        results.append(torch.autograd.grad(y, [a, b], dl_dy))
+    assert_close(results[1], results[0], atol=1e-10, rtol=1e-10)
 
 
 def test_eager_layers_call_torchs_kernels_and_compiled_ones_the_formula():

@@ -1,0 +1,330 @@
+"""Double forward propagation: which forward pass remembers, with which weights, and who is told when none did."""
+
+import copy
+import warnings
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import mbn.norm.base as base
+from mbn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchRenorm1d,
+    BatchRenorm2d,
+    MemorizedBatchNorm1d,
+    MemorizedBatchNorm2d,
+    convert,
+    held,
+    second_forward,
+)
+from mbn.norm.base import norm_layers
+
+LAYERS = (BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d)
+
+layers = pytest.mark.parametrize("layer", LAYERS)
+
+
+@pytest.fixture
+def no_warning_yet():
+    """A process that has not warned yet; tests after this one start afresh too."""
+    base._warn_forgotten.cache_clear()
+    yield
+    base._warn_forgotten.cache_clear()
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def unchanged(before, module):
+    return all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def small_net(dtype=torch.float64, **settings):
+    """Three normalised layers of two kinds, with strides and padding."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        MemorizedBatchNorm2d(4, **settings),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3, stride=2, bias=False),
+        MemorizedBatchNorm2d(5, **settings),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20, 6, bias=False),
+        MemorizedBatchNorm1d(6, **settings),
+        nn.Linear(6, 3),
+    ).to(dtype)
+
+
+def by_hand(net, refs, x, remember):
+    """net(x) in training mode, every layer normalised by its reference, which remembers x where told so."""
+    refs = iter(refs)
+    for layer in net:
+        if isinstance(layer, nn.Conv2d):
+            x = F.conv2d(x, layer.weight, stride=layer.stride, padding=layer.padding)
+        elif isinstance(layer, MemorizedBatchNorm1d | MemorizedBatchNorm2d):
+            ref, z = next(refs), x
+            x = ref.normalize(z, layer.weight, layer.bias)
+            if remember:
+                ref.remember(z)
+        else:
+            x = layer(x)
+    return x
+
+
+@pytest.mark.parametrize("gradient", ["paper", "batch"])
+def test_each_layers_memory_holds_the_moments_under_the_new_weights(path, gradient):
+    """Algorithm 1 through a whole network, each layer normalising by memory (without B) and B."""
+    net = small_net(memory=3, lam=0.8, gradient=gradient)
+    refs = [reference.MBN(layer.num_features, 3, lam=0.8, gradient=gradient) for layer in norm_layers(net)]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for t in range(5):
+        x, labels = torch.randn(2 + t % 3, 3, 5, 5, dtype=torch.float64) + t, torch.arange(2 + t % 3) % 3
+        y = net(x)
+        assert_close(y, by_hand(net, refs, x, remember=False), atol=1e-9, rtol=1e-9)
+        F.cross_entropy(y, labels).backward()
+        old = copy.deepcopy(net)
+        optimizer.step()
+        optimizer.zero_grad()
+        y = second_forward(net, x)
+        with torch.no_grad():
+            assert_close(y, by_hand(net, refs, x, remember=True), atol=1e-9, rtol=1e-9)
+        for layer, ref in zip(norm_layers(net), refs, strict=True):
+            got = {name: getattr(layer, name) for name in ref.buffers()}
+            assert_close(got, ref.buffers(), atol=1e-9, rtol=1e-9)
+            assert layer.memory_count.count_nonzero() == min(t + 1, 3)
+        # The test could not tell otherwise: the old weights' moments are others.
+        second_forward(old, x)
+        for layer, outdated in zip(norm_layers(net), norm_layers(old), strict=True):
+            assert (layer.memory_mean[0] - outdated.memory_mean[0]).abs().max() > 1e-3
+
+
+@layers
+def test_a_first_forward_remembers_only_with_one_forward(layer):
+    x = torch.randn(4, 3)
+    one, two = layer(3, forwards=1), layer(3, forwards=2)
+    before = snapshot(one)
+    assert unchanged(before, two)
+    one(x)
+    assert not unchanged(before, one)
+    two(x)
+    assert unchanged(before, two)
+    second_forward(two, x)
+    assert unchanged(snapshot(one), two)
+
+
+@layers
+def test_one_entry_per_second_forward(layer):
+    """Gradient accumulation: two training forwards, one step, and then each micro-batch's second forward."""
+    model, twin = layer(3, forwards=2), layer(3, forwards=1)
+    a, b = torch.randn(4, 3), torch.randn(5, 3) + 1
+    before = snapshot(model)
+    (model(a).square().sum() + model(b).square().sum()).backward()
+    assert unchanged(before, model)
+    second_forward(model, a)
+    second_forward(model, b)
+    with torch.no_grad():
+        twin(a)
+        twin(b)
+    assert unchanged(snapshot(twin), model)
+    if layer is MemorizedBatchNorm1d:
+        assert model.memory_count[:3].tolist() == [5, 4, 0]
+        assert_close(model.memory_mean[:2], torch.stack([b.mean(0), a.mean(0)]))
+
+
+def test_in_a_mixed_model_only_layers_of_two_forwards_take_the_second():
+    """A layer of one forward has remembered the batch already: once more would be twice."""
+    for layer in LAYERS:
+        one, two = layer(3, forwards=1), layer(3, forwards=2)
+        net = nn.Sequential(one, two)
+        x = torch.randn(4, 3)
+        net(x)
+        remembered = snapshot(one)
+        second_forward(net, x)
+        assert unchanged(remembered, one), layer.__name__
+
+
+@layers
+def test_frozen_layers_remember_nothing(layer):
+    net = nn.Sequential(layer(3, forwards=2), layer(3, forwards=2))
+    net[0].eval()
+    before = snapshot(net[0])
+    second_forward(net, torch.randn(4, 3))
+    assert unchanged(before, net[0])
+    assert not unchanged(before, net[1])
+
+
+def test_second_forward_hands_arguments_on_and_returns_the_output_without_gradients():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = MemorizedBatchNorm1d(3)
+
+        def forward(self, x, *, factor):
+            assert not torch.is_grad_enabled()
+            return {"y": self.norm(x) * factor}
+
+    model, x = Doubled(), torch.randn(4, 3, requires_grad=True)
+    y = second_forward(model, x, factor=2)["y"]
+    assert not y.requires_grad
+    assert_close(y, 2 * F.batch_norm(x.detach(), None, None, training=True))
+    assert torch.is_grad_enabled()
+
+
+def test_second_forward_runs_under_the_ambient_autocast():
+    net, x = small_net(torch.float32), torch.randn(4, 3, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert second_forward(net, x).dtype == torch.bfloat16
+    assert second_forward(net, x).dtype == torch.float32
+
+
+def test_second_forward_sees_the_new_weights_inside_one_autocast():
+    """autocast keeps its bfloat16 copies of the weights until it is left, and the step is inside it."""
+    net, x = nn.Sequential(nn.Linear(3, 4, bias=False), MemorizedBatchNorm1d(4)), torch.randn(8, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x)
+        with torch.no_grad():
+            net[0].weight.mul_(3)
+        second_forward(net, x)
+    assert_close(net[1].memory_mean[0], net[0](x).mean(0), atol=3e-2, rtol=3e-2)
+
+
+def test_second_forward_refuses_eval_mode_and_changes_nothing():
+    model = MemorizedBatchNorm1d(3).eval()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"call module\.train\(\) first"):
+        second_forward(model, torch.randn(4, 3))
+    assert unchanged(before, model)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.BatchNorm1d(3), BatchNorm1d(3), MemorizedBatchNorm1d(3, forwards=1)])
+def test_second_forward_refuses_a_model_without_a_layer_of_two_forwards(model):
+    with pytest.raises(RuntimeError, match="forwards=2"):
+        second_forward(model, torch.randn(4, 3))
+
+
+@layers
+def test_after_an_error_in_the_second_forward_the_next_first_forward_is_one(layer):
+    model = nn.Sequential(layer(3, forwards=2), nn.Linear(5, 5))
+    with pytest.raises(RuntimeError):
+        second_forward(model, torch.randn(4, 3))
+    before = snapshot(model)
+    model[0](torch.randn(4, 3))
+    assert unchanged(before, model)
+
+
+@layers
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_held_layers_normalise_as_ever_and_remember_nothing(layer, forwards):
+    model, x = layer(3, forwards=forwards), torch.randn(4, 3)
+    for _ in range(2):
+        second_forward(model, x + 1) if forwards == 2 else model(x + 1)
+    before, twin = snapshot(model), copy.deepcopy(model)
+    with held(model):
+        y = model(x)
+    assert unchanged(before, model)
+    assert torch.equal(y, twin(x))
+    second_forward(model, x) if forwards == 2 else model(x)
+    assert not unchanged(before, model)
+    model.eval()  # no warning
+
+
+def warned(model):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.eval()
+    model.train()
+    return [str(w.message) for w in caught]
+
+
+@layers
+def test_eval_after_forgotten_second_forwards_warns_once_in_a_process(layer, no_warning_yet):
+    model, x = nn.Sequential(layer(3, forwards=2), layer(3, forwards=2)), torch.randn(4, 3)
+    model(x)
+    (message,) = warned(model)
+    assert "second_forward(model, inputs)" in message
+    model(x)
+    assert warned(model) == []
+
+
+def test_the_warning_points_at_the_line_that_called_eval(no_warning_yet):
+    model = nn.Sequential(nn.Sequential(MemorizedBatchNorm1d(3)))
+    model(torch.randn(4, 3))
+    with pytest.warns(UserWarning, match="second_forward"):
+        model.eval()
+
+
+@layers
+@pytest.mark.parametrize("case", ["second forward", "one forward", "held", "evaluation", "nothing"])
+def test_no_warning_without_a_forgotten_second_forward(layer, case, no_warning_yet):
+    model, x = nn.Sequential(layer(3, forwards=1 if case == "one forward" else 2)), torch.randn(4, 3)
+    if case in ("second forward", "one forward"):
+        model(x)
+    if case == "second forward":
+        second_forward(model, x)
+    if case == "held":
+        with held(model):
+            model(x)
+    if case == "evaluation":
+        model.eval()
+        model(x)
+    assert warned(model) == []
+    model.train()
+    assert warned(model) == []
+
+
+def test_a_warning_made_an_error_is_raised_again_next_time(no_warning_yet):
+    model = MemorizedBatchNorm1d(3)
+    for _ in range(2):
+        model.train()
+        model(torch.randn(4, 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="second_forward"):
+                model.eval()
+
+
+@pytest.mark.parametrize("norm", ["mbn", "brn", "bn"])
+def test_two_added_lines_give_any_loop_double_forward(norm):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.randn(2, 3, 5, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    convert(model, norm, forwards=2)
+    x, labels = torch.randn(8, 3, 5, 5), torch.arange(8) % 2
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        second_forward(model, x)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    tracked = model[1].memory_count.count_nonzero() if norm == "mbn" else model[1].num_batches_tracked
+    assert tracked == (20 if norm != "brn" else 21) or tracked == 21
+
+
+@pytest.mark.parametrize("layer", [BatchNorm2d, BatchRenorm2d, MemorizedBatchNorm2d])
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((4, 3), "4D input, not 2D"),
+        ((4, 3, 5), "4D input, not 3D"),
+        ((4, 2, 5, 5), "3 channels, not 2"),
+        ((0, 3, 5, 5), "empty batch"),
+        ((4, 3, 0, 5), "empty batch"),
+    ],
+    ids=str,
+)
+def test_wrong_inputs_are_refused_by_name_and_change_nothing(layer, shape, words):
+    model = layer(3, forwards=1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"{layer.__name__} .*{words}"):
+        model(torch.randn(shape))
+    assert unchanged(before, model)
