@@ -50,19 +50,28 @@ def run(config: configuration.Config) -> None:
 
     path = record.path_of(Path(config.machine.results), configuration.run_name(config))
     runs = Path(config.machine.results) / "runs"
+
+    def build(layers):
+        import models
+
+        return models.build(layers=layers, **configuration.network(config))
+
+    # Importing torch takes seconds: not before the configuration is known to be right, nor for what is finished.
     if path.exists() and not config.machine.again:
         result = record.read(path)
+        if (
+            config.evaluate.precise
+            and result["test_error_precise"] is None
+            and config.norm.name in ("bn", "brn", "mbn")
+        ):
+            from mbn.trainer import add_precise_error
+
+            result = add_precise_error(config, build)
         print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it anew.")
     else:
-        # Importing torch takes seconds: not before the configuration is known to be right.
-        import models
         from mbn.trainer import train
 
-        def build(layers):
-            extra = {k: v for k, v in vars(config.model).items() if k != "name"}
-            return models.build(config.model.name, config.dataset.image_size, layers, config.dataset.classes, **extra)
-
-        print(f"{configuration.run_name(config)}: {configuration.iterations(config)} iterations")
+        print(f"{configuration.run_name(config)}: {configuration.iterations(config)} iterations", flush=True)
         result = train(config, build)
         print(record.summary(result))
     print(f"record: {path}\ncurves: tensorboard --logdir {runs}")

@@ -46,7 +46,7 @@ class Model:
 
 
 @dataclass
-class NIN(Model):
+class Dropout(Model):
     dropout: float = 0.0
 
 
@@ -71,6 +71,19 @@ class MBN(Norm):
 
 
 @dataclass
+class BRN(Norm):
+    eps: float = 1e-5
+    momentum: float = 0.01
+
+
+@dataclass
+class GN(Norm):
+    eps: float = 1e-5
+    groups: int = 32
+    channels: int = 4
+
+
+@dataclass
 class Schedule:
     lr: list[float] = MISSING
     milestones: list[float] = MISSING
@@ -89,6 +102,7 @@ class Optimizer:
 @dataclass
 class Evaluate:
     batch_size: int = 1000
+    precise: bool = False
 
 
 @dataclass
@@ -98,6 +112,7 @@ class Machine:
     device: str = "auto"
     mode: str = "auto"
     threads: int | None = None
+    workers: int | None = None
     checkpoint_seconds: float = 300
     again: bool = False
 
@@ -113,14 +128,18 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     batch_size: int = 128
     seed: int = 0
+    precision: str = "fp32"
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluate: Evaluate = field(default_factory=Evaluate)
     machine: Machine = field(default_factory=Machine)
 
 
-NORMS: dict[str, type[Norm]] = {"bn": BN, "mbn": MBN}
-DATASETS = ("cifar10", "cifar100", "digits")
-SMALL_MODELS: dict[str, type[Model]] = {"resnet20": Model, "resnet56": Model, "vgg16": Model, "nin": NIN}
+NORMS: dict[str, type[Norm]] = {"bn": BN, "brn": BRN, "mbn": MBN, "normprop": Norm, "gn": GN}
+DATASETS = ("cifar10", "cifar100", "digits", "imagenet")
+# Which networks there are for images of up to 64 pixels, and for larger ones.
+SMALL = ("resnet20", "resnet56", "vgg16", "nin")
+LARGE = ("resnet18", "resnet34", "resnet50", "vgg16")
+MODELS: dict[str, type[Model]] = dict.fromkeys((*SMALL, *LARGE), Model) | {"nin": Dropout}
 MODES = ("auto", "eager", "compile")
 
 
@@ -215,7 +234,7 @@ def _home(key: str) -> str:
     group, _, rest = key.partition(".")
     if group not in ("model", "norm") or not rest:
         return ""
-    table = NORMS if group == "norm" else SMALL_MODELS
+    table = NORMS if group == "norm" else MODELS
     return " or ".join(
         f"{group}={name}" for name, cls in table.items() if rest in {f.name for f in dataclasses.fields(cls)}
     )
@@ -259,7 +278,7 @@ def from_dict(plain: dict[str, Any]) -> Config:
         if dataclasses.is_dataclass(f.type) and not isinstance(plain.get(f.name, {}), dict):
             raise ConfigError(f"{f.name} must be a group of settings, not {plain[f.name]!r}.")
     schema = Config(
-        model=_schema_of(plain, "model", SMALL_MODELS)(),
+        model=_schema_of(plain, "model", MODELS)(),
         norm=_schema_of(plain, "norm", NORMS)(),
     )
     try:
@@ -371,14 +390,24 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield "machine.device", device, "auto, cpu, cuda, cuda:N or mps", machine.device
     yield among("machine.mode", machine.mode, MODES)
     yield at_least("machine.threads", machine.threads, 1)
+    yield at_least("machine.workers", machine.workers, 0)
+    yield among("precision", config.precision, ("fp32", "bf16"))
     seconds = machine.checkpoint_seconds
     yield "machine.checkpoint_seconds", seconds > 0, "above 0", seconds
 
 
 def _model_rules(config: Config) -> Iterator[Rule]:
     model = config.model
-    yield "model.name", model.name in SMALL_MODELS, f"one of {', '.join(SMALL_MODELS)}", model.name
-    if isinstance(model, NIN):
+    choices = SMALL if config.dataset.image_size <= 64 else LARGE
+    wanted = f"one of {', '.join(choices)} for the images of dataset={config.dataset.name}"
+    yield "model", model.name in choices, wanted, model.name
+    if config.norm.name == "normprop":
+        wanted = (
+            "one of nin, vgg16 with norm=normprop, which has no rule for the sum of a residual block and its shortcut "
+            "(the paper says that it cannot be applied there)"
+        )
+        yield "model", not model.name.startswith("resnet"), wanted, model.name
+    if isinstance(model, Dropout):
         yield "model.dropout", 0 <= model.dropout < 1, "at least 0 and below 1", model.dropout
 
 
@@ -388,6 +417,9 @@ def _norm_rules(config: Config) -> Iterator[Rule]:
     yield "norm.eps", 0 < eps < math.inf, "above 0", eps
     momentum = getattr(norm, "momentum", 1.0)
     yield "norm.momentum", 0 < momentum <= 1, "above 0 and at most 1", momentum
+    if isinstance(norm, GN):
+        yield "norm.groups", norm.groups >= 1, "at least 1", norm.groups
+        yield "norm.channels", norm.channels >= 1, "at least 1", norm.channels
     if isinstance(norm, MBN):
         yield "norm.memory", norm.memory >= 1, "at least 1", norm.memory
         yield "norm.decay", 0 < norm.decay <= 1, "above 0 and at most 1", norm.decay
@@ -429,6 +461,12 @@ def iterations(config: Config) -> int:
         epochs = schedule.default_epochs if schedule.epochs is None else schedule.epochs
         length = epochs * iterations_per_epoch(config)
     return max(1, round(length * Fraction(repr(schedule.scale))))
+
+
+def network(config: Config) -> dict[str, Any]:
+    """What `models.build` is told beside the layers."""
+    settings = dataclasses.asdict(config.model)
+    return settings | {"image_size": config.dataset.image_size, "classes": config.dataset.classes}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Data sets on the device as uint8, and their augmentation, a batch at a time."""
 
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import draws
+from .config import Config
 from .config import Dataset as DatasetConfig
 from .download import download, md5
 from .errors import UserError
@@ -23,19 +25,35 @@ class Arrays(NamedTuple):
     test_labels: np.ndarray
 
 
-def load(dataset: DatasetConfig, folder: Path) -> Arrays:
-    """Read the data set; CIFAR from folder, or downloaded there.
+def load(config: Config, device: torch.device) -> "Data":
+    """Open the data set of a run; CIFAR and ImageNet in the folder machine.data.
 
     Errors: UserError where files are missing and cannot be fetched, damaged, or not as many as configured.
     """
+    dataset, folder = config.dataset, Path(config.machine.data)
+    if dataset.name == "imagenet":
+        from .imagenet import ImageFolders
+
+        return ImageFolders(dataset, folder, config.seed, device, config.machine.workers)
     arrays = load_digits() if dataset.name == "digits" else load_cifar(dataset.name, folder)
-    for key, found in (("train_images", len(arrays.train_labels)), ("test_images", len(arrays.test_labels))):
-        if found != getattr(dataset, key):
+    check_numbers(
+        dataset,
+        train_images=len(arrays.train_labels),
+        test_images=len(arrays.test_labels),
+        classes=int(arrays.train_labels.max()) + 1,
+    )
+    return DeviceDataset(arrays, dataset, config.seed, device)
+
+
+def check_numbers(dataset: DatasetConfig, **found: int) -> None:
+    """Raise UserError where the data set's numbers of images or classes are not the configured ones."""
+    for key, number in found.items():
+        if number != getattr(dataset, key):
+            wrong = " ".join(f"dataset.{k}={v}" for k, v in found.items() if v != getattr(dataset, k))
             raise UserError(
-                f"{dataset.name} has {found} {key.replace('_', ' ')}, not {getattr(dataset, key)}: "
-                f"set dataset.{key}={found}."
+                f"{dataset.name} has {number} {key.replace('_', ' ')} here, not {getattr(dataset, key)}: complete the "
+                f"folder, or add {wrong} to the command if it is meant to be so."
             )
-    return arrays
 
 
 def load_digits() -> Arrays:
@@ -115,6 +133,25 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
+Batch = tuple[Tensor, Tensor]
+
+
+class Data(Protocol):
+    """Where a run's batches come from: images float32 (B, 3, H, W) and labels int64 (B,), on the device."""
+
+    def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
+        """The augmented training batches from a 0-based iteration on, epoch after epoch, without end."""
+        ...
+
+    def test_batches(self, size: int) -> Iterator[Batch]:
+        """The test images in batches, the last one smaller."""
+        ...
+
+    def plain_train_batches(self, size: int) -> Iterator[Batch]:
+        """The training images in batches, in their order and not augmented, the last one smaller."""
+        ...
+
+
 class DeviceDataset:
     """A small data set on the device, its batches made there: no worker processes, no copies in training.
 
@@ -146,7 +183,21 @@ class DeviceDataset:
         images = crop_and_flip(self.train_images[index], self.draws[index], self.config.padding)
         return normalize(images, self.mean, self.std), self.train_labels[index]
 
-    def test_batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Test images from position start on, at most size of them, not augmented, and their labels."""
-        images = self.test_images[start : start + size]
-        return normalize(images, self.mean, self.std), self.test_labels[start : start + size]
+    def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
+        n = len(self.train_labels)
+        epoch, position = divmod(iteration, -(-n // size))
+        while True:
+            self.start_epoch(epoch)
+            for start in range(position * size, n, size):
+                yield self.train_batch(start, size)
+            epoch, position = epoch + 1, 0
+
+    def test_batches(self, size: int) -> Iterator[Batch]:
+        return self._plain(self.test_images, self.test_labels, size)
+
+    def plain_train_batches(self, size: int) -> Iterator[Batch]:
+        return self._plain(self.train_images, self.train_labels, size)
+
+    def _plain(self, images: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            yield normalize(x, self.mean, self.std), y

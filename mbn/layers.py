@@ -4,12 +4,14 @@ It is a triple because normalisation propagation rescales filters before, and th
 where the others have `norm(channels)`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 
+from .config import Config
 from .norm.batch import BatchNorm2d
 from .norm.memorized import MemorizedBatchNorm2d
 from .norm.propagation import StandardReLU, UnitConv2d
@@ -22,6 +24,16 @@ class Layers(NamedTuple):
     conv: Callable[..., nn.Module]
     norm: Callable[[int], nn.Module]
     act: Callable[[], nn.Module]
+
+
+def from_config(config: Config) -> Layers:
+    """The layers of `norm=`, with its settings; lambda starts at the schedule's first value."""
+    settings = dataclasses.asdict(config.norm)
+    name = settings.pop("name")
+    if "lam" in settings:
+        settings["lam"] = settings["lam"][0]
+    options: dict[str, Callable[..., Layers]] = {"bn": bn, "mbn": mbn, "brn": brn, "normprop": normprop, "gn": gn}
+    return options[name](config.forwards, **settings)
 
 
 def bn(forwards: int, eps: float = 1e-5, momentum: float = 0.1) -> Layers:

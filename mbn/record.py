@@ -50,11 +50,21 @@ def checksum(record: dict[str, Any]) -> str:
 def write(results: Path, record: dict[str, Any]) -> Path:
     """Complete a record with its date and checksum and write it. Errors: UserError."""
     record = {**record, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    path = path_of(results, record["name"])
+    _write(path, record)
+    return path
+
+
+def rewrite(path: Path, **changes: Any) -> Path:
+    """Replace fields of a record by what was measured later. Errors: UserError."""
+    _write(path, read(path) | changes)
+    return path
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
     record["checksum"] = checksum(record)
     record = {key: record[key] for key in FIELDS}
-    path = path_of(results, record["name"])
     write_atomically(path, (_layout(record) + "\n").encode())
-    return path
 
 
 def _layout(value: Any, indent: int = 0) -> str:
@@ -140,8 +150,10 @@ def device_name(device: Any) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """One line for the end of a run."""
+    precise = record["test_error_precise"]
     return (
-        f"{record['name']}: test error {record['test_error']:.2f} % (best epoch {record['test_error_best']:.2f} %), "
-        f"training error {record['train_error']:.2f} %, {record['iterations']} iterations in "
+        f"{record['name']}: test error {record['test_error']:.2f} % (best epoch {record['test_error_best']:.2f} %"
+        + (f", with precise statistics {precise:.2f} %), " if precise is not None else "), ")
+        + f"training error {record['train_error']:.2f} %, {record['iterations']} iterations in "
         f"{record['seconds']:.0f} s"
     )

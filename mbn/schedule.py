@@ -14,3 +14,20 @@ def value_at(values: Sequence[float], milestones: Sequence[float], iteration: in
         return values[0]
     passed = sum(iteration >= Fraction(repr(stone)) * iterations for stone in milestones)
     return values[passed]
+
+
+def renorm_bounds(iteration: int, iterations: int) -> tuple[float, float]:
+    """r_max and d_max of batch renormalisation at a 0-based iteration of a run of that many.
+
+    Plain batch norm (1 and 0) until 1/32 of training, then both linear: d_max to 5 at 5/32, r_max to 3 at 1/4. These
+    are the instants of Ioffe 2017 (5k, 25k and 40k of about 160k steps) as fractions.
+    """
+    done = Fraction(iteration, iterations)
+
+    def rise(end: Fraction) -> Fraction:
+        return min(max((done - RENORM_START) / (end - RENORM_START), Fraction(0)), Fraction(1))
+
+    return float(1 + 2 * rise(R_MAX_END)), float(5 * rise(D_MAX_END))
+
+
+RENORM_START, D_MAX_END, R_MAX_END = Fraction(1, 32), Fraction(5, 32), Fraction(1, 4)

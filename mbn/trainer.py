@@ -10,23 +10,25 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint, record
-from . import layers as layer_options
 from .config import MBN, Config, identity, iterations, iterations_per_epoch, run_name, to_dict
-from .data import DeviceDataset, load
+from .data import load
 from .errors import UserError
-from .evaluate import evaluate
+from .evaluate import Measured, evaluate
 from .files import lock
 from .gap import Statistics, statistics_gap, training_statistics
 from .journal import Journal
-from .layers import Layers
+from .layers import Layers, from_config
+from .norm.base import norm_layers
 from .norm.memorized import set_lambda
-from .schedule import value_at
+from .norm.renorm import set_renorm
+from .precise import set_precise_statistics
+from .schedule import renorm_bounds, value_at
 from .signals import Stop
-from .update import WINDOW, Update
+from .update import WINDOW, Update, autocast
 
 # A record keeps at most this many points of a curve.
 CURVE_POINTS = 250
@@ -51,6 +53,24 @@ def train(config: Config, build: Callable[[Layers], nn.Module]) -> dict[str, Any
         return run.finish()
 
 
+def add_precise_error(config: Config, build: Callable[[Layers], nn.Module]) -> dict[str, Any]:
+    """Measure `test_error_precise` from a finished run's final checkpoint, add it to its record, and return that.
+
+    Nothing else in the record changes but its checksum. Errors: UserError where the checkpoint is not there any more.
+    """
+    path = record.path_of(Path(config.machine.results), run_name(config))
+    folder = Path(config.machine.results) / "runs" / run_name(config)
+    with lock(folder / "lock"):
+        run = Run(config, build, folder)
+        run.close()
+        if run.iteration != run.length:
+            raise UserError(
+                f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise=true measures: "
+                "machine.again=true trains it anew."
+            )
+        return record.read(record.rewrite(path, test_error_precise=run.precise_error()))
+
+
 class Run:
     """The state of a run: network, optimiser, data, counters; what a checkpoint holds."""
 
@@ -72,8 +92,8 @@ class Run:
         self.length = iterations(config)
         self.per_epoch = iterations_per_epoch(config)
         torch.manual_seed(config.seed)
-        model = build(make_layers(config))
-        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = build(from_config(config))
+        self.model = model.to(self.device).to(memory_format=torch.channels_last)
         self.lr = torch.tensor(0.0, device=self.device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -82,7 +102,7 @@ class Run:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        self.update = Update(self.model, self.optimizer, config.forwards, self.mode, self.device)
+        self.update = Update(self.model, self.optimizer, config.forwards, self.mode, config.precision, self.device)
         if config.forwards == 2 and not self.update.layers:
             print(
                 f"warning: norm={config.norm.name} has no batch statistics: the second forward is skipped.",
@@ -96,9 +116,7 @@ class Run:
         self.anew = config.machine.again
         if state:
             self._restore(state)
-        self.images = min(self._images_at(self.iteration), self._images_at(self.length))
-        data = load(config.dataset, Path(config.machine.data))
-        self.data = DeviceDataset(data, config.dataset, config.seed, self.device)
+        self.data = load(config, self.device)
         text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(text)
@@ -177,22 +195,18 @@ class Run:
 
     def train(self, stop: Stop) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
-        size = self.config.batch_size
         self.saved_at = self.clock = time.monotonic()
         bar = tqdm(total=self.length, initial=self.iteration, unit="it", disable=None, dynamic_ncols=True)
-        epoch = -1
+        batches = self.data.train_batches(self.iteration, self.config.batch_size)
         self.model.train()
         row_every = max(1, self.per_epoch // ROWS_PER_EPOCH)
         with bar:
             while self.iteration < self.length:
-                if self.iteration // self.per_epoch != epoch:
-                    epoch = self.iteration // self.per_epoch
-                    self.data.start_epoch(epoch)
                 position = self.iteration % self.per_epoch
                 self.set_schedule(self.iteration)
-                images, labels = self.data.train_batch(position * size, size)
+                images, labels = next(batches)
                 ends = position == self.per_epoch - 1 or self.iteration == self.length - 1
-                training = training_statistics(self.model, images) if ends else {}
+                training = self._training_statistics(images) if ends else {}
                 self.update(images, labels)
                 self.iteration += 1
                 bar.update()
@@ -217,6 +231,10 @@ class Run:
                         code=stop.code,
                     )
 
+    def _training_statistics(self, images: Tensor) -> Statistics:
+        with autocast(self.device, self.config.precision):
+            return training_statistics(self.model, images)
+
     def set_schedule(self, iteration: int) -> None:
         """Put learning rate and lambda to their values for this 0-based iteration."""
         schedule, norm = self.config.schedule, self.config.norm
@@ -229,6 +247,11 @@ class Run:
             if lam != getattr(self, "_lam_set", None):
                 self._lam_set = lam
                 set_lambda(self.model, lam)
+        if norm.name == "brn":
+            bounds = renorm_bounds(iteration, self.length)
+            if bounds != getattr(self, "_bounds_set", None):
+                self._bounds_set = bounds
+                set_renorm(self.model, *bounds)
 
     def drain(self) -> None:
         """Read the losses of the iterations since the last time, and stop if one of them is not finite."""
@@ -258,7 +281,7 @@ class Run:
     def _end_of_epoch(self, training: Statistics, bar: tqdm) -> None:
         gaps = statistics_gap(self.model, training)
         self.model.eval()
-        measured = evaluate(self.model, self.data, self.config.evaluate.batch_size)
+        measured = self._evaluate()
         self.model.train()
         speed = self.images_per_second()
         norms = {
@@ -291,6 +314,22 @@ class Run:
         self.epoch_sums = Sums()
         self.seconds += time.monotonic() - self.clock
         self.clock = time.monotonic()
+
+    def _evaluate(self) -> Measured:
+        with autocast(self.device, self.config.precision):
+            return evaluate(self.model, self.data.test_batches(self.config.evaluate.batch_size))
+
+    def precise_error(self) -> float | None:
+        """Test error in percent with statistics taken anew over the training set, which are then put back."""
+        if not norm_layers(self.model):
+            print(f"warning: norm={self.config.norm.name} has no statistics to take anew.", file=sys.stderr)
+            return None
+        kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        with autocast(self.device, self.config.precision):
+            set_precise_statistics(self.model, self.data.plain_train_batches(self.config.batch_size))
+        error = self._evaluate().error
+        self.model.load_state_dict(kept)
+        return error
 
     def _row(self, kind: str, sums: "Sums", extra: dict[str, Any] | None = None) -> None:
         """Write a row of the journal: what sums hold, the schedule, and more."""
@@ -336,7 +375,7 @@ class Run:
             "test_error_best": min(row["test_error"] for row in rows),
             "train_error": last["train_error"],
             "test_error_top5": last["test_error_top5"],
-            "test_error_precise": None,
+            "test_error_precise": self.precise_error() if self.config.evaluate.precise else None,
             "test_loss": last["test_loss"],
             "train_loss": last["train_loss"],
             "iterations": self.length,
@@ -390,14 +429,6 @@ class Sums:
 
 def _five_digits(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.5g}")
-
-
-def make_layers(config: Config) -> Layers:
-    """The layers of `norm=`, with its settings; lambda starts at the schedule's first value."""
-    settings = {key: value for key, value in to_dict(config)["norm"].items() if key != "name"}
-    if "lam" in settings:
-        settings["lam"] = settings["lam"][0]
-    return getattr(layer_options, config.norm.name)(config.forwards, **settings)
 
 
 def choose_device(wanted: str, earlier: str | None) -> torch.device:

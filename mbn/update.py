@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norm.base import norm_layers, phase
+from .norm.functional import statistics_dtype
 from .norm.propagation import project_unit_rows, unit_layers
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for precision="bf16"; nothing for "fp32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
 
 # Losses stay on the device for this many iterations, and are then read at once.
 WINDOW = 50
@@ -27,12 +34,17 @@ class Update:
         optimizer: torch.optim.Optimizer,
         forwards: int,
         mode: str,
+        precision: str,
         device: torch.device,
     ):
         self.model = model
+        self.device = device
+        self.precision = precision
         self.optimizer = optimizer
         self.layers = [layer for layer in norm_layers(model) if layer.forwards == 2] if forwards == 2 else []
         self.projects = bool(unit_layers(model))
+        # From the first step on: a step's effect is its size over the row's norm.
+        project_unit_rows(model)
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
         self.second: Callable[..., Tensor] = model
         if mode == "compile":
@@ -43,8 +55,9 @@ class Update:
         self.pending = 0
 
     def _first(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(images)
-        loss = F.cross_entropy(logits, labels)
+        with autocast(self.device, self.precision):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.to(statistics_dtype(logits.dtype)), labels)
         errors = (logits.detach().argmax(1) != labels).sum()
         return loss, torch.stack([loss.detach(), errors.to(loss.dtype)])
 
@@ -57,7 +70,7 @@ class Update:
         if self.projects:
             project_unit_rows(self.model)
         if self.layers:
-            with torch.no_grad(), phase(self.layers, "second"):
+            with torch.no_grad(), autocast(self.device, self.precision), phase(self.layers, "second"):
                 self.second(images)
         self.window.index_copy_(1, self.cursor, measured[:, None].to(self.window.dtype))
         self.cursor.add_(1).remainder_(WINDOW)

@@ -101,8 +101,8 @@ class MBN(_Layer):
     def normalize(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         """y = gamma (x - mu^) / sqrt(s2^ + eps) + beta (eq. 7).
 
-        The memory is constant. With gradient "batch" so is its correction:
-        y = gamma (R (x - mu_B) / sigma_B + D) + beta, R = stopgrad(sigma_B / sigma^), D = stopgrad((mu_B - mu^) / sigma^).
+        The memory is constant. With gradient "batch" so is its correction, of constants R and D (`correction`):
+        y = gamma (R (x - mu_B) / sigma_B + D) + beta.
         """
         mu_hat, s2_hat = self.training_statistics(x)
         sigma_hat = (s2_hat + self.eps) ** 0.5

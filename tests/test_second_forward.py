@@ -202,7 +202,9 @@ def test_second_forward_refuses_eval_mode_and_changes_nothing():
     assert unchanged(before, model)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.BatchNorm1d(3), BatchNorm1d(3), MemorizedBatchNorm1d(3, forwards=1)])
+@pytest.mark.parametrize(
+    "model", [nn.Linear(3, 3), nn.BatchNorm1d(3), BatchNorm1d(3), MemorizedBatchNorm1d(3, forwards=1)]
+)
 def test_second_forward_refuses_a_model_without_a_layer_of_two_forwards(model):
     with pytest.raises(RuntimeError, match="forwards=2"):
         second_forward(model, torch.randn(4, 3))
@@ -234,6 +236,17 @@ def test_held_layers_normalise_as_ever_and_remember_nothing(layer, forwards):
     model.eval()  # no warning
 
 
+@layers
+def test_test_statistics_that_are_set_are_those_of_evaluation(layer):
+    """As PreciseBN does after training."""
+    model = layer(3, forwards=1)
+    model(torch.randn(4, 3))
+    mean, variance, x = torch.randn(3), torch.rand(3) + 0.5, torch.randn(4, 3)
+    model.set_test_statistics(mean, variance)
+    assert_close(list(model.test_statistics()), [mean, variance])
+    assert_close(model.eval()(x), (x - mean) / (variance + model.eps).sqrt())
+
+
 def warned(model):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -250,13 +263,6 @@ def test_eval_after_forgotten_second_forwards_warns_once_in_a_process(layer, no_
     assert "second_forward(model, inputs)" in message
     model(x)
     assert warned(model) == []
-
-
-def test_the_warning_points_at_the_line_that_called_eval(no_warning_yet):
-    model = nn.Sequential(nn.Sequential(MemorizedBatchNorm1d(3)))
-    model(torch.randn(4, 3))
-    with pytest.warns(UserWarning, match="second_forward"):
-        model.eval()
 
 
 @layers
@@ -291,9 +297,7 @@ def test_a_warning_made_an_error_is_raised_again_next_time(no_warning_yet):
 
 @pytest.mark.parametrize("norm", ["mbn", "brn", "bn"])
 def test_two_added_lines_give_any_loop_double_forward(norm):
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-    model(torch.randn(2, 3, 5, 5))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     convert(model, norm, forwards=2)
     x, labels = torch.randn(8, 3, 5, 5), torch.arange(8) % 2
@@ -306,8 +310,8 @@ def test_two_added_lines_give_any_loop_double_forward(norm):
         second_forward(model, x)
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
-    tracked = model[1].memory_count.count_nonzero() if norm == "mbn" else model[1].num_batches_tracked
-    assert tracked == (20 if norm != "brn" else 21) or tracked == 21
+    remembered = model[1].memory_count.count_nonzero() if norm == "mbn" else model[1].num_batches_tracked
+    assert remembered == 20
 
 
 @pytest.mark.parametrize("layer", [BatchNorm2d, BatchRenorm2d, MemorizedBatchNorm2d])

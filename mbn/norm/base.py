@@ -57,6 +57,10 @@ class BatchStatisticsNorm(nn.Module):
         """The mean and the variance (C,) that evaluation would normalise with now."""
         raise NotImplementedError
 
+    def set_test_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Let evaluation normalise with this mean and variance (C,) from now on."""
+        raise NotImplementedError
+
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and sqrt(variance + eps) (C,) that a training forward of x is normalised by now. Changes nothing."""
         raise NotImplementedError

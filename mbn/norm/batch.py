@@ -66,6 +66,11 @@ class _BatchNorm(BatchStatisticsNorm):
         return self.running_mean, self.running_var
 
     @torch.no_grad()
+    def set_test_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
+
+    @torch.no_grad()
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, s2 = batch_moments(x)
         return mu, (s2 + self.eps).sqrt()

@@ -110,6 +110,11 @@ class _BatchRenorm(BatchStatisticsNorm):
         return self.running_mean, self.running_std.square() - self.eps
 
     @torch.no_grad()
+    def set_test_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        self.running_mean.copy_(mean)
+        self.running_std.copy_((variance + self.eps).sqrt())
+
+    @torch.no_grad()
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # y = ((x - mu_B) / sigma_B * r + d) = (x - (mu_B - d sigma_B / r)) / (sigma_B / r)
         mu, s2 = batch_moments(x)

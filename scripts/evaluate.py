@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Test a checkpoint of ours, or any file of weights, and write its weights for others.
+
+python scripts/evaluate.py results/runs/cifar10/resnet20/NAME/checkpoint.pt
+python scripts/evaluate.py weights.pth model=resnet50 dataset=imagenet norm=bn machine.data=/data/imagenet
+python scripts/evaluate.py checkpoint.pt --export model.safetensors
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mbn import config as configuration
+from mbn.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description="Loss, top-1 and top-5 error of a checkpoint of ours or a state_dict file on a test set."
+    )
+    parser.add_argument("weights", type=Path, help="checkpoint.pt of a run, a state_dict file, or .safetensors")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="as for train.py: model=, dataset=, norm=, dataset.mean=, dataset.std=, machine.data= ...; a checkpoint "
+        "of ours brings its own",
+    )
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights as safetensors")
+    options = parser.parse_args(arguments)
+    try:
+        run(options.weights, options.overrides, options.export)
+    except (configuration.ConfigError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    return 0
+
+
+def run(path: Path, overrides: list[str], export: Path | None) -> None:
+    import torch
+
+    import models
+    from mbn.data import load
+    from mbn.evaluate import evaluate
+    from mbn.layers import from_config
+    from mbn.trainer import choose_device
+    from mbn.update import autocast
+
+    state, described = read_weights(path)
+    config = configuration.load(command_line(described, overrides) if described else overrides)
+    device = choose_device(config.machine.device, None)
+    model = models.build(layers=from_config(config), **configuration.network(config))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(
+            f"{path} does not fit model={config.model.name} norm={config.norm.name} with {config.dataset.classes} "
+            f"classes: {' '.join(lines[1:2])}"
+        ) from None
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
+    with autocast(device, config.precision):
+        measured = evaluate(model, load(config, device).test_batches(config.evaluate.batch_size))
+    print(
+        f"{path} on {config.dataset.name}: loss {measured.loss:.4f}, top-1 error {measured.error:.2f} %, "
+        f"top-5 error {measured.error_top5:.2f} %"
+    )
+    if export is not None:
+        from safetensors.torch import save_file
+
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, export, metadata={"config": json.dumps(configuration.identity(config))})
+        print(f"wrote {export}")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A file's state_dict, and the configuration of its run where it is one of ours. Runs no code from the file."""
+    import pickle
+
+    import torch
+
+    from mbn import checkpoint
+
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: name a checkpoint or a file of weights.")
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            described = (file.metadata() or {}).get("config")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(described) if described else None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is not a file of weights ({str(error).splitlines()[0]}).") from None
+    if isinstance(content, dict) and "model" in content and "config" in content:
+        try:
+            content = checkpoint.read(path)
+        except checkpoint.DamagedError as error:
+            raise UserError(f"{error}: use {checkpoint.previous(path)}, or train again.") from None
+        return content["model"], json.loads(content["config"])
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return content, None
+
+
+def command_line(described: dict[str, Any], overrides: list[str]) -> list[str]:
+    """The overrides that describe a network, with the user's own in place of those they name."""
+    groups = [f"{group}={described[group]['name']}" for group in ("dataset", "model", "norm")]
+    leaves = [
+        f"{group}.{key}={json.dumps(value)}"
+        for group in ("dataset", "model", "norm")
+        for key, value in described[group].items()
+        if key != "name"
+    ]
+    top = [f"{key}={described[key]}" for key in ("forwards", "precision")]
+    named = {override.partition("=")[0] for override in overrides}
+    ours = [o for o in (*groups, *leaves, *top) if not {o.partition("=")[0], o.split(".")[0].split("=")[0]} & named]
+    return [*ours, *overrides]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
