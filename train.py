@@ -96,15 +96,9 @@ def choices() -> str:
 
 def settings(overrides: list[str]) -> str:
     """The composed configuration, one line a setting."""
-    import yaml
     from omegaconf import OmegaConf
 
-    class OneLine(yaml.SafeDumper):
-        pass
-
-    OneLine.add_representer(list, lambda dumper, v: dumper.represent_sequence("tag:yaml.org,2002:seq", v, True))
-    composed = OmegaConf.to_container(configuration.compose(overrides), resolve=True)
-    return yaml.dump(composed, Dumper=OneLine, sort_keys=False, width=1000)
+    return configuration.to_yaml(OmegaConf.to_container(configuration.compose(overrides), resolve=True))
 
 
 if __name__ == "__main__":

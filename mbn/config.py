@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -471,6 +472,16 @@ def network(config: Config) -> dict[str, Any]:
 
 def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def to_yaml(plain: Any) -> str:
+    """Nested dictionaries as YAML, one line a setting."""
+
+    class OneLine(yaml.SafeDumper):
+        pass
+
+    OneLine.add_representer(list, lambda dumper, v: dumper.represent_sequence("tag:yaml.org,2002:seq", v, True))
+    return yaml.dump(plain, Dumper=OneLine, sort_keys=False, width=1000)
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint, record
-from .config import MBN, Config, identity, iterations, iterations_per_epoch, run_name, to_dict
+from .config import MBN, Config, identity, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
 from .data import load
 from .errors import UserError
 from .evaluate import Measured, evaluate
@@ -117,7 +116,7 @@ class Run:
         if state:
             self._restore(state)
         self.data = load(config, self.device)
-        text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
+        text = to_yaml(to_dict(config))
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(text)
         self.journal = Journal(self.folder, text, state["journal_lines"] if state else 0)

@@ -1,0 +1,582 @@
+"""The configuration: what is refused and how, a run's length, its identity and its name."""
+
+import copy
+import dataclasses
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import models
+import train
+from mbn import config, layers
+from mbn.config import CONFIGS, REPOSITORY, ConfigError, from_dict, iterations, load, run_name, to_dict
+
+# What some options need beside them, so that every option of every group is tried.
+COMPANIONS = {
+    "norm=normprop": ["model=nin"],
+    "dataset=imagenet": ["model=resnet18"],
+    "model=resnet18": ["dataset=imagenet"],
+    "model=resnet34": ["dataset=imagenet"],
+    "model=resnet50": ["dataset=imagenet"],
+}
+OPTIONS = [f"{group}={option}" for group in config.groups() for option in config.options(group)]
+NAMES = {
+    "": "cifar10/resnet20/mbn-f2-b128-s0-f8a6b40a",
+    "model=resnet56 norm=bn": "cifar10/resnet56/bn-f1-b128-s0-e209a5c2",
+    "dataset=digits batch_size=64 norm.gradient=batch seed=3": "digits/resnet20/mbn-f2-b64-s3-0a209aaa",
+    "dataset=cifar100 model=nin schedule.iterations=78200 batch_size=8": "cifar100/nin/mbn-f2-b8-s0-1f2a9985",
+}
+
+
+def refusal(*overrides):
+    """The message with which overrides are refused, after the checks that hold for all of them."""
+    with pytest.raises(ConfigError) as caught:
+        load(list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert len(message) < 400
+    return message
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """A function that writes configs/experiment/mine.yaml into a copy of the configurations, which is then used."""
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIGS, folder)
+    monkeypatch.setattr(config, "CONFIGS", folder)
+    return lambda text: (folder / "experiment" / "mine.yaml").write_text("# @package _global_\n" + text)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("epoch", "schedule.epochs"),
+        ("batchsize", "batch_size"),
+        ("lam", "norm.lam"),
+        ("schedule.epoch", "schedule.epochs"),
+        ("norm.memry", "norm.memory"),
+        ("machine.devise", "machine.device"),
+        ("optimizer.nesterov", ""),
+        ("colour", ""),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_one_meant_is_named(plus, key, meant):
+    message = refusal(f"{plus}{key}=3")
+    assert key in message
+    assert meant in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("batchsize: 3\n", "batchsize"),
+        ("schedule:\n  epoch: 3\n", "schedule.epoch"),
+        ("norm:\n  memry: 3\n", "norm.memry"),
+        ("machine:\n  deep:\n    er: 3\n", "machine.deep"),
+    ],
+)
+def test_an_unknown_key_in_an_experiment_file_is_refused(experiment, text, key):
+    experiment(text)
+    assert key in refusal("experiment=mine")
+
+
+def test_an_impossible_value_in_an_experiment_file_is_refused(experiment):
+    experiment("norm:\n  decay: 2\n")
+    message = refusal("experiment=mine")
+    assert "norm.decay" in message
+    assert "at most 1" in message
+
+
+def test_a_good_experiment_file_is_read_and_the_command_line_goes_before_it(experiment):
+    experiment("defaults:\n  - override /norm: bn\nseed: 5\nbatch_size: 7\n")
+    c = load(["experiment=mine", "seed=6"])
+    assert (c.norm.name, c.forwards, c.seed, c.batch_size) == ("bn", 1, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("batch_size=abc", "a whole number"),
+        ("batch_size=1.5", "a whole number"),
+        ("batch_size=true", "a whole number"),
+        ("batch_size=null", "a whole number"),
+        ("seed=1e3", "a whole number"),
+        ("forwards=[1]", "a whole number"),
+        ("norm.memory=2.5", "a whole number"),
+        ("norm.decay=much", "a number"),
+        ("norm.lam=0.5", "a list of numbers"),
+        ("norm.lam=[abc]", "a list of numbers"),
+        ("norm.lam=[null]", "a list of numbers"),
+        ("schedule.lr=0.1", "a list of numbers"),
+        ("schedule.epochs=2.5", "a whole number or null"),
+        ("schedule.scale=abc", "a number"),
+        ("machine.again=maybe", "true or false"),
+        ("machine.data=null", "a text"),
+        ("optimizer=3", "a group of settings"),
+        ("optimizer.momentum={a:1}", "a number"),
+    ],
+)
+def test_a_wrong_type_is_refused(override, wanted):
+    message = refusal(override)
+    assert message.startswith(override.partition("=")[0])
+    assert wanted in message
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("batch_size=0", "from 1 to the 50000 training images"),
+        ("batch_size=50001", "from 1 to the 50000 training images"),
+        ("norm.memory=0", "at least 1"),
+        ("norm.memory=-3", "at least 1"),
+        ("norm.decay=0", "above 0 and at most 1"),
+        ("norm.decay=1.01", "above 0 and at most 1"),
+        ("norm.decay=nan", "above 0 and at most 1"),
+        ("norm.lam=[-0.1]", "from 0 to 1"),
+        ("norm.lam=[0.1,0.5,1.1]", "from 0 to 1"),
+        ("norm.lam=[nan]", "from 0 to 1"),
+        ("norm.lam=[0.1,0.5]", "1 or 3"),
+        ("norm.lam=[]", "1 or 3"),
+        ("norm.gradient=both", "paper or batch"),
+        ("norm.eps=0", "above 0"),
+        ("schedule.milestones=[0.6,0.4]", "rises"),
+        ("schedule.milestones=[0.4,0.4]", "rises"),
+        ("schedule.milestones=[0,0.4]", "above 0"),
+        ("schedule.milestones=[0.4,1]", "below 1"),
+        ("schedule.lr=[0.1,0.01]", "1 or 3"),
+        ("schedule.lr=[0.1,0,0.1]", "above 0"),
+        ("schedule.lr=[inf]", "above 0"),
+        ("schedule.epochs=0", "at least 1"),
+        ("schedule.iterations=-1", "at least 1"),
+        ("schedule.default_epochs=0", "at least 1"),
+        ("schedule.scale=0", "above 0"),
+        ("forwards=3", "1 or 2"),
+        ("forwards=0", "1 or 2"),
+        ("seed=-1", "from 0"),
+        ("optimizer.momentum=1", "below 1"),
+        ("optimizer.weight_decay=-1", "at least 0"),
+        ("evaluate.batch_size=0", "at least 1"),
+        ("machine.device=gpu", "auto, cpu, cuda, cuda:N or mps"),
+        ("machine.mode=fast", "auto, eager, compile"),
+        ("machine.threads=0", "at least 1"),
+        ("machine.checkpoint_seconds=0", "above 0"),
+        ("dataset.classes=0", "at least 1"),
+        ("dataset.padding=-1", "at least 0"),
+        ("dataset.mean=[0.5]", "3 numbers"),
+        ("dataset.std=[0,1,1]", "above 0"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_what_would_be_right(override, wanted):
+    message = refusal(override)
+    assert message.startswith(override.partition("=")[0])
+    assert wanted in message
+
+
+def test_a_batch_larger_than_the_data_set_is_refused_for_the_one_that_is_chosen():
+    assert load(["dataset=digits", "batch_size=1437"]).batch_size == 1437
+    assert "1437 training images of digits" in refusal("dataset=digits", "batch_size=1438")
+
+
+def test_both_epochs_and_iterations_are_refused():
+    message = refusal("schedule.epochs=3", "schedule.iterations=300")
+    assert "schedule.epochs and schedule.iterations" in message
+    assert "null" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["norm=bnn"], ["norm=bnn", "bn", "mbn"]),
+        (["dataset=mnist"], ["dataset=mnist", "cifar10", "digits"]),
+        (["model=resnet21"], ["model=resnet21", "resnet20"]),
+        (["experiment=quick"], ["experiment=quick", "quickstart"]),
+        (["norm=bn", "norm.memory=3"], ["norm.memory", "norm=mbn"]),
+        (["model.dropout=0.3"], ["model.dropout", "model=nin"]),
+        (["+seed=3"], ["seed", "without the plus"]),
+        (["~seed"], ["seed", "cannot be deleted"]),
+        (["~norm"], ["norm"]),
+        (["seed"], ["seed", "key=value"]),
+        (["norm.lam=[0.1"], ["norm.lam", "key=[1,2]"]),
+        (["batch_size=${nothing}"], ["nothing"]),
+    ],
+)
+def test_what_cannot_be_composed_is_refused_in_one_sentence(overrides, named):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in named)
+
+
+def test_no_experiment_can_be_asked_for_as_the_defaults_do():
+    assert load(["experiment=null"]) == load([])
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs train.py as a process in which importing torch fails, with all its folders in a temporary one."""
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "torch.py").write_text("raise ImportError('torch was imported')\n")
+    (tmp_path / "here").mkdir()
+
+    def run(*arguments):
+        places = [f"machine.results={tmp_path}/results", f"machine.data={tmp_path}/data"]
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "train.py"), *arguments, *places],
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "blocked")},
+            cwd=tmp_path / "here",
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["blocked", "here"]
+        assert list((tmp_path / "here").iterdir()) == []
+        return done
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["dataset=digits", "epochs=3"], "epochs"),
+        (["dataset=digits", "batch_size=abc"], "batch_size"),
+        (["dataset=digits", "forwards=3"], "forwards"),
+        (["-m", "dataset=digits", "forwards=3"], "forwards"),
+        (["-m", "dataset=digits", "epochs=3,4"], "epochs"),
+        (["-m", "dataset=digits", "+epochs=3,4"], "epochs"),
+    ],
+)
+def test_a_wrong_command_ends_in_one_line_without_a_traceback_torch_or_a_file(command, arguments, key):
+    done = command(*arguments)
+    assert done.returncode not in (0, None)
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert key in done.stderr
+
+
+def test_the_command_refused_for_its_configuration_is_otherwise_accepted(command):
+    """Else the tests above could pass because nothing ever gets as far as torch."""
+    done = command("dataset=digits")
+    assert done.returncode != 0
+    assert "torch was imported" in done.stderr
+
+
+# What composes.
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes(option):
+    group, _, name = option.partition("=")
+    c = load([option, *COMPANIONS.get(option, [])])
+    if group in ("dataset", "model", "norm"):
+        assert getattr(c, group).name == name
+
+
+def test_every_data_set_has_a_schedule_of_its_name():
+    assert set(config.options("dataset")) <= set(config.options("schedule"))
+
+
+@pytest.mark.parametrize("override", ["norm=bn", "dataset=cifar10", "model=nin", "norm.gradient=paper", "forwards=1"])
+def test_the_quickstart_can_be_overridden(override):
+    load(["experiment=quickstart", override])
+
+
+def accepted(*overrides):
+    try:
+        load(list(overrides))
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("dataset", [d for d in config.options("dataset") if d in ("cifar10", "imagenet")])
+def test_the_networks_of_the_configuration_are_those_that_can_be_built(dataset):
+    table = models.CIFAR if dataset == "cifar10" else models.IMAGENET
+    known = {name for name in config.options("model") if accepted(f"dataset={dataset}", f"model={name}")}
+    assert known == set(table)
+
+
+@pytest.mark.parametrize("name", config.options("model"))
+def test_a_network_takes_every_setting_that_the_configuration_has_for_it(name):
+    c = load([f"model={name}", *COMPANIONS.get(f"model={name}", [])])
+    table = models.CIFAR if c.dataset.image_size <= 64 else models.IMAGENET
+    assert {f.name for f in dataclasses.fields(c.model)} - {"name"} <= set(inspect.signature(table[name]).parameters)
+
+
+@pytest.mark.parametrize("name", config.options("norm"))
+def test_a_norm_takes_every_setting_that_the_configuration_has_for_it_with_the_same_default(name):
+    fields = {f.name: f.default for f in dataclasses.fields(config.NORMS[name])}
+    del fields["name"]
+    parameters = dict(inspect.signature(getattr(layers, name)).parameters)
+    del parameters["forwards"]
+    fields.pop("lam", None)  # a list in the configuration, the number in force in the layer
+    parameters.pop("lam", None)
+    assert fields == {key: p.default for key, p in parameters.items()}
+
+
+@pytest.mark.parametrize(("norm", "forwards"), [("mbn", 2), ("bn", 1)])
+def test_forwards_follows_the_norm_unless_it_is_given(norm, forwards):
+    assert load([f"norm={norm}"]).forwards == forwards
+    for given in (1, 2):
+        assert load([f"norm={norm}", f"forwards={given}"]).forwards == given
+        assert load([f"forwards={given}", f"norm={norm}"]).forwards == given
+
+
+def test_the_defaults_are_the_papers_run():
+    c = load(["dataset=cifar10", "model=resnet56", "norm=mbn"])
+    assert (c.forwards, c.norm.lam, c.norm.gradient) == (2, [0.1, 0.5, 0.9], "paper")
+    assert (c.norm.memory, c.norm.decay, c.norm.eps) == (20, 0.9, 1e-5)
+    assert (c.schedule.lr, c.schedule.milestones) == ([0.1, 0.01, 0.001], [0.4, 0.6])
+    assert (c.optimizer.momentum, c.optimizer.weight_decay) == (0.9, 1e-4)
+    assert (c.batch_size, c.seed, iterations(c)) == (128, 0, 78200)
+    assert (c.dataset.padding, c.dataset.flip) == (4, True)
+    assert (c.dataset.mean, c.dataset.std) == ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
+    other = load(["dataset=cifar100"]).dataset
+    assert (other.mean, other.std) == ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])
+    assert (other.classes, load(["dataset=digits"]).dataset.flip) == (100, False)
+
+
+def test_help_and_cfg_show_every_setting_on_a_line_of_its_own(capsys):
+    assert train.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert train.main(["--cfg", "job"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.strip() in text
+    plain = yaml.safe_load(shown)
+    groups = sum(isinstance(v, dict) for v in plain.values())
+    assert len(shown.strip().splitlines()) == len(list(leaves(plain))) + groups
+    assert plain == to_dict(load([]))
+    for group in config.groups():
+        assert f"{group}={'|'.join(config.options(group))}\n" in text
+
+
+def test_cfg_shows_what_the_rest_of_the_command_makes_of_it(capsys):
+    overrides = ["norm=bn", "dataset=digits", "seed=4"]
+    assert train.main(["--cfg", "job", *overrides]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == to_dict(load(overrides))
+
+
+# Paths.
+
+
+def test_default_folders_are_the_repositorys_whatever_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    machine = load([]).machine
+    assert Path(machine.data) == REPOSITORY / "data"
+    assert Path(machine.results) == REPOSITORY / "results"
+
+
+def test_a_typed_relative_folder_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    machine = load(["machine.results=out", "machine.data=../in"]).machine
+    assert Path(machine.results).resolve() == tmp_path / "out"
+    assert Path(machine.data).resolve() == tmp_path.parent / "in"
+
+
+# Lengths.
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 391 * 200),
+        (["batch_size=100"], 500 * 200),
+        (["schedule.epochs=20"], 391 * 20),
+        (["schedule.iterations=1000"], 1000),
+        (["schedule.scale=0.1"], 7820),
+        (["schedule.scale=0.3"], 23460),
+        (["schedule.scale=2", "schedule.iterations=1000"], 2000),
+        (["schedule.scale=0.07", "schedule.epochs=100"], 2737),
+        (["schedule.scale=1e-9"], 1),
+        (["batch_size=8", "schedule.iterations=78200"], 78200),
+        (["batch_size=50000", "schedule.epochs=2"], 2),
+        (["dataset=digits", "batch_size=64"], 23 * 20),
+        (["dataset=digits", "batch_size=1437"], 20),
+    ],
+)
+def test_length(overrides, expected):
+    assert iterations(load(overrides)) == expected
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_scale_is_exact_in_the_decimals_that_were_typed(percent):
+    """0.29 * 100 is 28.999999999999996: the length must be 29 % of 78200 whatever binary makes of 0.29."""
+    plain = to_dict(load_once())
+    plain["schedule"]["scale"] = percent / 100
+    assert iterations(from_dict(plain)) == 782 * percent
+
+
+_loaded = {}
+
+
+def load_once(*overrides):
+    """load, remembered: composing takes a tenth of a second."""
+    if overrides not in _loaded:
+        _loaded[overrides] = load(list(overrides))
+    return copy.deepcopy(_loaded[overrides])
+
+
+# Identity and name.
+
+
+@pytest.mark.parametrize("overrides", NAMES)
+def test_names_are_those_of_the_first_version(overrides):
+    """A changed name orphans every record: a new setting must be neutral at its schema's default."""
+    assert run_name(load(overrides.split())) == NAMES[overrides]
+
+
+def test_the_name_is_equal_for_one_length_however_it_is_asked_for():
+    same = [
+        ["schedule.epochs=20"],
+        ["schedule.iterations=7820"],
+        ["schedule.scale=0.1"],
+        ["schedule.default_epochs=20"],
+        ["schedule.epochs=10", "schedule.scale=2"],
+        ["schedule.iterations=782", "schedule.scale=10", "schedule.default_epochs=3"],
+    ]
+    assert len({run_name(load(overrides)) for overrides in same}) == 1
+    assert run_name(load(["schedule.iterations=7821"])) != run_name(load(["schedule.iterations=7820"]))
+
+
+def test_the_name_is_equal_for_forwards_given_or_from_the_norm():
+    assert run_name(load(["norm=mbn", "forwards=2"])) == run_name(load(["norm=mbn"]))
+    assert run_name(load(["norm=mbn", "forwards=1"])) != run_name(load(["norm=mbn"]))
+
+
+OTHER_TEXTS = {
+    "dataset.name": "cifar100",
+    "norm.gradient": "batch",
+    "precision": "bf16",
+    "machine.data": "/x",
+    "machine.results": "/y",
+    "machine.device": "cpu",
+    "machine.mode": "eager",
+    "machine.threads": 3,
+    "machine.workers": 3,
+    "schedule.epochs": 7,
+    "schedule.iterations": 11,
+}
+
+
+def leaves(plain, prefix=""):
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def changed(key, value):
+    """Another possible value of a setting."""
+    if key in OTHER_TEXTS:
+        return OTHER_TEXTS[key]
+    if key == "forwards":
+        return 3 - value
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2
+    if isinstance(value, list):
+        return [v / 2 for v in value]
+    raise AssertionError(f"add to OTHER_TEXTS what else {key} can be")
+
+
+BASES = [("model=nin",), ("model=vgg16", "norm=bn")] + [
+    (f"norm={name}", "model=nin") for name in config.options("norm") if name not in ("bn", "mbn")
+]
+
+
+@pytest.mark.parametrize("base", BASES, ids=" ".join)
+def test_the_name_changes_with_every_setting_but_those_of_machine_and_evaluate(base):
+    plain = to_dict(load_once(*base))
+    before = run_name(from_dict(plain))
+    names = [before]
+    for key, value in leaves(plain):
+        if key in ("model.name", "norm.name"):  # the next test's
+            continue
+        other = copy.deepcopy(plain)
+        group, _, last = key.rpartition(".")
+        (other[group] if group else other)[last] = changed(key, value)
+        name = run_name(from_dict(other))
+        if group in ("machine", "evaluate"):
+            assert name == before, key
+        else:
+            assert name not in names, key
+            names.append(name)
+
+
+def test_models_and_norms_have_names_of_their_own():
+    names = [run_name(load_once(f"norm={n}", f"model={m}")) for m in ("nin", "vgg16") for n in config.options("norm")]
+    assert len(set(names)) == len(names)
+
+
+def test_the_readable_part_says_what_was_run():
+    name = run_name(load(["model=resnet56", "norm=bn", "batch_size=8", "seed=3"]))
+    assert re.fullmatch(r"cifar10/resnet56/bn-f1-b8-s3-[0-9a-f]{8}", name)
+
+
+@dataclasses.dataclass
+class NewGroup:
+    knob: float = 0.25
+
+
+def with_new_fields(cls, *fields):
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,))
+
+
+@pytest.mark.parametrize("cls", [config.Norm, config.MBN, config.Model, config.Dataset, config.Optimizer], ids=str)
+def test_a_new_setting_at_its_neutral_default_changes_no_name(cls):
+    plain = to_dict(load_once())
+    c = from_dict(plain)
+    before = run_name(c)
+    group = next(f.name for f in dataclasses.fields(c) if isinstance(getattr(c, f.name), cls))
+    old = getattr(c, group)
+    newer = with_new_fields(type(old), ("knob", float, dataclasses.field(default=0.25)))
+    setattr(c, group, newer(**vars(old)))
+    schema = with_new_fields(config.Config, (group, newer, dataclasses.field(default_factory=newer)))
+    c = schema(**vars(c))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "Config", schema)
+        assert run_name(c) == before
+        getattr(c, group).knob = 0.5
+        assert run_name(c) != before
+
+
+def test_a_new_group_at_its_neutral_defaults_changes_no_name():
+    c = load_once()
+    before = run_name(c)
+    schema = with_new_fields(config.Config, ("augment", NewGroup, dataclasses.field(default_factory=NewGroup)))
+    newer = schema(**vars(c))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "Config", schema)
+        assert run_name(newer) == before
+        newer.augment.knob = 0.5
+        assert run_name(newer) != before
+
+
+def test_a_configuration_survives_its_dictionary():
+    for base in BASES:
+        c = load_once(*base)
+        assert from_dict(to_dict(c)) == c
+
+
+def test_a_setting_absent_from_a_dictionary_is_at_the_schemas_default():
+    """So that a record written before a setting existed is read, and keeps its name."""
+    plain = to_dict(load_once())
+    del plain["norm"]["eps"], plain["seed"], plain["evaluate"]
+    assert run_name(from_dict(plain)) == run_name(load_once())
