@@ -18,7 +18,7 @@ HELP = """Train one network and write its record.
 
 The same command again resumes an unfinished run, and shows the result of a finished one.
 
-Options: --help; --cfg job prints the resolved configuration; -m sweeps.
+Options: --help; --cfg job prints the resolved configuration; -m sweeps over a,b,c and range(0,3).
 
 Choices:
 {choices}
@@ -35,8 +35,10 @@ def main(arguments: list[str]) -> int:
             print(HELP.format(choices=choices(), settings=settings(overrides)))
         elif flags and flags[0] in ("-c", "--cfg"):
             print(settings([o for o in overrides if o not in ("job", "all", "hydra")]))
+        elif flags and flags[0] in ("-m", "--multirun"):
+            return sweep(overrides)
         elif flags:
-            sweep()
+            raise configuration.ConfigError(f"there is no option {flags[0]}: `python train.py --help` lists them.")
         else:
             run(configuration.load(overrides))
     except (configuration.ConfigError, UserError) as error:
@@ -77,17 +79,19 @@ def run(config: configuration.Config) -> None:
     print(f"record: {path}\ncurves: tensorboard --logdir {runs}")
 
 
-def sweep() -> None:
-    """`-m` and what else Hydra's own command line offers."""
-    import hydra
-
-    configuration.register_resolvers()
-
-    @hydra.main(config_path="configs", config_name="config", version_base="1.3")
-    def job(composed) -> None:
-        run(configuration.checked(composed))
-
-    job()
+def sweep(overrides: list[str]) -> int:
+    """Run after run, all of them checked before the first begins; one that fails does not keep the rest from running."""
+    configs = [configuration.load(line) for line in configuration.sweep(overrides)]
+    code = 0
+    for config in configs:
+        try:
+            run(config)
+        except UserError as error:
+            if error.code != 1:  # a signal: it means all of them
+                raise
+            print(f"error: {configuration.run_name(config)}: {error}", file=sys.stderr)
+            code = 1
+    return code
 
 
 def choices() -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -155,23 +156,45 @@ def load(overrides: list[str]) -> Config:
     return checked(compose(overrides))
 
 
+def sweep(overrides: list[str]) -> list[list[str]]:
+    """The command lines of a sweep: norm=bn,mbn seed=range(0,3) makes six. Errors: ConfigError."""
+    from hydra.errors import HydraException
+
+    choices = []
+    for override in _parse(overrides):
+        key = override.get_key_element()
+        try:
+            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        except HydraException as error:
+            raise ConfigError(f"cannot sweep {override.input_line!r}: {_one_sentence(error)}") from None
+        choices.append([f"{key}={v}" for v in values] if values is not None else [str(override.input_line)])
+    return [list(line) for line in itertools.product(*choices)]
+
+
+def _parse(overrides: list[str]) -> list[Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException:
+            raise ConfigError(
+                f"cannot read {text!r}: a setting is written key=value, a list key=[1,2], in quotes for the shell."
+            ) from None
+    return parsed
+
+
 def compose(overrides: list[str]) -> DictConfig:
     """Compose configs/ with Hydra overrides; refuse keys and options that do not exist. The values are not checked."""
     import hydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     register_resolvers()
     try:
-        parser = OverridesParser.create()
-        parsed = []
-        for text in overrides:
-            try:
-                parsed += parser.parse_overrides([text])
-            except HydraException:
-                raise ConfigError(
-                    f"cannot read {text!r}: a setting is written key=value, a list key=[1,2], in quotes for the shell."
-                ) from None
+        parsed = _parse(overrides)
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             chosen = [o for o in parsed if _is_group(o.key_or_group)]
             for override in chosen:
@@ -207,6 +230,10 @@ def _is_group(key: str) -> bool:
 def _check_option(group: str, value: Any) -> None:
     if value is None and group == "experiment":
         return
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{group} takes one option here: several in turn are a sweep, `python train.py -m {group}=A,B`."
+        )
     if value not in options(group):
         close = _suggestion(str(value), options(group))
         raise ConfigError(f"{group}={value} does not exist{close}; choose one of {', '.join(options(group))}.")
@@ -214,8 +241,6 @@ def _check_option(group: str, value: Any) -> None:
 
 def _check_key(override: Any, known: set[str]) -> None:
     key = override.key_or_group
-    if key.split(".")[0] == "hydra":
-        return
     if key not in known:
         home = _home(key)
         if home:
@@ -269,7 +294,6 @@ def checked(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(_one_sentence(error)) from None
     assert isinstance(plain, dict)
-    plain.pop("hydra", None)
     return from_dict({str(key): value for key, value in plain.items()})
 
 

