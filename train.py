@@ -80,7 +80,7 @@ def run(config: configuration.Config) -> None:
 
 
 def sweep(overrides: list[str]) -> int:
-    """Run after run, all of them checked before the first begins; one that fails does not keep the rest from running."""
+    """Run after run, all of them checked before the first begins; one that fails does not stop the rest."""
     configs = [configuration.load(line) for line in configuration.sweep(overrides)]
     code = 0
     for config in configs:

@@ -195,6 +195,12 @@ def compose(overrides: list[str]) -> DictConfig:
     register_resolvers()
     try:
         parsed = _parse(overrides)
+        for override in parsed:
+            if override.is_sweep_override():
+                raise ConfigError(
+                    f"{override.input_line}: one value is wanted here; several are a sweep, `python train.py -m "
+                    f"{override.input_line}`, or a list in brackets."
+                )
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             chosen = [o for o in parsed if _is_group(o.key_or_group)]
             for override in chosen:
@@ -230,10 +236,6 @@ def _is_group(key: str) -> bool:
 def _check_option(group: str, value: Any) -> None:
     if value is None and group == "experiment":
         return
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"{group} takes one option here: several in turn are a sweep, `python train.py -m {group}=A,B`."
-        )
     if value not in options(group):
         close = _suggestion(str(value), options(group))
         raise ConfigError(f"{group}={value} does not exist{close}; choose one of {', '.join(options(group))}.")
