@@ -79,9 +79,7 @@ class ResNet(nn.Module):
             stages.append(nn.Sequential(*modules))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(in_channels, classes)
-        linear = {name: p.detach().clone() for name, p in self.fc.named_parameters()}
         he_fan_out(self)
-        self.fc.load_state_dict(linear)  # torchvision leaves the linear map as torch initialises it
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))

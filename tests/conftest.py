@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# These tensors are small: a second thread costs more than it gives, four times as much on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
