@@ -78,8 +78,8 @@ class BatchStatisticsNorm(nn.Module):
             return affine_normalize(x, mu, s2, *self._affine(x), self.eps)
         if x.numel() == 0:
             raise ValueError(f"{type(self).__name__} cannot take statistics of an empty batch")
-        remember = self.phase == "second" or (self.phase == "first" and self.forwards == 1)
-        if self.phase != "held":
+        remember = self.phase == ("first", "second")[self.forwards - 1]
+        if self.phase != "held" and self.forwards == 2:
             self._forgotten = not remember
         return self.normalize_training(x, remember)
 
@@ -159,8 +159,9 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     if not module.training:
         raise RuntimeError("second_forward needs the module in training mode: call module.train() first")
-    layers = [layer for layer in norm_layers(module) if layer.forwards == 2]
-    if not layers:
+    layers = norm_layers(module)
+    if not any(layer.forwards == 2 for layer in layers):
         raise RuntimeError("second_forward found no layer with forwards=2: convert(module, forwards=2) makes them")
+    torch.clear_autocast_cache()  # it may hold the weights from before the step
     with torch.no_grad(), phase(layers, "second"):
         return module(*args, **kwargs)

@@ -51,8 +51,10 @@ def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
                 "SyncBatchNorm cannot be converted: its statistics span processes, which memorized ones do not; "
                 "convert the network before convert_sync_batchnorm, or without it"
             )
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and isinstance(layer, TORCH):
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise TypeError("a lazy BatchNorm has no channels yet: run the network once before convert")
+        if isinstance(layer, TORCH) and type(layer).forward is not nn.modules.batchnorm._BatchNorm.forward:
+            raise TypeError(f"{type(layer).__name__} has a forward of its own, which convert would lose")
 
     def exchange(layer: nn.Module) -> nn.Module | None:
         for ours, torchs in zip(NORMS[norm], TORCH, strict=True):

@@ -29,6 +29,18 @@ def has_native_kernels(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
 
 
+def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
+    """The same values, for a forward that overwrites the buffers they come from before its backward runs.
+
+    In one compiled graph AOTAutograd recomputes in the backward what is cheap, and does so from the buffers as they
+    are by then (pytorch#197039: wrong gradients without an error). It never recomputes a concatenation.
+    """
+    if not torch.compiler.is_compiling():
+        return statistics
+    parts = torch.cat([s.flatten() for s in statistics]).split([s.numel() for s in statistics])
+    return tuple(part.view(s.shape) for part, s in zip(parts, statistics, strict=True))
+
+
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean mu_B and biased variance s2_B of x, in at least float32. Differentiable in formula form only."""
     x = x.to(statistics_dtype(x.dtype))

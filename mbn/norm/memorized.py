@@ -10,6 +10,7 @@ from .functional import (
     memorized_moments,
     pool,
     renormalized_batch_norm,
+    snapshot,
     values_per_channel,
 )
 
@@ -123,7 +124,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
         weight, bias = self._affine(x)
-        m, v, W = self.running_mean, self.running_var, self.lam_tensor * self.memory_weight
+        m, v, W = snapshot(self.running_mean, self.running_var, self.lam_tensor * self.memory_weight)
         if self.gradient == "paper":
             y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
         else:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BatchStatisticsNorm, norm_layers
-from .functional import batch_moments, renormalized_batch_norm
+from .functional import batch_moments, renormalized_batch_norm, snapshot
 
 
 class _BatchRenorm(BatchStatisticsNorm):
@@ -91,7 +91,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         with torch.no_grad():
             mu, s2 = batch_moments(x)
             sigma = (s2 + self.eps).sqrt()
-            r, d = self._correction(mu, sigma)
+            r, d = snapshot(*self._correction(mu, sigma))
         y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
         if remember:
             self.remember(mu, sigma)

@@ -1,0 +1,315 @@
+"""Every method on every network: what each combination trains, and what none of them may do."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import models
+from mbn import config
+from mbn.config import LARGE, NORMS, SMALL, ConfigError
+from mbn.layers import from_config, gn
+from mbn.norm.base import norm_layers
+from mbn.norm.propagation import unit_layers
+from mbn.trainer import Run
+from mbn.update import Update
+
+CPU = torch.device("cpu")
+# The smallest images that get an ImageNet network.
+SIZES = {"cifar10": 32, "imagenet": 65}
+NETWORKS = [("cifar10", name) for name in SMALL] + [("imagenet", name) for name in LARGE]
+ALLOWED = [
+    (norm, dataset, name)
+    for norm, (dataset, name) in itertools.product(NORMS, NETWORKS)
+    if not (norm == "normprop" and name.startswith("resnet"))
+]
+every_pair = pytest.mark.parametrize(
+    ("norm", "dataset", "name"), ALLOWED, ids=["-".join(combination) for combination in ALLOWED]
+)
+
+
+def loaded(*overrides):
+    return config.load(list(overrides))
+
+
+def configuration(norm, dataset, name, forwards):
+    return loaded(
+        f"norm={norm}",
+        f"dataset={dataset}",
+        f"model={name}",
+        f"dataset.image_size={SIZES[dataset]}",
+        f"forwards={forwards}",
+        "batch_size=2",
+    )
+
+
+class NarrowLinear(nn.Linear):
+    """VGG-16 for ImageNet holds 120 of its 138 million weights in maps from and to 4096 features: here 8."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(*(8 if n == 4096 else n for n in (in_features, out_features)))
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr(nn, "Linear", NarrowLinear)
+
+
+def build(settings):
+    return models.build(layers=from_config(settings), **config.network(settings))
+
+
+class Training:
+    """A network with its optimiser and its Update, and the gradients of its last step."""
+
+    def __init__(self, settings):
+        torch.manual_seed(0)
+        self.model = build(settings)
+        # Small enough for normalisation propagation, which at 0.1 diverges within a few batches of noise.
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=torch.tensor(0.01), momentum=0.9, weight_decay=1e-4, fused=True
+        )
+        self.optimizer.register_step_pre_hook(self._note)
+        self.update = Update(self.model, self.optimizer, settings.forwards, "eager", "fp32", CPU)
+        self.model.train()
+
+    def _note(self, *_):
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def iterate(self, number, size):
+        torch.manual_seed(100 + number)  # for dropout too
+        self.update(torch.randn(2, 3, size, size), torch.randint(0, 10, (2,)))
+        return self.update.drain()[0][0]
+
+    def state(self):
+        return copy.deepcopy({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+
+    def load(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+
+
+def test_the_combinations_tried_here_are_those_the_configuration_allows():
+    """Of each norm with each network, and of nothing else: an option that is added is tried, or this fails."""
+    assert set(config.options("norm")) == set(NORMS)
+    assert set(config.options("model")) == {*SMALL, *LARGE}
+    allowed = []
+    for norm, (dataset, name) in itertools.product(NORMS, NETWORKS):
+        try:
+            loaded(f"norm={norm}", f"dataset={dataset}", f"model={name}")
+        except ConfigError:
+            continue
+        allowed.append((norm, dataset, name))
+    assert allowed == ALLOWED
+    assert len(allowed) == 5 * 8 - 5
+    assert set(SMALL) == set(models.CIFAR)
+    assert set(LARGE) == set(models.IMAGENET)
+
+
+@every_pair
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_trains_at_batch_size_2_and_goes_on_from_a_state_dict_with_the_same_bits(
+    norm, dataset, name, forwards, narrow
+):
+    settings = configuration(norm, dataset, name, forwards)
+    training = Training(settings)
+    start = training.state()["model"]
+    losses = [training.iterate(0, SIZES[dataset])]
+    half_way = training.state()
+    losses.append(training.iterate(1, SIZES[dataset]))
+
+    assert all(torch.isfinite(torch.tensor(losses)))
+    parameters = dict(training.model.named_parameters())
+    assert training.gradients.keys() == parameters.keys()
+    for parameter, gradient in training.gradients.items():
+        assert gradient.isfinite().all(), parameter
+    # Each part of the network learns: a gradient that is zero throughout is a part that is cut off.
+    assert all(training.gradients[p].any() for p in parameters if p.endswith("weight") and parameters[p].dim() == 4)
+    end = training.state()["model"]
+    assert all(tensor.isfinite().all() for tensor in end.values())
+    assert not any(torch.equal(start[p], end[p]) for p in parameters if parameters[p].dim() == 4)
+
+    memories = [layer.memory_count for layer in norm_layers(training.model) if norm == "mbn"]
+    assert all(memory.count_nonzero() == 2 < len(memory) for memory in memories)
+
+    other = Training(settings)
+    other.load(half_way)
+    other.iterate(1, SIZES[dataset])
+    again = other.state()
+    assert all(torch.equal(again["model"][key], end[key]) for key in end)
+    momenta = training.state()["optimizer"]["state"]
+    assert all(
+        torch.equal(again["optimizer"]["state"][i]["momentum_buffer"], momenta[i]["momentum_buffer"]) for i in momenta
+    )
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("norm", ["bn", "brn", "mbn"])
+def test_each_iteration_takes_one_batch_into_the_statistics(norm, forwards):
+    training = Training(configuration(norm, "cifar10", "resnet20", forwards))
+    for number in range(3):
+        training.iterate(number, 32)
+    layers = norm_layers(training.model)
+    assert len(layers) == 19
+    for layer in layers:
+        seen = layer.memory_count.count_nonzero() if norm == "mbn" else layer.num_batches_tracked
+        assert seen == 3
+
+
+# Names.
+
+
+def vgg_or_nin(dataset, name):
+    """Indices of the convolutions, and the names of what follows them."""
+    if name == "nin":
+        return (0, 3, 6, 11, 14, 17, 22, 25, 28), []
+    linear = ["classifier"] if dataset == "cifar10" else ["classifier.0", "classifier.3", "classifier.6"]
+    return (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40), linear
+
+
+def cifar_resnet_names(blocks):
+    names = ["conv1.weight", "bn1.weight", "bn1.bias"]
+    for stage, block, i in itertools.product((1, 2, 3), range(blocks), (1, 2)):
+        names += [f"layer{stage}.{block}.{n}" for n in (f"conv{i}.weight", f"bn{i}.weight", f"bn{i}.bias")]
+    return [*names, "fc.weight", "fc.bias"]
+
+
+def expected_names(norm, dataset, name):
+    if dataset == "imagenet" and norm != "normprop":
+        with torch.device("meta"):
+            theirs = getattr(torchvision.models, "vgg16_bn" if name == "vgg16" else name)(num_classes=10)
+        return [key for key, _ in theirs.named_parameters()]
+    if name.startswith("resnet"):
+        return cifar_resnet_names({"resnet20": 3, "resnet56": 9}[name])
+    convolutions, linear = vgg_or_nin(dataset, name)
+    names = []
+    for i in convolutions:
+        if norm == "normprop":
+            names += [f"features.{i}.{n}" for n in ("weight", "gain", "shift")]
+        else:
+            names += [f"features.{i}.weight", f"features.{i + 1}.weight", f"features.{i + 1}.bias"]
+    return names + [f"{layer}.{n}" for layer in linear for n in ("weight", "bias")]
+
+
+@every_pair
+def test_parameters_have_the_expected_names_and_the_shapes_of_the_bn_version(norm, dataset, name):
+    with torch.device("meta"):
+        model, reference = (build(configuration(n, dataset, name, 1)) for n in (norm, "bn"))
+    shapes = {key: p.shape for key, p in model.named_parameters()}
+    assert list(shapes) == expected_names(norm, dataset, name)
+    theirs = {key: p.shape for key, p in reference.named_parameters()}
+    if norm == "normprop":
+        assert {key: s for key, s in shapes.items() if key in theirs}.items() <= theirs.items()
+        for key in shapes:
+            if key.endswith((".gain", ".shift")):
+                assert shapes[key] == shapes[key.rpartition(".")[0] + ".weight"][:1]
+    else:
+        assert shapes == theirs
+
+
+# Normalisation propagation.
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"), [(d, n) for d, n in NETWORKS if n.startswith("resnet")], ids=lambda value: value
+)
+def test_normprop_on_a_residual_network_is_refused_in_one_sentence_that_says_why(dataset, name):
+    with pytest.raises(ConfigError) as caught:
+        loaded("norm=normprop", f"dataset={dataset}", f"model={name}")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert ". " not in message
+    assert "normprop" in message
+    assert "residual" in message
+    assert "nin, vgg16" in message
+    assert name in message
+
+
+def test_rows_of_normprop_have_unit_norm_before_and_after_every_step():
+    training = Training(configuration("normprop", "cifar10", "nin", 1))
+    for number in range(3):
+        norms = torch.cat([layer.weight.detach().flatten(1).norm(dim=1) for layer in unit_layers(training.model)])
+        torch.testing.assert_close(norms, torch.ones(len(norms)))
+        training.iterate(number, 32)
+
+
+# A second forward where nothing remembers.
+
+
+@pytest.mark.parametrize(("norm", "name"), [("gn", "resnet20"), ("normprop", "nin")])
+def test_without_statistics_the_second_forward_is_skipped_with_one_warning(norm, name, tmp_path, capsys):
+    settings = loaded(
+        *("dataset=digits", f"norm={norm}", f"model={name}", "forwards=2", "machine.threads=1", "machine.device=cpu"),
+        f"machine.results={tmp_path}",
+    )
+    run = Run(settings, lambda layers: models.build(layers=layers, **config.network(settings)), tmp_path / "run")
+    run.close()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: ")
+    assert norm in warnings[0]
+    assert "second forward" in warnings[0]
+
+    calls = []
+    run.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    run.update(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert calls == [True]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("norm", ["bn", "brn", "mbn"])
+def test_with_statistics_the_second_forward_runs_without_gradients_and_without_a_warning(norm, tmp_path, capsys):
+    settings = loaded(
+        *("dataset=digits", f"norm={norm}", "forwards=2", "machine.threads=1", "machine.device=cpu"),
+        f"machine.results={tmp_path}",
+    )
+    run = Run(settings, lambda layers: models.build(layers=layers, **config.network(settings)), tmp_path / "run")
+    run.close()
+    assert capsys.readouterr().err == ""
+    calls = []
+    run.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    run.update(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert calls == [True, False]
+
+
+# GroupNorm.
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [
+        *((16, 4), (32, 8), (64, 16), (96, 24), (128, 32), (160, 32), (192, 32), (512, 32), (2048, 32)),
+        # A layer of classes, NIN's last: the most groups that divide it, at most C // 4.
+        *((10, 2), (100, 25), (1000, 25), (7, 1), (17, 1), (21, 3), (3, 1), (2, 1), (1, 1)),
+    ],
+)
+def test_gn_has_a_group_for_each_4_channels_and_at_most_32(channels, groups):
+    layer = gn(1).norm(channels)
+    assert type(layer) is nn.GroupNorm
+    assert layer.num_groups == groups
+    assert layer.num_channels == channels
+    assert layer.eps == 1e-5
+    assert layer(torch.randn(2, channels, 3, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [3, 7, 10, 17, 100])
+def test_nin_with_gn_trains_for_any_number_of_classes(classes):
+    settings = loaded("norm=gn", "model=nin", f"dataset.classes={classes}")
+    model = build(settings)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_groups_of_gn_are_settings():
+    model = build(loaded("norm=gn", "norm.groups=8", "norm.channels=1"))
+    assert {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)} == {8}
+    model = build(loaded("norm=gn"))
+    assert {m.num_channels: m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)} == {
+        16: 4,
+        32: 8,
+        64: 16,
+    }
