@@ -1,6 +1,7 @@
 """Every method on every network: what each combination trains, and what none of them may do."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -18,8 +19,9 @@ from mbn.trainer import Run
 from mbn.update import Update
 
 CPU = torch.device("cpu")
-# The smallest images that get an ImageNet network.
+# What the networks are built for, the smallest that gives an ImageNet network; and what they are fed, which may be less.
 SIZES = {"cifar10": 32, "imagenet": 65}
+PIXELS = {"cifar10": 32, "imagenet": 33}
 NETWORKS = [("cifar10", name) for name in SMALL] + [("imagenet", name) for name in LARGE]
 ALLOWED = [
     (norm, dataset, name)
@@ -35,22 +37,38 @@ def loaded(*overrides):
     return config.load(list(overrides))
 
 
+@functools.cache
+def section(group, option):
+    """A group's section as the command line gives it; composing takes a while, so each option is composed once."""
+    large = [option] if group == "model" and option in LARGE and option not in SMALL else []
+    beside = ["dataset=imagenet"] if large else ["model=nin"] if option == "normprop" else []
+    beside += ["model=vgg16"] if option == "imagenet" else []
+    return config.to_dict(loaded(f"{group}={option}", *beside))[group]
+
+
+def combined(norm, dataset, name, **top):
+    base = copy.deepcopy(_base())
+    chosen = {"norm": section("norm", norm), "dataset": section("dataset", dataset), "model": section("model", name)}
+    return config.from_dict(base | copy.deepcopy(chosen) | top)
+
+
+@functools.cache
+def _base():
+    return config.to_dict(loaded())
+
+
 def configuration(norm, dataset, name, forwards):
-    return loaded(
-        f"norm={norm}",
-        f"dataset={dataset}",
-        f"model={name}",
-        f"dataset.image_size={SIZES[dataset]}",
-        f"forwards={forwards}",
-        "batch_size=2",
-    )
+    settings = combined(norm, dataset, name, forwards=forwards, batch_size=2)
+    settings.dataset.image_size = SIZES[dataset]
+    config.check(settings)
+    return settings
 
 
 class NarrowLinear(nn.Linear):
-    """VGG-16 for ImageNet holds 120 of its 138 million weights in maps from and to 4096 features: here 8."""
+    """VGG-16 for ImageNet holds 120 of its 138 million weights in maps from and to 4096 features: here 64."""
 
     def __init__(self, in_features, out_features):
-        super().__init__(*(8 if n == 4096 else n for n in (in_features, out_features)))
+        super().__init__(*(64 if n == 4096 else n for n in (in_features, out_features)))
 
 
 @pytest.fixture
@@ -99,7 +117,7 @@ def test_the_combinations_tried_here_are_those_the_configuration_allows():
     allowed = []
     for norm, (dataset, name) in itertools.product(NORMS, NETWORKS):
         try:
-            loaded(f"norm={norm}", f"dataset={dataset}", f"model={name}")
+            combined(norm, dataset, name)
         except ConfigError:
             continue
         allowed.append((norm, dataset, name))
@@ -117,9 +135,9 @@ def test_trains_at_batch_size_2_and_goes_on_from_a_state_dict_with_the_same_bits
     settings = configuration(norm, dataset, name, forwards)
     training = Training(settings)
     start = training.state()["model"]
-    losses = [training.iterate(0, SIZES[dataset])]
+    losses = [training.iterate(0, PIXELS[dataset])]
     half_way = training.state()
-    losses.append(training.iterate(1, SIZES[dataset]))
+    losses.append(training.iterate(1, PIXELS[dataset]))
 
     assert all(torch.isfinite(torch.tensor(losses)))
     parameters = dict(training.model.named_parameters())
@@ -137,7 +155,7 @@ def test_trains_at_batch_size_2_and_goes_on_from_a_state_dict_with_the_same_bits
 
     other = Training(settings)
     other.load(half_way)
-    other.iterate(1, SIZES[dataset])
+    other.iterate(1, PIXELS[dataset])
     again = other.state()
     assert all(torch.equal(again["model"][key], end[key]) for key in end)
     momenta = training.state()["optimizer"]["state"]
