@@ -27,7 +27,8 @@ Settings (key=value; the defaults, or what the rest of this command makes of the
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, 1 a user's error, 75 stopped by a signal and to be resumed, 130 Ctrl-C."""
+    """Exit code: 0 done, 1 a failed run, 2 a configuration error, 75 stopped by a signal and to be resumed, 76 held by
+    another process, 130 Ctrl-C."""
     flags = [a for a in arguments if a.startswith("-")]
     overrides = [a for a in arguments if not a.startswith("-")]
     try:

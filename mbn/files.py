@@ -8,6 +8,9 @@ from pathlib import Path
 
 from .errors import UserError
 
+# The exit code of a run that another process is training.
+HELD = 76
+
 
 def write_atomically(path: Path, content: bytes, keep_as: Path | None = None) -> None:
     """Write path by way of a temporary file, fsync, rename and fsync of the folder.
@@ -48,7 +51,7 @@ def _fsync_folder(folder: Path) -> None:
 def lock(path: Path) -> Iterator[None]:
     """Hold path for this process; the operating system lets go when the process dies, however it dies.
 
-    Errors: UserError, naming the process that holds it, when another does.
+    Errors: UserError with code HELD, naming the process that holds it, when another does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -62,9 +65,25 @@ def lock(path: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{path.parent} is being trained by {holder}: wait for it, or stop it.") from None
+            message = f"{path.parent} is being trained by {holder}: wait for it, or stop it."
+            raise UserError(message, code=HELD) from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
         yield
+
+
+def held(path: Path) -> bool:
+    """Whether another process holds path by `lock`."""
+    try:
+        import fcntl
+
+        with path.open() as file:
+            # Shared, so that two that ask do not take each other for a holder.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (ImportError, FileNotFoundError):
+        return False
+    except OSError:
+        return True
+    return False

@@ -1,13 +1,15 @@
 """The tables as data: rows x columns of overrides, the paper's numbers, and its claims (scripts/grids/*.yaml)."""
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
-from .config import REPOSITORY, Config, load, run_name
+from .config import REPOSITORY, Config, checked, compose, groups, run_name
 from .errors import UserError
 
 GRIDS = REPOSITORY / "scripts" / "grids"
@@ -35,7 +37,12 @@ class Cell:
         return [*self.overrides, *scaled, f"seed={seed}", *extra]
 
     def config(self, seed: int, scale: float = 1.0) -> Config:
-        return load(self.command(seed, scale))
+        """What `load(self.command(seed, scale))` gives, composed once for all seeds and scales."""
+        if self.overrides is None:
+            raise ValueError(f"{self.grid}: nothing is run for {self.row}, {self.column}")
+        # Sorted: the same overrides in another order are the same run (no key stands twice in a cell).
+        config = _composed(tuple(sorted(self.overrides)))
+        return replace(config, seed=seed, schedule=replace(config.schedule, scale=scale))
 
     def name(self, seed: int, scale: float = 1.0) -> str:
         return run_name(self.config(seed, scale))
@@ -48,9 +55,29 @@ class Cell:
         return Cell(self.grid, self.row, self.column, (*kept, "norm=bn"), {})
 
 
+@cache
+def _composed(overrides: tuple[str, ...]) -> Config:
+    """What `load` gives. Hydra takes 0.1 s or more, so that only the choices of groups, which cells share, go to it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    chosen = tuple(o for o in overrides if o.partition("=")[0] in groups())
+    config = deepcopy(_chosen(chosen))
+    for override in OverridesParser.create().parse_overrides([o for o in overrides if o not in chosen]):
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return checked(config)
+
+
+@cache
+def _chosen(options: tuple[str, ...]) -> DictConfig:
+    return compose(list(options))
+
+
 @dataclass(frozen=True)
 class Grid:
-    """A table; the fields are the keys of its YAML, `own` being `cells`, what one cell has of its own."""
+    """A table; the fields are the keys of its YAML, `own` being `cells`, what one cell has of its own.
+
+    shown: its `metrics`, the fields of a record that it shows where the paper prints none.
+    """
 
     name: str
     title: str
@@ -63,11 +90,12 @@ class Grid:
     paper: dict[str, dict[str, list[str | None]]]
     claims: list[dict[str, Any]]
     notes: list[str]
+    shown: list[str]
 
     @property
     def metrics(self) -> list[str]:
-        """Fields of a record that the table shows."""
-        return list(self.paper) or ["test_error"]
+        """Fields of a record that the table shows: those that the paper prints, where it prints any."""
+        return list(self.paper) or self.shown
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -85,9 +113,9 @@ class Grid:
         return Cell(self.name, row, column, (*self.base, *of_row, *self.columns[column], *own), printed)
 
 
-def names() -> list[str]:
+def names(folder: Path = GRIDS) -> list[str]:
     """All grids: the paper's tables first."""
-    found = [path.stem for path in GRIDS.glob("*.yaml")]
+    found = [path.stem for path in folder.glob("*.yaml")]
     return sorted(found, key=lambda n: (not n.startswith("table") or "-" in n, n))
 
 
@@ -95,7 +123,7 @@ def read(name: str, folder: Path = GRIDS) -> Grid:
     """Read a grid. Errors: UserError where there is none of that name."""
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"there is no table {name!r}: choose among {', '.join(names())}, or all.")
+        raise UserError(f"there is no table {name!r}: choose among {', '.join(names(folder))}, or all.")
     content = yaml.safe_load(path.read_text())
     return Grid(
         name=name,
@@ -109,4 +137,5 @@ def read(name: str, folder: Path = GRIDS) -> Grid:
         paper=content.get("paper", {}),
         claims=content.get("claims", []),
         notes=content.get("notes", []),
+        shown=content.get("metrics", ["test_error"]),
     )

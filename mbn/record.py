@@ -78,8 +78,13 @@ def _layout(value: Any, indent: int = 0) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """Read a record and check that it is whole, unedited, and named after its configuration. Errors: UserError."""
+    return parse(path.read_bytes(), path)
+
+
+def parse(content: bytes, path: Path) -> dict[str, Any]:
+    """The record that a file holds, checked as in `read`; path: the file, for the messages. Errors: UserError."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): restore it from git, or delete it and train again.") from None
     if not isinstance(record, dict) or set(record) != set(FIELDS):

@@ -450,3 +450,19 @@ def test_set_lambda_and_set_renorm_reach_converted_layers():
     set_renorm(b, 1.5, 0.5)
     assert [layer.lam for layer in norm_layers(a)] == [0.9] * 3
     assert [(layer.r_max, layer.d_max) for layer in norm_layers(b)] == [(1.5, 0.5)] * 3
+
+
+def test_bn_keeps_the_old_layers_momentum_unless_told_otherwise():
+    assert convert(nn.BatchNorm2d(3, momentum=0.3), norm="bn").momentum == 0.3
+    assert convert(nn.BatchNorm2d(3, momentum=0.3), norm="bn", momentum=0.2).momentum == 0.2
+
+
+def test_averages_from_a_batch_norm_that_counted_nothing_are_not_copied_over():
+    """BatchNorm had no num_batches_tracked before torch 0.4.1."""
+    old = nn.BatchNorm2d(3)
+    old.running_mean.fill_(2.0)
+    state = {key: value for key, value in old.state_dict().items() if key != "num_batches_tracked"}
+    new = convert(nn.BatchNorm2d(3), norm="brn")
+    new.load_state_dict(state)
+    new(torch.randn(4, 3, 2, 2))
+    assert (new.running_mean > 1.9).all()

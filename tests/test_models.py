@@ -192,27 +192,21 @@ def assert_normal(weights, std):
 
 
 @pytest.mark.parametrize(("kind", "name"), [*(("cifar", n) for n in models.CIFAR), ("imagenet", "resnet18")])
-def test_weights_start_as_he_et_al_fan_out(kind, name):
+def test_convolutions_start_as_he_et_al_fan_out_and_linear_maps_as_torchs(kind, name):
     model = build(kind, name, classes=100)
-    for key, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, nn.Conv2d):
             height, width = module.kernel_size
             assert_normal(module.weight, math.sqrt(2 / (module.out_channels * height * width)))
-            assert module.bias is None, key
-        if isinstance(module, nn.Linear) and kind == "cifar":
-            assert_normal(module.weight, math.sqrt(2 / module.out_features))
-            assert not module.bias.any()
+            assert module.bias is None
+        if isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            assert module.weight.abs().max() <= bound
+            assert_normal(module.weight, bound / math.sqrt(3))
+            assert 0 < module.bias.abs().max() <= bound
         if hasattr(module, "running_mean"):
             assert (module.weight == 1).all()
             assert not module.bias.any()
-
-
-def test_an_imagenet_networks_linear_map_starts_as_torchs():
-    fc = build("imagenet", "resnet18", classes=1000).fc
-    bound = 1 / math.sqrt(512)
-    assert fc.weight.abs().max() <= bound
-    assert_normal(fc.weight, bound / math.sqrt(3))
-    assert fc.bias.any()
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_the_norm():

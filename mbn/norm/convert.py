@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .base import BatchStatisticsNorm
-from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from .memorized import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d
 from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 
@@ -28,6 +28,7 @@ def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
     The new layers hold the very same parameters (an optimiser made before goes on working), the running statistics,
     eps, device, dtype, requires_grad and train mode of the old ones; a BatchNorm that is used in two places stays one
     layer. If module is itself a BatchNorm, its replacement is returned. Layers that are ours already are left alone.
+    Forward hooks on a BatchNorm are not carried over. "bn" keeps the old layer's momentum.
 
     Arguments:
         module: any network.
@@ -97,7 +98,9 @@ def _exchange(module: nn.Module, exchange) -> nn.Module:
     return replaced.get(module, module)
 
 
-def _to_ours(old: Any, ours: Callable[..., Any], settings: dict[str, Any]) -> BatchStatisticsNorm:
+def _to_ours(old: Any, ours: type[Any], settings: dict[str, Any]) -> BatchStatisticsNorm:
+    if issubclass(ours, _BatchNorm) and old.momentum is not None:
+        settings = {"momentum": old.momentum, **settings}
     new = ours(old.num_features, eps=old.eps, affine=False, **settings)
     like = old.weight if old.weight is not None else old.running_mean
     if like is not None:

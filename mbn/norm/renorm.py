@@ -127,6 +127,8 @@ class _BatchRenorm(BatchStatisticsNorm):
         variance = state_dict.pop(prefix + "running_var", None)
         if variance is not None:
             state_dict[prefix + "running_std"] = (variance.to(self.running_std.dtype) + self.eps).sqrt()
+            # Older BatchNorms counted nothing, but what they bring along is no initial value to be copied over.
+            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Draw the figures from the records: results/figures/*.png and *.svg.
+
+python scripts/plots.py
+python scripts/plots.py --scale 0.1
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mbn import table
+from mbn.config import REPOSITORY, ConfigError
+from mbn.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description="Draw results/figures from results/records: Figures 1 to 3 of the paper, error against batch size, "
+        "and the statistics gap over time. Figures without any data are not written."
+    )
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "results", metavar="DIR", help="default: results")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of runs at S times the paper's length")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
+    options = parser.parse_args(arguments)
+    if options.scale <= 0 or options.seeds < 1:
+        parser.error("--scale must be above 0 and --seeds at least 1")
+    try:
+        run(options.results, options.scale, options.seeds)
+    except (ConfigError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    return 0
+
+
+def run(results: Path, scale: float, seeds: int) -> None:
+    from mbn import plot
+
+    figures = plot.draw(table.load(results), scale, seeds)
+    for path in plot.write(figures, results / "figures", scale):
+        print(f"wrote {path}")
+    for name, figure in figures.items():
+        if figure is None:
+            print(f"{name}: not drawn, for no record has anything for it")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

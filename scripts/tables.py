@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Write the tables from the records: results/tables/*.md, *.tex and cells.csv, and the README's part.
+
+python scripts/tables.py
+python scripts/tables.py table4 table6 --seeds 3
+python scripts/tables.py --scale 0.1
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mbn import table
+from mbn.config import REPOSITORY, ConfigError
+from mbn.errors import UserError
+from mbn.files import write_atomically
+
+RESULTS = REPOSITORY / "results"
+README = REPOSITORY / "README.md"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description="Write results/tables from results/records: markdown, LaTeX (booktabs) and one CSV of all cells; "
+        "with all tables and the default results also the README's part between its two markers."
+    )
+    parser.add_argument("tables", nargs="*", metavar="table", help="table1, table4-methods, ...; all by default")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of runs at S times the paper's length")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
+    options = parser.parse_args(arguments)
+    if options.scale <= 0 or options.seeds < 1:
+        parser.error("--scale must be above 0 and --seeds at least 1")
+    try:
+        run(options.tables, options.results, options.seeds, options.scale)
+    except (ConfigError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    return 0
+
+
+def run(names: list[str], results: Path, seeds: int, scale: float) -> None:
+    records = table.load(results)
+    chosen = None if not names or "all" in names else names
+    folder = results / "tables"
+    for name, content in table.files(records, chosen, seeds, scale).items():
+        write_atomically(folder / name, content.encode())
+        print(f"wrote {folder / name}")
+    if chosen is None and scale == 1 and results.resolve() == RESULTS.resolve():
+        part = table.readme_part(table.measure(records, None, seeds))
+        write_atomically(README, table.replace_part(README.read_text(), part).encode())
+        print(f"wrote {README}, between its markers")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

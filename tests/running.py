@@ -1,0 +1,170 @@
+"""What the tests of whole runs share: a tiny network, runs in this process and in others, and what they left."""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import models
+import train
+from mbn import checkpoint, config, data, record
+from mbn.config import REPOSITORY
+
+
+class Tiny(nn.Module):
+    """Milliseconds an iteration; with dropout, so that the generators' state matters."""
+
+    def __init__(self, layers, classes):
+        super().__init__()
+        self.conv = layers.conv(3, 6, 4, stride=4, bias=False)
+        self.norm = layers.norm(6)
+        self.act = layers.act()
+        self.dropout = nn.Dropout(0.1)
+        self.fc = nn.Linear(6 * 4, classes)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.conv(x)))
+        return self.fc(self.dropout(nn.functional.avg_pool2d(x, 4).flatten(1)))
+
+
+def build_tiny(*, layers, classes, **_):
+    return Tiny(layers, classes)
+
+
+# 6 iterations an epoch, the last one smaller, and a third of a second epoch.
+TINY = ["dataset=digits", "batch_size=256", "schedule.iterations=8", "machine.threads=1", "machine.device=cpu"]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+_load = config.load  # before a test puts load_quickly in its place
+compose = functools.cache(lambda *overrides: _load(list(overrides)))
+digits = functools.cache(data.load_digits)
+
+
+def load_quickly(overrides):
+    """config.load, its results remembered: composing takes longer than a run of the tiny network."""
+    results = [o.partition("=")[2] for o in overrides if o.startswith("machine.results=")]
+    loaded = copy.deepcopy(compose(*(o for o in overrides if not o.startswith("machine.results="))))
+    loaded.machine.results = results[-1]
+    return loaded
+
+
+class Run:
+    """What a command's run has left in a results folder."""
+
+    def __init__(self, results, overrides):
+        self.results = Path(results)
+        self.config = load_quickly([*overrides, f"machine.results={results}"])
+        self.name = config.run_name(self.config)
+        self.folder = self.results / "runs" / self.name
+        self.checkpoint_path = self.folder / "checkpoint.pt"
+        self.record_path = self.results / "records" / f"{self.name}.json"
+
+    def checkpoint(self):
+        return checkpoint.read(self.checkpoint_path)
+
+    def record(self):
+        return record.read(self.record_path)
+
+    def rows(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def points(self):
+        """TensorBoard's points: (step, value) by tag."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        assert len(list(self.folder.glob("events.out.tfevents.*"))) == 1
+        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0})
+        events.Reload()
+        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+TIMES = {"seconds", "images_per_second", "date", "checksum"}
+
+
+def without(mapping, keys):
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def assert_same_bits(a, b, path=""):
+    """Two nested states with tensors in them, equal to the bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def assert_same_run(a: Run, b: Run):
+    """Two runs of one configuration that ended with the same bits, timing aside."""
+    one, other = a.checkpoint(), b.checkpoint()
+    for key in ("name", "identity", "iteration", "length", "model", "optimizer", "generators", "journal_lines"):
+        assert_same_bits(one[key], other[key], key)
+    assert without(a.record(), TIMES) == without(b.record(), TIMES)
+    assert [without(row, TIMES) for row in a.rows()] == [without(row, TIMES) for row in b.rows()]
+    speed = {"speed/images_per_second"}
+    assert without(a.points(), speed) == without(b.points(), speed)
+
+
+def with_new_fields(cls, *fields):
+    """A later version of a class of the schema."""
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,))
+
+
+def run_here(capsys, monkeypatch, *overrides) -> Outcome:
+    """`train.py overrides` in this process, with the tiny network in place of any other."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(models, "build", build_tiny)
+    monkeypatch.setattr(train.configuration, "load", load_quickly)
+    monkeypatch.setattr(data, "load_digits", digits)
+    capsys.readouterr()
+    try:
+        code = train.main(list(overrides))
+    finally:
+        torch.set_num_threads(threads)
+    return Outcome(code, *capsys.readouterr())
+
+
+def start(*arguments, cwd=None, **environment) -> subprocess.Popen:
+    """`train.py arguments` as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(process, timeout=120) -> Outcome:
+    """What a process has said, at its end."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s: {out}{err}") from None
+    return Outcome(process.returncode, out, err)

@@ -1,0 +1,429 @@
+"""scripts/evaluate.py: checkpoints of ours and other people's weights, tested again and written for others."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import jpegs
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import train
+from mbn import checkpoint, config, record
+from mbn.config import REPOSITORY
+from mbn.evaluate import evaluate
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+RESULT = re.compile(r"(.*): loss (\d+\.\d{4}), top-1 error (\d+\.\d\d) %, top-5 error (\d+\.\d\d) %")
+
+specification = importlib.util.spec_from_file_location("evaluate_script", REPOSITORY / "scripts" / "evaluate.py")
+script = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(script)
+
+
+@pytest.fixture
+def measure(capsys):
+    """A function that runs the script in this process and returns loss, top-1 and top-5 error as printed."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = script.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        assert captured.err == ""
+        line = captured.out.splitlines()[0]
+        return tuple(float(v) for v in RESULT.fullmatch(line).groups()[1:])
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys):
+    """A function that runs the script and returns the one sentence with which it fails."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = script.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        assert code in (1, 2)
+        assert captured.out == ""
+        lines = captured.err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        assert lines[0].endswith(".")
+        assert len(lines[0]) < 500
+        return lines[0]
+
+    return run
+
+
+# A run of ours.
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A finished run on digits, short: its checkpoint and its record. The network's name is said nowhere else."""
+    results = tmp_path_factory.mktemp("digits")
+    arguments = [
+        *("dataset=digits", "model=resnet20", "norm=mbn", "batch_size=32", "schedule.iterations=6", "seed=4"),
+        *("norm.memory=7", "machine.threads=1", "machine.device=cpu", f"machine.results={results}"),
+    ]
+    assert train.main(arguments) == 0
+    (path,) = (results / "records").rglob("*.json")
+    (weights,) = (results / "runs").rglob("checkpoint.pt")
+    return weights, record.read(path)
+
+
+def test_a_checkpoint_of_ours_gives_the_errors_of_its_record_and_needs_nothing_beside_it(digits, measure):
+    path, result = digits
+    loss, error, error_top5 = measure(path)
+    assert loss == pytest.approx(result["test_loss"], abs=6e-5)
+    assert error == pytest.approx(result["test_error"], abs=0.006)
+    assert error_top5 == pytest.approx(result["test_error_top5"], abs=0.006)
+    assert 0 < error < 100
+
+
+def test_it_runs_as_a_command_from_anywhere(digits, tmp_path):
+    path, result = digits
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / "evaluate.py", path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert float(RESULT.fullmatch(done.stdout.strip())[3]) == pytest.approx(result["test_error"], abs=0.006)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_holds_its_memory(digits):
+    state = torch.load(digits[0], weights_only=True)["model"]
+    counts = {key: tensor for key, tensor in state.items() if key.endswith("memory_count")}
+    assert len(counts) == 19
+    # 6 batches of 32 in 7 rows: pixels of the three stages, and one row still empty.
+    assert {tuple(count.tolist()) for count in counts.values()} == {
+        (*([32.0 * side**2] * 6), 0.0) for side in (32, 16, 8)
+    }
+    memory = state["bn1.memory_mean"]
+    assert memory.shape == (7, 16)
+    assert memory[:6].abs().sum(1).min() > 0
+    assert not memory[6].any()
+    assert len({tuple(row.tolist()) for row in memory}) == 7
+
+
+def test_evaluation_uses_the_memory_that_a_checkpoint_holds(digits, tmp_path, measure):
+    state = checkpoint.read(digits[0])
+    for key, tensor in state["model"].items():
+        if key.endswith("running_mean"):
+            tensor.add_(0.5)
+    checkpoint.save(state, tmp_path / "changed.pt")
+    assert measure(tmp_path / "changed.pt")[0] != measure(digits[0])[0]
+
+
+def test_overrides_beside_a_checkpoint_of_ours_change_what_they_name(digits, measure):
+    whole = measure(digits[0])
+    assert measure(digits[0], "evaluate.batch_size=7") == pytest.approx(whole, abs=2e-4)
+    assert measure(digits[0], "dataset.mean=[0.5,0.5,0.5]")[0] != whole[0]
+    assert measure(digits[0], "dataset.std=[0.2,0.3,0.4]")[0] != whole[0]
+
+
+def test_the_weights_of_a_run_are_exported_with_its_configuration_and_evaluate_to_the_same(digits, tmp_path, measure):
+    from safetensors import safe_open
+
+    path, result = digits
+    exported = tmp_path / "model.safetensors"
+    whole = measure(path, "--export", exported)
+    with safe_open(exported, "pt") as file:
+        described = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state = torch.load(path, weights_only=True)["model"]
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[key], state[key]) for key in state)
+    trained = result["config"]
+    for group in ("dataset", "model", "norm", "forwards"):
+        assert described[group] == trained[group]
+    assert described["norm"]["memory"] == 7
+    assert str(tmp_path) not in json.dumps(described)
+    # The file says all that is needed: no option beside it.
+    assert measure(exported) == whole
+
+
+def test_the_exported_configuration_is_that_of_the_run(digits, tmp_path, measure):
+    """Whoever gets the file learns how its weights were trained: batch size, seed, schedule."""
+    from safetensors import safe_open
+
+    measure(digits[0], "--export", tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["config"])
+    trained = json.loads(torch.load(digits[0], weights_only=True)["identity"])
+    assert {key: described[key] for key in ("batch_size", "seed")} == {"batch_size": 32, "seed": 4}
+    assert described["schedule"]["iterations"] == 6
+    assert described == trained
+
+
+# Weights of torchvision's.
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return jpegs.make_tree(tmp_path_factory.mktemp("imagenet"))
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """torchvision's ResNet-18 for three classes, no layer of it near the identity, and its state_dict in a file."""
+    torch.manual_seed(1)
+    model = torchvision.models.resnet18(num_classes=3).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias.data):
+                tensor.normal_(0, 0.2)
+            for tensor in (module.running_var, module.weight.data):
+                tensor.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("theirs") / "resnet18.pth"
+    torch.save(model.state_dict(), path)
+    return model, path
+
+
+def options(tree, *overrides):
+    return [
+        *("model=resnet18", "dataset=imagenet", "norm=bn", *jpegs.NUMBERS, "batch_size=1"),
+        *(f"machine.data={tree}", "machine.workers=0", "machine.device=cpu", *overrides),
+    ]
+
+
+def by_hand(model, tree, mean, std):
+    """torchvision's model on images that torchvision read, and its mean loss and top-1 error."""
+    transform = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.Resize(256),
+            torchvision.transforms.CenterCrop(224),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize(mean, std),
+        ]
+    )
+    images, labels = zip(*torchvision.datasets.ImageFolder(tree / "val", transform), strict=True)
+    with torch.no_grad():
+        logits = model(torch.stack(images))
+    labels = torch.tensor(labels)
+    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) != labels).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(MEAN, STD), ([0.5, 0.45, 0.3], STD), (MEAN, [0.1, 0.2, 0.3]), ([0.0] * 3, [1.0] * 3)]
+)
+def test_torchvisions_weights_give_torchvisions_errors_under_any_normalisation(theirs, tree, mean, std, measure):
+    model, path = theirs
+    overrides = [] if (mean, std) == (MEAN, STD) else [f"dataset.mean={mean}", f"dataset.std={std}"]
+    loss, error, error_top5 = measure(path, *options(tree, *(o.replace(" ", "") for o in overrides)))
+    expected = by_hand(model, tree, mean, std)
+    assert loss == pytest.approx(expected[0], abs=2e-4)
+    assert error == pytest.approx(expected[1], abs=0.006)
+    assert error_top5 == 0  # of three classes
+
+
+def test_the_normalisations_differ(theirs, tree):
+    """So that the test above can tell one from another."""
+    losses = [by_hand(theirs[0], tree, mean, std)[0] for mean, std in ((MEAN, STD), ([0.5, 0.45, 0.3], STD))]
+    assert abs(losses[0] - losses[1]) > 1e-2
+
+
+@pytest.mark.parametrize("norm", ["brn", "mbn"])
+def test_torchvisions_weights_serve_the_other_norms_at_test_time(theirs, tree, norm, measure):
+    model, path = theirs
+    overrides = [o.replace("norm=bn", f"norm={norm}") for o in options(tree)]
+    assert measure(path, *overrides)[0] == pytest.approx(by_hand(model, tree, MEAN, STD)[0], abs=2e-4)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_a_state_dict_may_lie_inside_a_training_checkpoint_of_others(theirs, tree, key, tmp_path, measure):
+    torch.save({key: theirs[0].state_dict(), "epoch": 90}, tmp_path / "checkpoint.pth.tar")
+    assert measure(tmp_path / "checkpoint.pth.tar", *options(tree)) == measure(theirs[1], *options(tree))
+
+
+def test_torchvisions_weights_are_exported_and_evaluate_to_the_same(theirs, tree, tmp_path, measure):
+    from safetensors.torch import load_file
+
+    model, path = theirs
+    exported = tmp_path / "resnet18.safetensors"
+    overrides = options(tree, "dataset.mean=[0.5,0.45,0.3]")
+    whole = measure(path, *overrides, "--export", exported)
+    state = model.state_dict()
+    tensors = load_file(exported)
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[name], state[name]) for name in state)
+    # Its metadata hold the model and the normalisation; where the images are is said by who asks.
+    assert measure(exported, f"machine.data={tree}", "machine.workers=0") == whole
+
+
+def test_a_checkpoint_of_ours_on_folders_gives_the_errors_of_its_record(tree, tmp_path, measure, monkeypatch):
+    monkeypatch.setattr("models.build", jpegs.build_tiny)
+    where = [f"machine.data={tree}", "machine.workers=0", "machine.device=cpu", "machine.threads=1"]
+    arguments = [
+        *("dataset=imagenet", "model=resnet18", "norm=brn", "dataset.image_size=65", *jpegs.NUMBERS, "batch_size=8"),
+        *("schedule.epochs=1", *where, f"machine.results={tmp_path}"),
+    ]
+    assert train.main(arguments) == 0
+    (path,) = (tmp_path / "records").rglob("*.json")
+    result = record.read(path)
+    (weights,) = (tmp_path / "runs").rglob("checkpoint.pt")
+    loss, error, error_top5 = measure(weights, *where[:3])
+    assert loss == pytest.approx(result["test_loss"], abs=6e-5)
+    assert error == pytest.approx(result["test_error"], abs=0.006)
+    assert error_top5 == result["test_error_top5"] == 0
+
+
+# What is refused.
+
+
+def test_weights_of_another_network_are_one_sentence(theirs, tree, refusal):
+    overrides = [o.replace("resnet18", "resnet34") for o in options(tree)]
+    message = refusal(theirs[1], *overrides)
+    assert str(theirs[1]) in message
+    assert "model=resnet34" in message
+    assert "norm=bn" in message
+    assert "layer" in message  # which weights are missing
+
+
+def test_weights_for_other_classes_are_one_sentence(theirs, tree, refusal):
+    message = refusal(theirs[1], *options(tree, "dataset.classes=4"))
+    assert "4 classes" in message
+
+
+def test_a_checkpoint_of_ours_with_another_network_is_one_sentence(digits, refusal):
+    assert "model=resnet56" in refusal(digits[0], "model=resnet56")
+
+
+def test_a_configuration_that_is_impossible_is_one_sentence(theirs, refusal):
+    assert "resnet18" in refusal(theirs[1], "model=resnet18", "dataset=cifar10", "norm=bn")
+    assert "epoch" in refusal(theirs[1], "epoch=3")
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path, refusal):
+    assert str(tmp_path / "no.pth") in refusal(tmp_path / "no.pth", "model=resnet18", "dataset=imagenet", "norm=bn")
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy", "pickle", "inside", "ours"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+def test_a_malicious_pickle_runs_nothing(form, suffix, digits, tmp_path, refusal):
+    mark, path = tmp_path / "ran", tmp_path / f"weights{suffix}"
+    evil = Evil(mark)
+    if form == "torch":
+        torch.save(evil, path)
+    elif form == "legacy":
+        torch.save({"conv1.weight": evil}, path, _use_new_zipfile_serialization=False)
+    elif form == "pickle":
+        path.write_bytes(pickle.dumps(evil, protocol=2))
+    elif form == "inside":
+        torch.save({"state_dict": {"conv1.weight": torch.zeros(1), "x": evil}}, path)
+    else:
+        checkpoint.save({**checkpoint.read(digits[0]), "extra": evil}, path)
+    message = refusal(path, "model=resnet18", "dataset=imagenet", "norm=bn")
+    assert str(path) in message
+    assert not mark.exists()
+    # A careless reader would have run it.
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert mark.exists()
+
+
+def text(path):
+    path.write_text("<html>404 not found</html>")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zeros(path):
+    path.write_bytes(b"\0" * 1000)
+
+
+def a_list(path):
+    torch.save([torch.zeros(3)], path)
+
+
+def a_tensor(path):
+    torch.save(torch.zeros(3), path)
+
+
+def a_number(path):
+    torch.save({"conv1.weight": 3, "epoch": 5}, path)
+
+
+def cut_short(path):
+    torch.save({"conv1.weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+@pytest.mark.parametrize("content", [text, empty, zeros, a_list, a_tensor, a_number, cut_short])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_holds_no_weights_is_one_sentence(content, suffix, tmp_path, tree, refusal):
+    path = tmp_path / f"weights{suffix}"
+    content(path)
+    assert str(path) in refusal(path, *options(tree))
+
+
+def test_a_damaged_checkpoint_of_ours_is_one_sentence_that_names_the_one_before(digits, tmp_path, refusal):
+    path = tmp_path / "checkpoint.pt"
+    shutil.copy(digits[0], path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # in its checksum
+    path.write_bytes(bytes(content))
+    message = refusal(path)
+    assert str(path) in message
+    assert "checkpoint.previous.pt" in message
+
+
+def test_an_export_that_cannot_be_written_is_one_sentence(digits, tmp_path, capsys):
+    assert script.main([str(digits[0]), "--export", str(tmp_path / "no" / "model.safetensors")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+
+
+# mbn.evaluate itself.
+
+
+def test_loss_and_errors_by_hand():
+    """Three batches of different sizes: every image counts the same."""
+    logits = torch.randn(11, 7)
+    labels = torch.randint(0, 7, (11,))
+    batches = [(logits[i:j], labels[i:j]) for i, j in ((0, 5), (5, 10), (10, 11))]
+    measured = evaluate(lambda x: x, batches)
+    ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels, strict=True)]
+    assert measured.loss == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
+    assert measured.error == pytest.approx(100 * sum(rank >= 1 for rank in ranks) / 11)
+    assert measured.error_top5 == pytest.approx(100 * sum(rank >= 5 for rank in ranks) / 11)
+    assert 0 < measured.error_top5 < measured.error
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_top_5_of_few_classes_is_never_wrong(classes):
+    logits = torch.randn(6, classes)
+    assert evaluate(lambda x: x, [(logits, torch.zeros(6, dtype=torch.int64))]).error_top5 == 0
+
+
+def test_the_name_of_a_run_does_not_depend_on_what_is_evaluated():
+    names = {config.run_name(config.load(["dataset=digits", f"evaluate.batch_size={n}"])) for n in (1, 1000)}
+    assert len(names) == 1

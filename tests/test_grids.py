@@ -1,0 +1,157 @@
+"""The tables as data: against the paper's text, digit by digit, and as configurations that can run."""
+
+import re
+
+import pytest
+
+from mbn import grid
+from mbn.config import load
+
+# The lines of the paper's tables as its text has them (tabs between columns).
+TEXT = r"""
+Table 1: Performance comparisons of MBN and different normalization methods on CIFAR-10, where '-' stands for ...
+method	NIN	ResNet-20	ResNet-56	VGG
+NormProp	7.25	-	-	11.18
+BN	7.54	8.41	6.97	6.75
+BRN	-	8.18	6.46	6.64
+MBN	-	7.93	6.23	6.43
+Table 2: Performance comparisons of MBN and different normalization methods on CIFAR-100, where '-' stands for ...
+method	NIN	ResNet-20	ResNet-56	VGG
+NormProp	29.24	-	-	39.55
+BN	30.26	32.28	29.27	27.80
+BRN	-	32.04	29.17	27.44
+MBN	-	31.75	28.97	26.79
+Table 3: Performance comparisons on ImageNet (singlecrop testing).
+network	top-1 error (%)		top-5 error (%)
+network	BN	MBN	BN	MBN
+GoogLeNet	27.31	-	9.15	-
+PReLU-net	24.27	-	7.38	-
+VGG	28.07	27.33	9.33	8.91
+ResNet-18	30.43	29.79	10.76	10.23
+ResNet-34	26.73	25.85	8.74	8.37
+ResNet-50	24.01	23.67	7.02	6.74
+Table 4: Testing errors of BN and MBN with different batch sizes.
+network	batch size	testing error (%)
+network		BN	MBN
+ResNet-56	8	19.64	15.37
+	16	13.26	11.87
+	32	10.45	9.37
+	64	8.60	7.79
+	128	6.97	6.23
+Table 5: The effect of the parameter λ on MBN.
+network	settings of λ	testing error (%)
+	$\lambda = \{0\}$	6.97
+	$\lambda = \{0.1\}$	6.87
+ResNet-56	$\lambda = \{0.5\}$	6.45
+	$\lambda = \{0.9\}$	6.81
+	$\lambda = \{0.1, 0.5, 0.9\}$	6.23
+Table 6: The influence of memory size on MBN.
+network	memory size	testing error (%)
+	10	7.87
+ResNet-20	20	7.80
+	40	7.83
+"""
+FIGURE1 = (
+    "MBN with single forward scheme (MBN-1) yields better performance than BN with whether single or Double-Forward "
+    "scheme (6.53% vs. 6.97% and 6.81%)"
+)
+# Runs a seed, and numbers that the paper prints.
+COUNTS = {"table1": (14, 12), "table2": (14, 12), "table3": (8, 20), "table4": (10, 10), "table5": (5, 5)}
+COUNTS |= {"table6": (3, 3)}
+
+
+def printed(number):
+    """Row label -> numbers of a table of the text, '-' as None."""
+    part = TEXT.partition(f"Table {number}:")[2].partition("\nTable ")[0]
+    rows = {}
+    for line in part.splitlines()[1:]:
+        fields = [f.strip() for f in line.split("\t")]
+        numbers = [f for f in fields if re.fullmatch(r"-|\d+\.\d\d", f)]
+        label = [f for f in fields if f and f not in numbers]
+        if numbers:
+            label = label[-1].strip("$").replace("\\lambda", "λ").replace("\\", "")
+            rows[label] = [None if n == "-" else n for n in numbers]
+    return rows
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
+def test_every_digit_is_the_papers(number):
+    g = grid.read(f"table{number}")
+    ours = {}
+    for row in g.rows:
+        ours[row] = [g.cell(row, c).paper[m] for m in g.metrics for c in g.columns]
+    assert ours == printed(number)
+    cells = [number for row in ours.values() for number in row if number is not None]
+    assert len(cells) == COUNTS[g.name][1]
+
+
+def test_columns_are_the_papers():
+    for number in (1, 2):
+        head = re.search(rf"Table {number}:.*\nmethod\t(.*)", TEXT)[1].split("\t")
+        assert list(grid.read(f"table{number}").columns) == head
+
+
+def test_figure1s_numbers_are_the_texts():
+    g = grid.read("figure1")
+    mbn1, bn1, bn2 = re.findall(r"(\d\.\d\d)%", FIGURE1)
+    assert g.cell("one forward", "MBN").paper["test_error"] == mbn1
+    assert g.cell("one forward", "BN").paper["test_error"] == bn1
+    assert g.cell("two forwards", "BN").paper["test_error"] == bn2
+    assert g.cell("two forwards", "MBN").paper["test_error"] == printed(1)["MBN"][2]
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_every_cell_and_its_baseline_can_run(name):
+    g = grid.read(name)
+    cells = [c for c in g.cells if c.overrides is not None]
+    assert cells
+    keys = [[o.partition("=")[0] for o in c.overrides] for c in cells]
+    assert all(len(set(k)) == len(k) for k in keys)
+    runs = {c.name(0) for c in cells}
+    assert len(runs) == len(cells), "two cells of a table are the same run"
+    if name in COUNTS:
+        assert len(runs) == COUNTS[name][0]
+    for c in cells:
+        baseline, own = c.baseline().config(3), c.config(3)
+        assert (baseline.norm.name, baseline.forwards) == ("bn", 1)
+        assert (baseline.dataset, baseline.schedule, baseline.batch_size) == (own.dataset, own.schedule, own.batch_size)
+        assert baseline.model.name == own.model.name
+        assert own.seed == baseline.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "column"),
+    [
+        ("table1", "NormProp", "NIN"),
+        ("table4-methods", "8", "BRN-1"),
+        ("table4-epochs", "16", "MBN"),
+        ("table5", "λ = {0.5}", "ResNet-56"),
+        ("gradient", "ResNet-20, batch 8", "MBN-1 batch"),
+    ],
+)
+def test_a_cells_configuration_is_what_its_command_gives(name, row, column):
+    cell = grid.read(name).cell(row, column)
+    for scale in (1.0, 0.1):
+        assert cell.config(2, scale) == load(cell.command(2, scale))
+
+
+def test_runs_that_tables_share_have_one_identity():
+    def of(name, row, column):
+        return grid.read(name).cell(row, column).name(0)
+
+    bn = {of("table1", "BN", "ResNet-56"), of("table4", "128", "BN"), of("table5", "λ = {0}", "ResNet-56")}
+    bn |= {of("figure1", "one forward", "BN"), of("figure2", "ResNet-56", "BN"), of("table4-methods", "128", "BN-1")}
+    bn |= {of("table4-epochs", "128", "BN"), of("table5-lam0", "BN", "ResNet-56")}
+    assert len(bn) == 1
+    mbn = {of("table1", "MBN", "ResNet-56"), of("table4", "128", "MBN"), of("figure1", "two forwards", "MBN")}
+    mbn |= {of("table5", "λ = {0.1, 0.5, 0.9}", "ResNet-56"), of("table4-methods", "128", "MBN-2")}
+    assert len(mbn) == 1
+    assert of("table6", "20", "ResNet-20") == of("table1", "MBN", "ResNet-20")
+    assert of("figure2", "VGG", "MBN") == of("table1", "MBN", "VGG")
+
+
+def test_quoted_and_impossible_cells_have_no_runs():
+    absent = [(c.grid, c.row, c.column) for n in grid.names() for c in grid.read(n).cells if c.overrides is None]
+    assert len(absent) == 2 + 2 + 4
+    assert ("table1", "NormProp", "ResNet-56") in absent
+    assert ("table3", "GoogLeNet", "BN") in absent

@@ -1,0 +1,101 @@
+"""Figures from toy records: written, not empty, the same bytes each time, with the lines that they should have."""
+
+import pytest
+import toy
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mbn import grid, plot, table
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Figures 1, 2 and our two, but for ImageNet's: seeds 0 and 1 of ResNet-56 at batch 8 and 128, MBN without 16."""
+    folder = tmp_path_factory.mktemp("results")
+    g = grid.read("table4-methods")
+    for seed in range(2):
+        for row, column in (("8", "BN-1"), ("8", "MBN-2"), ("128", "BN-1"), ("128", "MBN-2"), ("16", "BN-1")):
+            error = 9 + seed / 10 - (column == "MBN-2") - int(row) / 128
+            toy.write(folder, g.cell(row, column), seed, error, fall=1.0, bump=0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def figures(results) -> dict[str, Figure | None]:
+    return plot.draw(table.load(results))
+
+
+def lines(panel):
+    return {line.get_label(): line for line in panel.get_lines()}
+
+
+def test_figures_without_data_are_not_drawn(figures):
+    assert {name for name, f in figures.items() if f is None} == {"figure3", "gap-resnet20"}
+    assert set(plot.draw({}).values()) == {None}
+
+
+def test_lines_are_means_over_seeds_by_epoch(figures):
+    (panel,) = figures["figure1"].axes
+    found = lines(panel)
+    assert set(found) == {"BN-1", "MBN-2"}
+    x, y = found["BN-1"].get_data()
+    assert (x[0], x[-1], y[-1]) == (2.0, 200.0, pytest.approx(8.05))
+    assert len(panel.collections) == 2  # a band each
+    networks = figures["figure2"].axes
+    assert [p.get_title() for p in networks] == ["ResNet-20", "ResNet-56", "VGG"]
+    assert set(lines(networks[1])) == {"BN, training", "BN, test", "MBN, training", "MBN, test"}
+    thin, bold = lines(networks[1])["MBN, training"], lines(networks[1])["MBN, test"]
+    assert thin.get_linewidth() < bold.get_linewidth()
+
+
+def test_error_against_batch_size(figures):
+    (panel,) = figures["batch-size"].axes
+    x, y = lines(panel)["BN-1"].get_data()
+    assert list(x) == [8, 16, 128]
+    assert list(y) == [pytest.approx(9.05 - b / 128) for b in x]
+    assert list(lines(panel)["MBN-2"].get_xdata()) == [8, 128]
+    assert panel.get_xscale() == "log"
+
+
+def test_gap_is_over_the_share_of_training(figures):
+    panel = figures["gap-resnet56"].axes[0]
+    x, y = lines(panel)["MBN-2"].get_data()
+    assert (x[0], x[-1]) == (pytest.approx(1, rel=1e-2), 100)
+    assert y[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", ["figure1", "figure2", "batch-size", "gap-resnet56"])
+def test_lines_differ_by_more_than_colour(figures, name):
+    for panel in figures[name].axes:
+        drawn = lines(panel).values()
+        styles = {(line.get_linestyle(), line.get_marker(), line.get_linewidth()) for line in drawn}
+        assert len(styles) == len(drawn)
+        texts = [*panel.get_xticklabels(), *panel.get_yticklabels(), panel.xaxis.label, panel.yaxis.label, panel.title]
+        texts += [t for legend in figures[name].legends for t in legend.get_texts()]
+        assert min(t.get_fontsize() for t in texts) >= 7
+        assert len(figures[name].legends) == 1
+
+
+def test_every_method_has_a_look_of_its_own():
+    for name in ("figure1", "table4-methods"):
+        looks = [plot.look(cell) for cell in grid.read(name).cells[:7]]
+        assert len({(look.marker, look.line) for look in looks}) == len({look.label for look in looks})
+
+
+def test_files_are_pictures_and_the_same_each_time(figures, results, tmp_path):
+    some = {"figure1": figures["figure1"], "figure3": None}
+    again = {"figure1": plot.draw(table.load(results))["figure1"], "figure3": None}
+    written = plot.write(some, tmp_path / "a")
+    plot.write(again, tmp_path / "b")
+    assert sorted(p.name for p in written) == ["figure1.png", "figure1.svg"]
+    for path in written:
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    with Image.open(tmp_path / "a" / "figure1.png") as image:
+        assert image.size == (660, 600)
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
+    svg = (tmp_path / "a" / "figure1.svg").read_text()
+    assert plot.COLOURS["mbn"].lower() in svg
+    assert "<dc:date>" not in svg
+    assert [p.name for p in plot.write(again, tmp_path / "c", scale=0.1)] == [
+        *("figure1-scale0.1.png", "figure1-scale0.1.svg"),
+    ]

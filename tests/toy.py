@@ -1,0 +1,52 @@
+"""Toy records with the configurations of real cells."""
+
+from mbn import record
+from mbn.config import iterations, iterations_per_epoch, run_name
+
+EPOCHS = tuple(range(1, 101))
+
+
+def curves_of(config, test_error, train_error, bump=0.0, fall=0.0):
+    """A hundred points: the test error falls by `fall`, the training error rises by `bump` at 60 % of training."""
+    images = config.dataset.train_images * iterations(config) // iterations_per_epoch(config)
+    points = [images * i // 100 for i in EPOCHS]
+    late = [i > 60 for i in EPOCHS]
+    return {
+        "images": points,
+        "train_error": [train_error + bump * (i == 61) + 30 / i for i in EPOCHS],
+        "train_loss": [0.1] * 100,
+        "test_error": [test_error + (0 if after else fall) for after in late],
+        "test_loss": [0.2] * 100,
+        "gap_mean": [1 / i for i in EPOCHS],
+        "gap_std": [0.5 / i for i in EPOCHS],
+    }
+
+
+def write(results, cell, seed, test_error, scale=1.0, device="cuda: Toy", train_error=1.0, seconds=1800.0, **curve):
+    """Write one record of a cell and return its path."""
+    config = cell.config(seed, scale)
+    curves = curves_of(config, test_error, train_error, **curve)
+    content = {
+        "name": run_name(config),
+        "config": record.config_for_record(config),
+        "test_error": test_error,
+        "test_error_best": test_error,
+        "train_error": train_error,
+        "test_error_top5": test_error / 4,
+        "test_error_precise": None,
+        "test_loss": 0.2,
+        "train_loss": 0.1,
+        "iterations": iterations(config),
+        "images": curves["images"][-1],
+        "parameters": 1,
+        "seconds": seconds,
+        "images_per_second": 1.0,
+        "device": device,
+        "mode": "eager",
+        "threads": 2,
+        "commit": "0123456789" * 4,
+        "dirty": False,
+        "versions": {"torch": "2.11"},
+        "curves": curves,
+    }
+    return record.write(results, content)
