@@ -35,6 +35,15 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
         assert names(path.parent) == ["file"]
 
 
+def test_a_write_never_touches_the_old_version(tmp_path):
+    """Whoever has it open goes on reading it; a crash in the middle leaves it whole."""
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with path.open("rb") as reader:
+        write_atomically(path, b"new")
+        assert reader.read() == b"old"
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_says_how_much_it_needs(tmp_path, small_disk):
     path = tmp_path / "file"
     write_atomically(path, b"old")

@@ -152,8 +152,11 @@ def test_every_image_counts_the_same_in_a_smaller_last_batch_too(norm):
 
 
 @every_norm
-def test_memory_and_counters_stay_as_they_were_and_evaluation_uses_the_new_statistics(norm):
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_memory_and_counters_stay_as_they_were_and_evaluation_uses_the_new_statistics(norm, forwards):
     model = remembering(TwoLayers(LAYERS[norm]), 6, 4)
+    for layer in norm_layers(model):
+        layer.forwards = forwards  # with 1 every training forward would remember, were it not held
     before = snapshot(model)
     batches = image_batches()
     set_precise_statistics(model, batches)

@@ -27,7 +27,7 @@ def arrays():
 
 @pytest.fixture
 def losses(arrays, tmp_path, monkeypatch):
-    """A function that trains for some iterations, as train.py does but without evaluation: the network and its losses."""
+    """A function that trains for some iterations as train.py does: it returns the network and the losses."""
     monkeypatch.setattr(data, "load_cifar", arrays)
 
     def train(iterations, *overrides):

@@ -405,7 +405,7 @@ def test_a_second_process_is_told_who_holds_the_run(here, left):
     with holder:
         assert holder.stdout.readline() == "held\n"
         refused = here()
-        assert refused.code == 1
+        assert refused.code not in (0, 75, 130)
         assert f"process {holder.pid} on {os.uname().nodename}" in refused.err
         holder.kill()
     assert here().code == 0  # the lock died with its holder
@@ -528,6 +528,13 @@ def test_an_iteration_reads_nothing_from_the_device(here, monkeypatch):
     here("batch_size=8", "schedule.iterations=40")  # rows of the journal every 18
     quiet = [after - before for before, after in itertools.pairwise(marks[1:])]
     assert sum(n == 0 for n in quiet) >= len(quiet) - 2, (quiet, reads)
+
+
+def test_the_optimiser_is_plain_sgd_over_all_parameters(whole):
+    (group,) = whole().checkpoint()["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
+    assert not any(group[key] for key in ("nesterov", "dampening", "maximize"))
+    assert len(group["params"]) == 5
 
 
 # What is reported.
@@ -676,6 +683,14 @@ def test_a_run_of_a_sweep_that_diverges_does_not_stop_the_others_but_is_no_succe
     assert left("schedule.lr=[1e30]").name in done.err
     assert "diverged" in done.err
     assert left("schedule.lr=[0.1]").record()["iterations"] == 8
+
+
+def test_a_run_of_a_sweep_that_another_process_is_training_does_not_stop_the_others(here, left):
+    with lock(left("seed=0").folder / "lock"):
+        done = here("-m", "seed=0,1")
+    assert done.code != 0
+    assert left("seed=0").name in done.err
+    assert left("seed=1").record()["iterations"] == 8
 
 
 def test_a_signal_stops_a_sweep(here, left, after):
