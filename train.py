@@ -45,6 +45,9 @@ def main(arguments: list[str]) -> int:
     except (configuration.ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
+    except KeyboardInterrupt:  # before training answers to signals itself
+        print("error: stopped before training began.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -88,7 +91,7 @@ def sweep(overrides: list[str]) -> int:
         try:
             run(config)
         except UserError as error:
-            if error.code != 1:  # a signal: it means all of them
+            if error.code in (75, 130):  # a signal: it means all of them
                 raise
             print(f"error: {configuration.run_name(config)}: {error}", file=sys.stderr)
             code = 1

@@ -194,7 +194,7 @@ def compose(overrides: list[str]) -> DictConfig:
 
     register_resolvers()
     try:
-        parsed = _parse(overrides)
+        parsed = [o for o in _parse(overrides) if (o.key_or_group, o.value()) != ("experiment", None)]
         for override in parsed:
             if override.is_sweep_override():
                 raise ConfigError(
@@ -210,7 +210,7 @@ def compose(overrides: list[str]) -> DictConfig:
             for override in parsed:
                 if not _is_group(override.key_or_group):
                     _check_key(override, known)
-            return hydra.compose("config", overrides=overrides)
+            return hydra.compose("config", overrides=[str(o.input_line) for o in parsed])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_sentence(error)) from None
 
@@ -525,18 +525,24 @@ def run_name(config: Config) -> str:
 
     Example: cifar10/resnet56/mbn-f2-b8-s0-8623f493.
     """
-    default = Config(model=type(config.model)(), norm=type(config.norm)())
-    differing = _difference(identity(config), to_dict(default))
-    digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(distinction(config).encode()).hexdigest()[:8]
     short = f"{config.norm.name}-f{config.forwards}-b{config.batch_size}-s{config.seed}"
     return f"{config.dataset.name}/{config.model.name}/{short}-{digest}"
+
+
+def distinction(config: Config) -> str:
+    """What of the identity differs from the schema's defaults, as JSON: equal for equal runs, old and new versions."""
+    default = Config(model=type(config.model)(), norm=type(config.norm)())
+    return json.dumps(_difference(identity(config), to_dict(default)), sort_keys=True)
 
 
 def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     result = {}
     for key, v in value.items():
         if isinstance(v, dict):
-            result[key] = _difference(v, default[key])
+            inner = _difference(v, default[key])
+            if inner:  # a new group at its defaults leaves every name as it was
+                result[key] = inner
         elif v != default.get(key):
             result[key] = v
     return result

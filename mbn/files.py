@@ -71,7 +71,21 @@ def lock(path: Path) -> Iterator[None]:
         file.truncate()
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
-        yield
+        _held.append(file.fileno())
+        try:
+            yield
+        finally:
+            _held.remove(file.fileno())
+
+
+# Descriptors of the locks that this process holds.
+_held: list[int] = []
+
+
+def let_go_of_inherited_locks() -> None:
+    """For a forked worker, which would hold its parent's locks for some seconds after the parent was killed."""
+    while _held:
+        os.close(_held.pop())
 
 
 def held(path: Path) -> bool:

@@ -6,7 +6,10 @@ val/<class>/*.JPEG, or a flat val/*.JPEG beside the devkit's archive, which hold
 
 import io
 import math
+import multiprocessing
 import os
+import pickle
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +26,8 @@ from . import draws
 from .config import Dataset as DatasetConfig
 from .data import Batch, check_numbers, normalize
 from .errors import UserError
+from .files import let_go_of_inherited_locks
+from .signals import CODES
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 # Test images are resized to this many pixels per pixel of the crop: 256 for 224.
@@ -111,10 +116,11 @@ def _flat_val(root: Path, classes: list[str]) -> Files:
         if not (root / META_FILE).is_file():
             parse_devkit_archive(str(root))
         _, wnids = load_meta_file(str(root))
-    except (RuntimeError, OSError, ImportError) as error:
+    except (RuntimeError, OSError, ImportError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        why = next(iter(str(error).splitlines()), "it ends early")[:100]
         raise UserError(
             f"{root / 'val'} has no class folders, and the devkit that labels a flat val/ cannot be read "
-            f"({str(error).splitlines()[0]}): put ILSVRC2012_devkit_t12.tar.gz into {root}, or the images into "
+            f"({why}): put ILSVRC2012_devkit_t12.tar.gz into {root}, or the images into "
             "val/<class>/."
         ) from None
     images = list_images(root / "val")
@@ -218,7 +224,7 @@ class ImageFolders:
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             # Its own, since the loader draws from it and dropout's draws must not shift.
             generator=torch.Generator(),
         )
@@ -233,5 +239,11 @@ def _in_order(n: int, size: int) -> list[list[tuple[None, int]]]:
     return [[(None, i) for i in range(start, min(start + size, n))] for start in range(0, n, size)]
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    if torch.utils.data.get_worker_info() is not None and multiprocessing.get_start_method() == "fork":
+        let_go_of_inherited_locks()
     torch.set_num_threads(1)
+    # A signal to the whole process group is the trainer's to answer: it still needs the batch at hand.
+    for name in CODES:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+from .files import write_atomically
+
 # TensorBoard's name for each number of a row; the axis is images seen.
 TAGS = {
     "train_loss": "train/loss",
@@ -54,7 +57,12 @@ class Journal:
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         kept = self.path.read_text().splitlines(keepends=True)[:lines] if self.path.exists() else []
-        self.path.write_text("".join(kept))
+        if len(kept) < lines:
+            raise UserError(
+                f"{self.path} has {len(kept)} rows, but its checkpoint counts on {lines}: move {folder} away and run "
+                "the command again."
+            )
+        write_atomically(self.path, "".join(kept).encode())
         self.lines = len(kept)
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()

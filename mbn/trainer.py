@@ -1,7 +1,6 @@
 """A run from its configuration to its record."""
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint, record
-from .config import MBN, Config, identity, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
+from .config import MBN, Config, distinction, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
 from .data import load
 from .errors import UserError
 from .evaluate import Measured, evaluate
@@ -44,11 +43,12 @@ def train(config: Config, build: Callable[[Layers], nn.Module]) -> dict[str, Any
     folder = Path(config.machine.results) / "runs" / run_name(config)
     with lock(folder / "lock"):
         run = Run(config, build, folder)
+        run.open_journal()
         try:
             with Stop() as stop:
                 run.train(stop)
         finally:
-            run.close()
+            run.journal.close()
         return run.finish()
 
 
@@ -61,7 +61,6 @@ def add_precise_error(config: Config, build: Callable[[Layers], nn.Module]) -> d
     folder = Path(config.machine.results) / "runs" / run_name(config)
     with lock(folder / "lock"):
         run = Run(config, build, folder)
-        run.close()
         if run.iteration != run.length:
             raise UserError(
                 f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise=true measures: "
@@ -116,10 +115,14 @@ class Run:
         if state:
             self._restore(state)
         self.data = load(config, self.device)
-        text = to_yaml(to_dict(config))
+        self.journal_lines = state["journal_lines"] if state else 0
+
+    def open_journal(self) -> None:
+        """Go on writing where the checkpoint left off; what stands behind it is cut."""
+        text = to_yaml(to_dict(self.config))
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(text)
-        self.journal = Journal(self.folder, text, state["journal_lines"] if state else 0)
+        self.journal = Journal(self.folder, text, self.journal_lines)
 
     # Checkpoints.
 
@@ -128,15 +131,16 @@ class Run:
         state = checkpoint.load(self.checkpoint_path)
         if state is None:
             return None
-        if state["identity"] != json.dumps(identity(self.config), sort_keys=True):
+        if state["identity"] != distinction(self.config):
             raise UserError(
                 f"{self.checkpoint_path} belongs to another configuration: move {self.folder} away and run the "
                 "command again."
             )
         finished = record.path_of(self.results, self.name).exists() and state["iteration"] == state["length"]
         if self.config.machine.again and (finished or not state["anew"]):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if path.name not in ("lock", "log.txt"):  # which are in use
+                    path.unlink()
             return None
         return state
 
@@ -146,7 +150,7 @@ class Run:
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "name": self.name,
-            "identity": json.dumps(identity(self.config), sort_keys=True),
+            "identity": distinction(self.config),
             "config": json.dumps(to_dict(self.config)),
             "iteration": self.iteration,
             "length": self.length,
@@ -186,9 +190,11 @@ class Run:
         """Write a checkpoint, unless the state is no longer finite. Errors: UserError."""
         name = first_nonfinite(self.model)
         if name is not None:
-            raise self._diverged(f"{name} is no longer finite after iteration {self.iteration}")
+            last = self.iteration - 1
+            raise self._diverged(f"{name} is no longer finite after iteration {last}", last)
         checkpoint.save(self._state(), self.checkpoint_path)
         self.saved_at = time.monotonic()
+        self._untimed()
 
     # Training.
 
@@ -258,7 +264,7 @@ class Run:
         for offset, (loss, errors) in enumerate(self.update.drain()):
             iteration = self.iteration - pending + offset
             if loss != loss or loss in (float("inf"), float("-inf")):
-                raise self._diverged(f"the loss was {loss} at iteration {iteration}")
+                raise self._diverged(f"the loss was {loss} at iteration {iteration}", iteration)
             images = self._images_at(iteration + 1) - self._images_at(iteration)
             self.epoch_sums.add(loss, errors, images)
             self.row_sums.add(loss, errors, images)
@@ -267,10 +273,10 @@ class Run:
         self.seconds += now - self.clock
         self.clock = now
 
-    def _diverged(self, what: str) -> UserError:
+    def _diverged(self, what: str, iteration: int) -> UserError:
         last = f"{self.checkpoint_path} holds the last good state" if self.checkpoint_path.exists() else ""
-        lr = value_at(self.config.schedule.lr, self.config.schedule.milestones, self.iteration - 1, self.length)
-        epoch = (self.iteration - 1) // self.per_epoch + 1
+        lr = value_at(self.config.schedule.lr, self.config.schedule.milestones, iteration, self.length)
+        epoch = iteration // self.per_epoch + 1
         return UserError(
             f"training diverged: {what} (epoch {epoch}, learning rate {lr}); "
             + (last or "no checkpoint had been written yet")
@@ -311,8 +317,13 @@ class Run:
         self._row("epoch", sums, extra)
         self.row_sums = Sums()
         self.epoch_sums = Sums()
-        self.seconds += time.monotonic() - self.clock
-        self.clock = time.monotonic()
+        self._untimed()
+
+    def _untimed(self) -> None:
+        """Count the time since the last drain as the run's, but not as training."""
+        now = time.monotonic()
+        self.seconds += now - self.clock
+        self.clock = now
 
     def _evaluate(self) -> Measured:
         with autocast(self.device, self.config.precision):
@@ -323,6 +334,7 @@ class Run:
         if not norm_layers(self.model):
             print(f"warning: norm={self.config.norm.name} has no statistics to take anew.", file=sys.stderr)
             return None
+        self.set_schedule(self.length - 1)  # lambda, r_max and d_max as training ended with
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with autocast(self.device, self.config.precision):
             set_precise_statistics(self.model, self.data.plain_train_batches(self.config.batch_size))
@@ -392,9 +404,6 @@ class Run:
         }
         path = record.write(self.results, content)
         return record.read(path)
-
-    def close(self) -> None:
-        self.journal.close()
 
 
 class Sums:

@@ -9,6 +9,7 @@ python scripts/evaluate.py checkpoint.pt --export model.safetensors
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,10 @@ def run(path: Path, overrides: list[str], export: Path | None) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
+        why = textwrap.shorten(" ".join(str(error).splitlines()[1:2]), 200).rstrip(".")
         raise UserError(
             f"{path} does not fit model={config.model.name} norm={config.norm.name} with {config.dataset.classes} "
-            f"classes: {' '.join(lines[1:2])}"
+            f"classes: {why}."
         ) from None
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     with autocast(device, config.precision):
@@ -70,10 +71,17 @@ def run(path: Path, overrides: list[str], export: Path | None) -> None:
         f"top-5 error {measured.error_top5:.2f} %"
     )
     if export is not None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, export, metadata={"config": json.dumps(configuration.identity(config))})
+        identity = configuration.identity(config)
+        if described:  # what was tested with, of the run that it was trained in
+            identity = {**described, "dataset": identity["dataset"]}
+        try:
+            save_file(weights, export, metadata={"config": json.dumps(identity)})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {export} ({error}): name a file that can be written.") from None
         print(f"wrote {export}")
 
 
@@ -88,25 +96,31 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if not path.is_file():
         raise UserError(f"{path} is not a file: name a checkpoint or a file of weights.")
     if path.suffix == ".safetensors":
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            described = (file.metadata() or {}).get("config")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as file:
+                described = (file.metadata() or {}).get("config")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a file of weights ({error}).") from None
         return tensors, json.loads(described) if described else None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a file of weights ({str(error).splitlines()[0]}).") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        why = (str(error).splitlines() or ["it ends early"])[0]
+        raise UserError(f"{path} is not a file of weights ({why}).") from None
     if isinstance(content, dict) and "model" in content and "config" in content:
         try:
             content = checkpoint.read(path)
         except checkpoint.DamagedError as error:
             raise UserError(f"{error}: use {checkpoint.previous(path)}, or train again.") from None
-        return content["model"], json.loads(content["config"])
+        return content["model"], configuration.identity(configuration.from_dict(json.loads(content["config"])))
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} is not a file of weights (it holds no state_dict of tensors).")
     return content, None
 
 
@@ -119,7 +133,7 @@ def command_line(described: dict[str, Any], overrides: list[str]) -> list[str]:
         for key, value in described[group].items()
         if key != "name"
     ]
-    top = [f"{key}={described[key]}" for key in ("forwards", "precision")]
+    top = [f"{key}={described[key]}" for key in ("forwards", "precision", "batch_size", "seed")]
     named = {override.partition("=")[0] for override in overrides}
     ours = [o for o in (*groups, *leaves, *top) if not {o.partition("=")[0], o.split(".")[0].split("=")[0]} & named]
     return [*ours, *overrides]

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -28,7 +29,7 @@ from mbn.config import Dataset as DatasetConfig
 from mbn.data import load
 from mbn.errors import UserError
 from mbn.files import lock
-from mbn.imagenet import Files, ImageFolders, list_images, open_folders
+from mbn.imagenet import Decoder, Files, ImageFolders, list_images, open_folders
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -265,6 +266,22 @@ def test_an_extreme_image_gives_the_largest_central_crop_of_a_possible_shape(hei
     assert flips == {True, False}
 
 
+def test_after_ten_misses_an_image_of_a_possible_shape_is_taken_whole(monkeypatch):
+    asked = []
+
+    class Largest(np.random.RandomState):
+        def uniform(self, low, high):
+            asked.append((low, high))
+            return high  # the whole area at 4/3, which is too wide for all images but one of 4/3
+
+    monkeypatch.setattr(draws, "_stream", lambda *key: Largest(0))
+    assert draws.resized_crop(0, 0, 0, 100, 100)[:4] == (0, 0, 100, 100)
+    assert asked == [(0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))] * 10
+    assert draws.resized_crop(0, 0, 0, 100, 80)[:4] == (0, 0, 100, 80)
+    assert draws.resized_crop(0, 0, 0, 100, 60)[:4] == (10, 0, 80, 60)
+    assert draws.resized_crop(0, 0, 0, 60, 100)[:4] == (0, 10, 60, 80)
+
+
 def test_a_draw_is_a_function_of_seed_epoch_and_index_only():
     first = draws.resized_crop(1, 2, 3, 300, 400)
     np.random.seed(1)
@@ -327,6 +344,16 @@ def test_files_hold_arrays_and_no_object_for_each_path():
     assert sum(array.nbytes for array in arrays.values()) < 5000 * (25 + 16)
     assert len(files) == 5000
     assert [files.path(i) for i in range(5000)] == [str(REPOSITORY / path) for path in paths]
+
+
+def test_what_workers_are_given_can_be_pickled(tree):
+    """As where processes are spawned, not forked: macOS, and Linux from Python 3.14 on."""
+    data = opened(tree)
+    decoder = Decoder(data.train, 64, True, 0)
+    other = pickle.loads(pickle.dumps(decoder))
+    image, label = decoder[1, 9]
+    assert np.array_equal(other[1, 9][0], image)
+    assert other[1, 9][1] == label == 1
 
 
 def test_names_of_any_kind_come_back(tmp_path):
@@ -482,7 +509,9 @@ def test_a_flat_val_without_the_devkit_is_an_error_that_names_it(copied):
 def test_a_devkit_that_is_damaged_is_an_error_that_names_it(copied):
     flatten(copied)
     (copied / "meta.bin").write_bytes(b"no such thing")
-    assert "ILSVRC2012_devkit_t12.tar.gz" in refusal(copied)
+    message = refusal(copied)
+    assert "ILSVRC2012_devkit_t12.tar.gz" in message
+    assert "weights_only" not in message  # torch's advice to read it without care
 
 
 def test_a_flat_val_with_an_image_too_few_is_an_error(copied):

@@ -15,6 +15,7 @@ from mbn.config import LARGE, NORMS, SMALL, ConfigError
 from mbn.layers import from_config, gn
 from mbn.norm.base import norm_layers
 from mbn.norm.propagation import unit_layers
+from mbn.norm.renorm import set_renorm
 from mbn.trainer import Run
 from mbn.update import Update
 
@@ -86,6 +87,8 @@ class Training:
     def __init__(self, settings):
         torch.manual_seed(0)
         self.model = build(settings)
+        # Open, so that it matters whether batch renormalisation's averages are kept.
+        set_renorm(self.model, 3.0, 5.0)
         # Small enough for normalisation propagation, which at 0.1 diverges within a few batches of noise.
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=torch.tensor(0.01), momentum=0.9, weight_decay=1e-4, fused=True

@@ -325,7 +325,6 @@ def test_the_trainer_puts_memory_and_averages_back(norm, tmp_path, monkeypatch):
 
     monkeypatch.setattr("mbn.trainer.set_precise_statistics", spy)
     error = run.precise_error()
-    run.close()
     assert 0 <= error <= 100
     assert not torch.equal(inside[0]["norm1.running_mean"], before["norm1.running_mean"])
     after = run.model.state_dict()
@@ -338,7 +337,6 @@ def test_the_precise_error_is_that_of_the_pooled_statistics(tmp_path, capsys, mo
     _, _, result = finished(tmp_path, capsys, "bn", "evaluate.precise=true")
     state = torch.load(next((tmp_path / "runs").rglob("checkpoint.pt")), weights_only=True)["model"]
     run = Run(config.load(command(tmp_path / "other", "bn")), Small, tmp_path / "other")
-    run.close()
     model = run.model
     model.load_state_dict(state)
     model.eval()
