@@ -6,7 +6,6 @@ val/<class>/*.JPEG, or a flat val/*.JPEG beside the devkit's archive, which hold
 
 import io
 import math
-import multiprocessing
 import os
 import pickle
 import signal
@@ -117,7 +116,9 @@ def _flat_val(root: Path, classes: list[str]) -> Files:
             parse_devkit_archive(str(root))
         _, wnids = load_meta_file(str(root))
     except (RuntimeError, OSError, ImportError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        why = next(iter(str(error).splitlines()), "it ends early")[:100]
+        why = str(error).partition("\n")[0][:100]
+        if isinstance(error, pickle.UnpicklingError):  # whose advice is to read it without care
+            why = "it is damaged"
         raise UserError(
             f"{root / 'val'} has no class folders, and the devkit that labels a flat val/ cannot be read "
             f"({why}): put ILSVRC2012_devkit_t12.tar.gz into {root}, or the images into "
@@ -240,8 +241,7 @@ def _in_order(n: int, size: int) -> list[list[tuple[None, int]]]:
 
 
 def _start_worker(_: int) -> None:
-    if torch.utils.data.get_worker_info() is not None and multiprocessing.get_start_method() == "fork":
-        let_go_of_inherited_locks()
+    let_go_of_inherited_locks()
     torch.set_num_threads(1)
     # A signal to the whole process group is the trainer's to answer: it still needs the batch at hand.
     for name in CODES:
