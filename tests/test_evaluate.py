@@ -165,7 +165,7 @@ def test_the_exported_configuration_is_that_of_the_run(digits, tmp_path, measure
     measure(digits[0], "--export", tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         described = json.loads(file.metadata()["config"])
-    trained = json.loads(torch.load(digits[0], weights_only=True)["identity"])
+    trained = config.identity(config.from_dict(json.loads(torch.load(digits[0], weights_only=True)["config"])))
     assert {key: described[key] for key in ("batch_size", "seed")} == {"batch_size": 32, "seed": 4}
     assert described["schedule"]["iterations"] == 6
     assert described == trained

@@ -35,14 +35,19 @@ def launch(results):
     return start(*OVERRIDES, f"machine.results={results.name}", cwd=results.parent)
 
 
+def reached(run):
+    """The last iteration in the run's journal."""
+    path = run.folder / "metrics.jsonl"
+    seen = re.findall(r'"iteration": (\d+),.*\n', path.read_text()) if path.exists() else []
+    return int(seen[-1]) if seen else 0
+
+
 def wait_for(run, process, iteration):
     """Return when the run's journal has reached an iteration."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, f"ended before iteration {iteration}: {outcome(process)}"
-        path = run.folder / "metrics.jsonl"
-        seen = re.findall(r'"iteration": (\d+),.*\n', path.read_text()) if path.exists() else []
-        if seen and int(seen[-1]) >= iteration:
+        if reached(run) >= iteration:
             return
         time.sleep(0.01)
     raise AssertionError(f"never reached iteration {iteration}")
@@ -52,12 +57,14 @@ def chain(run, stops):
     """Train, stopped by each signal at a random moment after its iteration; None lets the run end."""
     moments, outcomes = [], []
     for number, iteration in stops:
+        before = reached(run)
         process = launch(run.results)
         if number is None:
             outcomes.append(outcome(process))
             break
-        wait_for(run, process, iteration)
-        pause = random.uniform(0, 0.3)
+        # Beyond what the process before it left, so that this one is stopped in training too.
+        wait_for(run, process, max(iteration, before + 2))
+        pause = random.uniform(0, 0.15)
         time.sleep(pause)
         process.send_signal(number)
         outcomes.append(outcome(process))
@@ -68,7 +75,7 @@ def chain(run, stops):
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory):
     """An uninterrupted run, a killed one and a signalled one, two at a time."""
-    iterations = [random.SystemRandom().randint(*span) for span in ((2, 8), (10, 16), (18, 20))]
+    iterations = [random.SystemRandom().randint(*span) for span in ((2, 6), (9, 13), (16, 18))]
     end = (None, None)
     plans = {
         "killed": [*((signal.SIGKILL, iteration) for iteration in iterations), end],
