@@ -43,6 +43,9 @@ def build_tiny(*, layers, classes, **_):
 TINY = ["dataset=digits", "batch_size=256", "schedule.iterations=8", "machine.threads=1", "machine.device=cpu"]
 
 
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
 class Outcome(NamedTuple):
     code: int
     out: str
@@ -139,6 +142,8 @@ def run_here(capsys, monkeypatch, *overrides) -> Outcome:
     monkeypatch.setattr(models, "build", build_tiny)
     monkeypatch.setattr(train.configuration, "load", load_quickly)
     monkeypatch.setattr(data, "load_digits", digits)
+    # Not the working tree's, which may change while the tests run.
+    monkeypatch.setattr(record, "commit_and_dirty", lambda: (COMMIT, False))
     capsys.readouterr()
     try:
         code = train.main(list(overrides))
@@ -152,7 +157,8 @@ def start(*arguments, cwd=None, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *arguments],
         cwd=cwd,
-        env={**os.environ, **environment},
+        # Without git, so that a working tree that changes while the tests run changes no record.
+        env={**os.environ, "GIT_DIR": os.devnull, "MBN_COMMIT": COMMIT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
-from running import Outcome, Run, assert_same_run, outcome, start
+from running import COMMIT, Outcome, Run, assert_same_run, outcome, start
 
 from mbn import record
 from mbn.config import REPOSITORY
@@ -131,7 +131,7 @@ def test_the_record_of_a_run_is_whole_and_follows_its_name(chains, whole):
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
     assert set(result["versions"]) >= {"mbn", "torch", "python", "numpy"}
-    assert result["commit"] == record.commit_and_dirty()[0]
+    assert (result["commit"], result["dirty"]) == (COMMIT, False)
 
 
 def test_a_run_says_what_was_reached_where_the_record_is_and_the_tensorboard_command(chains, whole):

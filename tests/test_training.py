@@ -313,6 +313,16 @@ def test_another_number_of_threads_at_a_resume_warns(here, left, after):
     assert left().record()["threads"] == 2
 
 
+def test_a_run_of_two_versions_of_the_code_is_dirty(here, left, after, monkeypatch):
+    """No commit alone would give its result."""
+    after(3, send("SIGTERM"))
+    here()
+    monkeypatch.setattr(running, "COMMIT", "d" * 40)
+    here()
+    result = left().record()
+    assert (result["commit"], result["dirty"]) == ("d" * 40, True)
+
+
 def test_choices_are_made_once():
     assert trainer.choose_threads(None, 3) == 3
     assert trainer.choose_threads(None, None) == torch.get_num_threads()
