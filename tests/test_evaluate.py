@@ -197,7 +197,7 @@ def theirs(tmp_path_factory):
 
 def options(tree, *overrides):
     return [
-        *("model=resnet18", "dataset=imagenet", "norm=bn", *jpegs.NUMBERS, "batch_size=1"),
+        *("model=resnet18", "dataset=imagenet", "norm=bn", "dataset.image_size=96", *jpegs.NUMBERS, "batch_size=1"),
         *(f"machine.data={tree}", "machine.workers=0", "machine.device=cpu", *overrides),
     ]
 
@@ -206,8 +206,8 @@ def by_hand(model, tree, mean, std):
     """torchvision's model on images that torchvision read, and its mean loss and top-1 error."""
     transform = torchvision.transforms.Compose(
         [
-            torchvision.transforms.Resize(256),
-            torchvision.transforms.CenterCrop(224),
+            torchvision.transforms.Resize(110),
+            torchvision.transforms.CenterCrop(96),
             torchvision.transforms.ToTensor(),
             torchvision.transforms.Normalize(mean, std),
         ]
@@ -235,7 +235,7 @@ def test_torchvisions_weights_give_torchvisions_errors_under_any_normalisation(t
 def test_the_normalisations_differ(theirs, tree):
     """So that the test above can tell one from another."""
     losses = [by_hand(theirs[0], tree, mean, std)[0] for mean, std in ((MEAN, STD), ([0.5, 0.45, 0.3], STD))]
-    assert abs(losses[0] - losses[1]) > 1e-2
+    assert abs(losses[0] - losses[1]) > 2e-3  # ten times its tolerance
 
 
 @pytest.mark.parametrize("norm", ["brn", "mbn"])

@@ -1,5 +1,6 @@
 """Files that survive a crash: atomic writes, generations of checkpoints, the journal."""
 
+import contextlib
 import json
 import resource
 import signal
@@ -13,14 +14,20 @@ from mbn.files import write_atomically
 from mbn.journal import LAYER_TAGS, TAGS, Journal
 
 
-@pytest.fixture
-def small_disk():
-    """A function that lets no file grow beyond so many bytes, until the test is over."""
+@contextlib.contextmanager
+def small_disk(size):
+    """No file may grow beyond so many bytes.
+
+    A context and no fixture: pytest writes its own progress, often into a file, before fixtures are torn down.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def names(folder):
@@ -44,11 +51,10 @@ def test_a_write_never_touches_the_old_version(tmp_path):
         assert reader.read() == b"old"
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_says_how_much_it_needs(tmp_path, small_disk):
+def test_a_write_that_fails_leaves_the_old_file_and_says_how_much_it_needs(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, b"old")
-    small_disk(1000)
-    with pytest.raises(UserError, match="2000 bytes: free some space"):
+    with small_disk(1000), pytest.raises(UserError, match="2000 bytes: free some space"):
         write_atomically(path, b"x" * 2000)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
@@ -130,11 +136,10 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
             checkpoint.read(path)
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_path, small_disk):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_path):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save({"iteration": 1}, path)
-    small_disk(10_000)
-    with pytest.raises(UserError, match="free some space"):
+    with small_disk(10_000), pytest.raises(UserError, match="free some space"):
         checkpoint.save({"weights": torch.zeros(100_000)}, path)
     assert checkpoint.load(path) == {"iteration": 1}
 
@@ -189,12 +194,12 @@ def test_a_resumed_journal_drops_what_came_after_its_checkpoint(tmp_path):
     assert [e.step for e in events(tmp_path).Scalars("train/loss")] == [10 * i for i in range(1, 8)]
 
 
-def test_a_crash_while_a_journal_is_cut_back_loses_none_of_its_rows(tmp_path, small_disk):
+def test_a_crash_while_a_journal_is_cut_back_loses_none_of_its_rows(tmp_path):
     """The checkpoint counts on them: a run that goes on without them has wrong curves and a wrong best error."""
     rows = [row(i) for i in range(1, 20001)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    small_disk((tmp_path / "metrics.jsonl").stat().st_size // 2)
-    with pytest.raises((OSError, UserError)):
+    half = (tmp_path / "metrics.jsonl").stat().st_size // 2
+    with small_disk(half), pytest.raises((OSError, UserError)):
         Journal(tmp_path, "", 19999)
     assert read_rows(tmp_path)[:19999] == rows[:19999]
 

@@ -38,7 +38,6 @@ def losses(arrays, tmp_path, monkeypatch):
             ]
         )
         run = Run(settings, lambda layers: models.build(layers=layers, **config.network(settings)), tmp_path / "run")
-        run.close()
         run.model.train()
         batches = run.data.train_batches(0, 32)
         measured = []

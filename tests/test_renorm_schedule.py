@@ -55,11 +55,12 @@ def run(tmp_path):
             ]
         )
         opened.append(Run(settings, Small, tmp_path / "run"))
+        opened[-1].open_journal()
         return opened[-1]
 
     yield open_run
     for each in opened:
-        each.close()
+        each.journal.close()
 
 
 # Plain batch norm until 1/32 of 320, d_max straight to 5 at 5/32, r_max straight to 3 at 1/4.
