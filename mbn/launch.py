@@ -39,8 +39,11 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         numbers = [getattr(signal, name) for name in CODES if hasattr(signal, name)]
-        ignored = [n for n in numbers if signal.getsignal(n) is signal.SIG_IGN]  # nohup
-        self._before = {n: signal.signal(n, self._note) for n in numbers if n not in ignored}
+        # A hang-up that nohup has let be ignored stays so. SIGINT, which a script ignores for its background jobs, is
+        # answered all the same, as train.py does.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        self._before = {n: signal.signal(n, self._note) for n in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
