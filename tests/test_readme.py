@@ -1,0 +1,78 @@
+"""What the README shows works as it is written there."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+
+import train
+from mbn.config import REPOSITORY, load, sweep
+
+README = (REPOSITORY / "README.md").read_text()
+LINES = [
+    part.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    for part in line.partition(" # ")[0].split("&&")
+]
+TRAIN = [shlex.split(line)[2:] for line in LINES if line.startswith("python train.py")]
+SCRIPTS = [shlex.split(line)[1:] for line in LINES if line.startswith("python scripts/")]
+
+
+def test_the_readme_is_read_at_all():
+    assert len(TRAIN) >= 8
+    assert len(SCRIPTS) >= 5
+    assert len(README.splitlines()) < 200
+
+
+@pytest.mark.parametrize("arguments", TRAIN, ids=" ".join)
+def test_a_train_command_is_a_run_or_a_sweep_of_runs(arguments):
+    """Checked as train.py checks it; the quickstart itself is run by .ci/run."""
+    if arguments[0] == "-m":
+        assert len([load(line) for line in sweep(arguments[1:])]) == 6
+    else:
+        load(arguments)
+
+
+@pytest.mark.parametrize("arguments", SCRIPTS, ids=" ".join)
+def test_a_script_command_runs(arguments, tmp_path):
+    script, *rest = arguments
+    if script == "scripts/reproduce.py" and "--dry-run" not in rest:
+        rest.append("--dry-run")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / script, *rest, "--results", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_options_named_are_those_there_are(capsys):
+    """Every `a b c` of the table of groups is an option of its group."""
+    assert train.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for group, options in re.findall(r"^\| `(dataset|model|norm)` \| (.*) \|$", README, re.MULTILINE):
+        (listed,) = re.findall(rf"^  {group}=(\S+)$", shown, re.MULTILINE)
+        named = {word for code in re.findall(r"`([^`]*)`", options) for word in code.split() if word.isalnum()}
+        named -= {"or"}
+        assert named - {"2"} <= set(listed.split("|")), group
+
+
+def test_the_lines_for_ones_own_training_loop_run():
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    prepare, step, end = block.split("...\n")
+    images = torch.randn(2, 3, 64, 64)
+    names: dict = {"torchvision": torchvision, "images": images}
+    exec(prepare, names)
+    model = names["model"]
+    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    names["loss"] = model(images).square().mean()
+    exec(step, names)
+    assert model.bn1.memory_count.count_nonzero() == 1
+    exec(end, names)
+    assert model.bn1.lam == 0.5
+    model.eval()
+    torch.testing.assert_close(names["plain"].eval()(images), model(images))
