@@ -65,14 +65,13 @@ def run(config: configuration.Config) -> None:
     # Importing torch takes seconds: not before the configuration is known to be right, nor for what is finished.
     if path.exists() and not config.machine.again:
         result = record.read(path)
-        if (
-            config.evaluate.precise
-            and result["test_error_precise"] is None
-            and config.norm.name in ("bn", "brn", "mbn")
-        ):
-            from mbn.trainer import add_precise_error
+        if config.evaluate.precise and result["test_error_precise"] is None:
+            if config.norm.name in ("bn", "brn", "mbn"):
+                from mbn.trainer import add_precise_error
 
-            result = add_precise_error(config, build)
+                result = add_precise_error(config, build)
+            else:
+                print(f"warning: norm={config.norm.name} has no statistics to take anew.", file=sys.stderr)
         print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it anew.")
     else:
         from mbn.trainer import train

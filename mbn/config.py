@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -488,6 +489,11 @@ def iterations(config: Config) -> int:
         epochs = schedule.default_epochs if schedule.epochs is None else schedule.epochs
         length = epochs * iterations_per_epoch(config)
     return max(1, round(length * Fraction(repr(schedule.scale))))
+
+
+def cores() -> int:
+    """The processors this process may use: what machine.workers=null and --jobs auto mean by one a core."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def network(config: Config) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from . import draws
 from .config import Dataset as DatasetConfig
+from .config import cores
 from .data import Batch, check_numbers, normalize
 from .errors import UserError
 from .files import let_go_of_inherited_locks
@@ -109,12 +111,16 @@ def _from_folders(folder: Path, classes: list[str]) -> Files:
 
 def _flat_val(root: Path, classes: list[str]) -> Files:
     """Test images as the official archive has them, the i-th in sorted order labelled by the devkit's i-th line."""
-    from torchvision.datasets.imagenet import META_FILE, load_meta_file, parse_devkit_archive
+    from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE, load_meta_file, parse_devkit_archive
 
     try:
-        if not (root / META_FILE).is_file():
-            parse_devkit_archive(str(root))
-        _, wnids = load_meta_file(str(root))
+        if (root / META_FILE).is_file():
+            _, wnids = load_meta_file(str(root))
+        else:
+            # torchvision writes what it reads there beside it; a folder of data may be read-only.
+            with tempfile.TemporaryDirectory() as scratch:
+                parse_devkit_archive(scratch, str((root / ARCHIVE_META["devkit"][0]).absolute()))
+                _, wnids = load_meta_file(scratch)
     except (RuntimeError, OSError, ImportError, ValueError, EOFError, pickle.UnpicklingError) as error:
         why = str(error).partition("\n")[0][:100]
         if isinstance(error, pickle.UnpicklingError):  # whose advice is to read it without care
@@ -195,6 +201,17 @@ class Order:
             epoch, position = epoch + 1, 0
 
 
+class Once:
+    """A batch sampler over the images as they stand, each once: batches of (None, index)."""
+
+    def __init__(self, n: int, size: int) -> None:
+        self.n, self.size = n, size
+
+    def __iter__(self) -> Iterator[list[tuple[None, int]]]:
+        for start in range(0, self.n, self.size):
+            yield [(None, i) for i in range(start, min(start + self.size, self.n))]
+
+
 class ImageFolders:
     """Batches of an ImageNet-like folder; the same for any number of workers, as every draw is a function of
     (seed, epoch, index)."""
@@ -204,7 +221,7 @@ class ImageFolders:
     ) -> None:
         self.train, self.test = open_folders(dataset, root)
         self.dataset, self.seed, self.device = dataset, seed, device
-        self.workers = (os.cpu_count() or 1) if workers is None else workers
+        self.workers = cores() if workers is None else workers
         self.mean = torch.tensor(dataset.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(dataset.std, device=device).view(3, 1, 1)
 
@@ -212,10 +229,10 @@ class ImageFolders:
         return self._batches(self.train, Order(self.seed, len(self.train), size, iteration))
 
     def test_batches(self, size: int) -> Iterator[Batch]:
-        return self._batches(self.test, _in_order(len(self.test), size))
+        return self._batches(self.test, Once(len(self.test), size))
 
     def plain_train_batches(self, size: int) -> Iterator[Batch]:
-        return self._batches(self.train, _in_order(len(self.train), size))
+        return self._batches(self.train, Once(len(self.train), size))
 
     def _batches(self, files: Files, batches: Any) -> Iterator[Batch]:
         decoder: Any = Decoder(files, self.dataset.image_size, self.dataset.flip, self.seed)
@@ -234,10 +251,6 @@ class ImageFolders:
                 raise UserError(batch.message)
             images, labels = (t.to(self.device, non_blocking=True) for t in batch)
             yield normalize(images, self.mean, self.std), labels
-
-
-def _in_order(n: int, size: int) -> list[list[tuple[None, int]]]:
-    return [[(None, i) for i in range(start, min(start + size, n))] for start in range(0, n, size)]
 
 
 def _start_worker(_: int) -> None:

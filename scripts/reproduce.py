@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
-from mbn.config import REPOSITORY, Config, ConfigError
+from mbn.config import REPOSITORY, Config, ConfigError, cores
 from mbn.errors import UserError
 from mbn.gather import gather
 from mbn.plan import Estimate, Run, check_settings, duration, runs, work
@@ -206,13 +206,12 @@ def command(run: Run, settings: list[str]) -> list[str]:
 
 def share(jobs: int | str, config: Config) -> tuple[int, list[str]]:
     """How many runs side by side, and the setting that divides the processor's threads among them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if isinstance(jobs, str):
         # A run with one thread on each core is faster than one run after another with all of them.
-        jobs = 1 if _accelerated(config) else cores
+        jobs = 1 if _accelerated(config) else cores()
     if jobs == 1 or config.machine.threads is not None:
         return jobs, []
-    return jobs, [f"machine.threads={max(1, cores // jobs)}"]
+    return jobs, [f"machine.threads={max(1, cores() // jobs)}"]
 
 
 def _accelerated(config: Config) -> bool:

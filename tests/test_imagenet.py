@@ -1,5 +1,6 @@
 """Folders of images: what is read, how it is cut, what is refused, and whole runs on a tree of real photographs."""
 
+import hashlib
 import io
 import itertools
 import math
@@ -17,10 +18,12 @@ import types
 import jpegs
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torchvision.datasets import imagenet
 
 import train
 from mbn import config, draws, record
@@ -496,6 +499,28 @@ def test_a_flat_val_is_labelled_by_the_devkit(copied, tree):
     flat = [(images[0].sum().item(), labels.item()) for images, labels in opened(copied).test_batches(1)]
     assert flat != by_folders
     assert sorted(flat) == sorted(by_folders)
+
+
+def test_the_devkits_archive_is_read_and_nothing_is_written_beside_it(copied, tmp_path, monkeypatch):
+    """Its files are made here as the official archive has them: synsets numbered from 1, inner nodes with children."""
+    wnids = flatten(copied)
+    (copied / "meta.bin").unlink()
+    files = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    files.mkdir(parents=True)
+    columns = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    synsets = [(i, name, "a class", "", 0) for i, name in enumerate(reversed(jpegs.CLASSES), 1)]
+    synsets.append((4, "n00000001", "a class of classes", "", 3))
+    scipy.io.savemat(files / "meta.mat", {"synsets": np.array(synsets, dtype=columns)})
+    number = {name: i for i, name, *_ in synsets}
+    (files / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{number[name]}\n" for name in wnids))
+    archive = shutil.make_archive(copied / "ILSVRC2012_devkit_t12", "gztar", tmp_path, "ILSVRC2012_devkit_t12")
+    with open(archive, "rb") as file:  # noqa: PTH123
+        digest = hashlib.md5(file.read()).hexdigest()
+    monkeypatch.setitem(imagenet.ARCHIVE_META, "devkit", ("ILSVRC2012_devkit_t12.tar.gz", digest))
+    before = sorted(copied.iterdir())
+    _, tested = open_folders(described(), copied)
+    assert [jpegs.CLASSES[label] for label in tested.labels] == wnids
+    assert sorted(copied.iterdir()) == before
 
 
 def test_a_flat_val_without_the_devkit_is_an_error_that_names_it(copied):
