@@ -114,6 +114,8 @@ class Machine:
     results: str = MISSING
     device: str = "auto"
     mode: str = "auto"
+    deterministic: bool = False
+    tf32: bool = True
     threads: int | None = None
     workers: int | None = None
     checkpoint_seconds: float = 300

@@ -1,6 +1,7 @@
 """A run from its configuration to its record."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from .files import lock
 from .gap import Statistics, statistics_gap, training_statistics
 from .journal import Journal
 from .layers import Layers, from_config
+from .mode import choose_mode
 from .norm.base import norm_layers
 from .norm.memorized import set_lambda
 from .norm.renorm import set_renorm
@@ -82,15 +84,16 @@ class Run:
         machine = state["machine"] if state else {}
         # What is left to choose is chosen once: a resumed run goes on as it began.
         self.device = choose_device(config.machine.device, machine.get("device"))
-        self.mode = choose_mode(config.machine.mode, machine.get("mode"))
         self.threads = choose_threads(config.machine.threads, machine.get("threads"))
         torch.set_num_threads(self.threads)
+        set_arithmetic(self.device, config.machine.tf32, config.machine.deterministic)
         self.commit, self.dirty = record.commit_and_dirty()
 
         self.length = iterations(config)
         self.per_epoch = iterations_per_epoch(config)
         torch.manual_seed(config.seed)
         model = build(from_config(config))
+        self.mode = choose_mode(config.machine.mode, machine.get("mode"), config, model, self.device, self.threads)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
         self.lr = torch.tensor(0.0, device=self.device)
         self.optimizer = torch.optim.SGD(
@@ -100,7 +103,9 @@ class Run:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        self.update = Update(self.model, self.optimizer, config.forwards, self.mode, config.precision, self.device)
+        self.update = Update(
+            self.model, self.optimizer, config.forwards, self.mode, config.precision, self.device, config.batch_size
+        )
         if config.forwards == 2 and not self.update.layers:
             print(
                 f"warning: norm={config.norm.name} has no batch statistics: the second forward is skipped.",
@@ -205,6 +210,8 @@ class Run:
         batches = self.data.train_batches(self.iteration, self.config.batch_size)
         self.model.train()
         row_every = max(1, self.per_epoch // ROWS_PER_EPOCH)
+        if row_every > WINDOW // 2:  # then rows wait for the windows' ends, where losses are read anyway
+            row_every = -(-row_every // WINDOW) * WINDOW
         with bar:
             while self.iteration < self.length:
                 position = self.iteration % self.per_epoch
@@ -456,11 +463,15 @@ def choose_device(wanted: str, earlier: str | None) -> torch.device:
     return torch.device(name)
 
 
-def choose_mode(wanted: str, earlier: str | None) -> str:
-    """eager or compile; for auto the one the run began with."""
-    if wanted != "auto":
-        return wanted
-    return earlier or "eager"
+def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:
+    """What machine.tf32 and machine.deterministic ask of torch, for this process."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def choose_threads(wanted: int | None, earlier: int | None) -> int:

@@ -23,8 +23,9 @@ WINDOW = 50
 class Update:
     """First forward, loss, backward, optimiser step; then, with forwards=2, the second forward that remembers.
 
-    mode: "eager", or "compile" to compile both forwards with torch.compile. The learning rate and everything a layer
-    remembers are tensors changed in place. Loss and number of errors of the last iterations are kept on the device
+    mode: "eager", or "compile" to compile both forwards with torch.compile for batches of batch_size images; an
+    epoch's last, smaller one is not worth it. The learning rate and everything a layer remembers are tensors changed in
+    place. Loss and number of errors of the last iterations are kept on the device
     until `drain`, so that an iteration never waits for the host.
     """
 
@@ -36,6 +37,7 @@ class Update:
         mode: str,
         precision: str,
         device: torch.device,
+        batch_size: int | None = None,
     ):
         self.model = model
         self.device = device
@@ -45,11 +47,12 @@ class Update:
         self.projects = bool(unit_layers(model))
         # From the first step on: a step's effect is its size over the row's norm.
         project_unit_rows(model)
+        self.batch_size = batch_size
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
         self.second: Callable[..., Tensor] = model
         if mode == "compile":
-            self.first = torch.compile(self._first, fullgraph=True)
-            self.second = torch.compile(model, fullgraph=True)
+            self.first = torch.compile(self._first, fullgraph=True, dynamic=False)
+            self.second = torch.compile(model, fullgraph=True, dynamic=False)
         self.window = torch.zeros(2, WINDOW, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.pending = 0
@@ -63,7 +66,8 @@ class Update:
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode."""
-        loss, measured = self.first(images, labels)
+        whole = len(images) == (self.batch_size or len(images))
+        loss, measured = (self.first if whole else self._first)(images, labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -71,7 +75,7 @@ class Update:
             project_unit_rows(self.model)
         if self.layers:
             with torch.no_grad(), autocast(self.device, self.precision), phase(self.layers, "second"):
-                self.second(images)
+                (self.second if whole else self.model)(images)
         self.window.index_copy_(1, self.cursor, measured[:, None].to(self.window.dtype))
         self.cursor.add_(1).remainder_(WINDOW)
         self.pending += 1

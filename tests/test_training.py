@@ -326,8 +326,6 @@ def test_a_run_of_two_versions_of_the_code_is_dirty(here, left, after, monkeypat
 def test_choices_are_made_once():
     assert trainer.choose_threads(None, 3) == 3
     assert trainer.choose_threads(None, None) == torch.get_num_threads()
-    assert trainer.choose_mode("auto", "compile") == "compile"
-    assert trainer.choose_mode("eager", "compile") == "eager"
     assert trainer.choose_device("auto", "cpu") == torch.device("cpu")
 
 

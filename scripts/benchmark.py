@@ -1,0 +1,195 @@
+#!/usr/bin/env python
+"""Measure what training costs: every method, one and two forwards, eager and compiled, beside a plain PyTorch loop.
+
+python scripts/benchmark.py --quick      # ResNet-20 at batch 128 without a compiler, under a minute
+python scripts/benchmark.py              # also compiled, batch 8, memory, runs side by side; writes results/benchmarks
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import models
+from mbn import benchmark, record
+from mbn.benchmark import BASE, PLAIN, Arm, Case, Result
+from mbn.config import REPOSITORY, ConfigError, cores
+from mbn.errors import UserError
+from mbn.files import write_atomically
+
+COMPILED = Arm("bn", mode="compile")
+ROUNDS = 12
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description="Milliseconds an iteration of every arm, interleaved round by round, and their ratios."
+    )
+    parser.add_argument("--quick", action="store_true", help="ResNet-20 at batch 128, eager; writes nothing")
+    parser.add_argument("--data", type=Path, default=REPOSITORY / "data", help="holds CIFAR-10; default: data")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "results", help="default: results")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one, else the CPU")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        if options.quick:
+            case = Case("resnet20", 128, cores())
+            result = benchmark.measure(case, benchmark.arms(quick=True), options.data, device, models.build, 3, say)
+            print(benchmark.table(result))
+        else:
+            run(options.data, options.results / "benchmarks", device)
+    except (ConfigError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(folder: Path, target: Path, device: torch.device) -> None:
+    began = time.monotonic()
+    everything = benchmark.arms(quick=False)
+    n = cores()
+    cases = {
+        "large": (Case("resnet20", 128, n), everything, ROUNDS),
+        "small": (Case("resnet20", 8, 1), everything, ROUNDS),
+        "one_thread": (Case("resnet20", 128, 1), [BASE, COMPILED], ROUNDS // 2),
+    }
+    results = {
+        key: alone(benchmark.measure, case, chosen, folder, device, models.build, rounds, say)
+        for key, (case, chosen, rounds) in cases.items()
+    }
+    memory = {
+        arm.name: alone(benchmark.peak_memory, cases["large"][0], arm, folder, device, models.build)
+        for arm in everything
+        if arm != PLAIN and not arm.evaluates
+    }
+    many = {size: side_by_side(size, n, folder, device) for size in (128, 8)} if n > 1 else {}
+    report = {
+        "device": record.device_name(device),
+        "cores": n,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": record.commit_and_dirty()[0],
+        "versions": record.versions(),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "cases": {key: dataclasses.asdict(result) for key, result in results.items()},
+        "memory": memory,
+        "many": many,
+    }
+    stem = benchmark.file_stem(device)
+    text = page(report, results)
+    write_atomically(target / f"{stem}.json", (json.dumps(rounded(report), indent=1) + "\n").encode())
+    write_atomically(target / f"{stem}.md", text.encode())
+    print(text)
+    print(f"wrote {target / stem}.json and .md")
+
+
+def alone(function: Any, *arguments: Any) -> Any:
+    """Call function in a process of its own, and return what it returns: threads and memory are a process's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def side_by_side(size: int, n: int, folder: Path, device: torch.device) -> dict[str, float]:
+    """Iterations a second of n runs with a thread each, added up, and of one run with n threads; MBN, two forwards."""
+    arm = Arm("mbn", 2)
+    seconds = 20.0
+
+    def throughput(runs: int, threads: int) -> float:
+        case = Case("resnet20", size, threads)
+        start = time.time() + 30  # all are ready by then, and go on until then
+        with ProcessPoolExecutor(runs, multiprocessing.get_context("spawn")) as pool:
+            arguments = (case, arm, folder, device, models.build, start, seconds)
+            return sum(
+                future.result() for future in [pool.submit(benchmark.throughput, *arguments) for _ in range(runs)]
+            )
+
+    return {"one run with all threads": throughput(1, n), "a run on each core": throughput(n, 1)}
+
+
+def bars(results: dict[str, Result], memory: dict[str, int], many: dict[int, dict[str, float]]) -> list[Any]:
+    """What was hoped for: text, measured, limit, and whether more is better. Ratios are medians over rounds."""
+    large, small, one = results["large"], results["small"], results["one_thread"]
+
+    def ratio(result: Result, arm: Arm, to: Arm) -> float:
+        return benchmark.quantiles(result.ratio(arm, to))[0]
+
+    def best(to: Arm) -> float:
+        return min(ratio(large, Arm("mbn", 2, mode), to) for mode in ("eager", "compile"))
+
+    def speed(result: Result, arm: Arm) -> float:
+        return result.case.batch_size / benchmark.quantiles(result.seconds[arm.name])[0]
+
+    mbn2, bn2 = Arm("mbn", 2), Arm("mbn", 2, "compile")
+    return [
+        ("batch 128, compiled: MBN, 1 forward / BN, 1 forward", ratio(large, Arm("mbn", 1, "compile"), COMPILED), 1.05),
+        ("batch 128, compiled: MBN, 2 forwards / BN, 1 forward", ratio(large, bn2, COMPILED), 1.33),
+        ("batch 128: MBN, 2 forwards, best mode / eager BN, 1 forward", best(BASE), 1.15),
+        ("batch 128: MBN, 2 forwards, best mode / the plain loop", best(PLAIN), 1.00),
+        ("batch 128, eager: MBN, 1 forward / BN, 1 forward", ratio(large, Arm("mbn"), BASE), 1.25),
+        ("batch 128, eager: MBN, 2 forwards / BN, 1 forward", ratio(large, mbn2, BASE), 1.65),
+        ("batch 8, compiled: MBN, 2 forwards / BN, 1 forward", ratio(small, bn2, COMPILED), 1.45),
+        (
+            "BN, one thread, compiled: images/s at batch 128 / at batch 8",
+            speed(one, COMPILED) / speed(small, COMPILED),
+            1 / 0.6,
+        ),
+        ("test time: MBN / BN", ratio(large, Arm("mbn", evaluates=True), Arm("bn", evaluates=True)), 1.02),
+        ("peak memory, eager: MBN, 2 forwards / BN, 1 forward", memory[mbn2.name] / memory[BASE.name], 1.05),
+        ("peak memory, compiled: MBN, 2 forwards / BN, 1 forward", memory[bn2.name] / memory[COMPILED.name], 1.05),
+    ]
+
+
+def page(report: dict[str, Any], results: dict[str, Result]) -> str:
+    lines = [
+        "# Benchmark",
+        "",
+        f"{report['device']}, {report['cores']} cores, torch {report['versions']['torch']}, {report['date']}, commit "
+        f"{report['commit'][:12]}; written by `python scripts/benchmark.py` in {report['minutes']} minutes.",
+        "",
+        "An arm's time is the median over rounds; every round runs all arms one after the other in one process. Ratios "
+        "are taken round by round. The plain loop is what one would write with torchvision's data set and transforms, "
+        f"a DataLoader with {benchmark.WORKERS} workers, `nn.BatchNorm2d` and `torch.optim.SGD`; all others have the "
+        "data in memory.",
+        "",
+        "| bar | measured | at most | |",
+        "|---|---|---|---|",
+    ]
+    for text, value, limit in bars(results, report["memory"], report["many"]):
+        lines.append(f"| {text} | {value:.3f} | {limit:.2f} | {'met' if value <= limit else '**missed**'} |")
+    for key in ("large", "small", "one_thread"):
+        lines += ["", f"## {results[key].case.title}", "", benchmark.table(results[key])]
+        if key != "one_thread":
+            lines += ["", benchmark.count_table(results[key])]
+    lines += ["", "## Peak memory of an iteration, ResNet-20, batch 128", "", "| arm | MB |", "|---|---|"]
+    lines += [f"| {name} | {size / 1e6:.1f} |" for name, size in report["memory"].items()]
+    if report["many"]:
+        lines += ["", "## Many runs at once, ResNet-20, MBN, 2 forwards, eager", ""]
+        for size, rates in report["many"].items():
+            shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+            lines.append(f"Batch {size}, iterations a second: {shown}.")
+    return "\n".join(lines) + "\n"
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

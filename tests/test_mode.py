@@ -1,0 +1,75 @@
+"""Which runs are compiled, and what happens where nothing can be."""
+
+import pytest
+import torch
+
+import models
+from mbn import config, mode
+from mbn.errors import UserError
+from mbn.layers import from_config
+from mbn.mode import choose_mode, operations
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    """A compiler that works, without the seconds of asking it."""
+    monkeypatch.setattr(mode, "compiler_fault", lambda device: None)
+
+
+def chosen(*overrides, wanted="auto", earlier=None, threads=2):
+    run = config.load(list(overrides))
+    model = models.build(layers=from_config(run), **config.network(run))
+    return choose_mode(wanted, earlier, run, model, CPU, threads)
+
+
+def test_auto_compiles_long_runs_only():
+    assert chosen("experiment=quickstart") == "eager"
+    assert chosen("model=resnet20", "schedule.epochs=1") == "eager"
+    assert chosen("model=resnet20", "schedule.epochs=200") == "compile"
+    assert chosen("model=resnet20", "batch_size=8", "schedule.iterations=78200") == "compile"
+    # The same run is shorter on more threads.
+    assert chosen("model=resnet20", "schedule.epochs=3", threads=1) == "compile"
+    assert chosen("model=resnet20", "schedule.epochs=3", threads=16) == "eager"
+
+
+def test_auto_keeps_to_what_a_run_began_with():
+    assert chosen("experiment=quickstart", earlier="compile") == "compile"
+    assert chosen("model=resnet20", earlier="eager") == "eager"
+
+
+def test_what_is_asked_for_is_done():
+    assert chosen("experiment=quickstart", wanted="compile", earlier="eager") == "compile"
+    assert chosen("model=resnet20", wanted="eager", earlier="compile") == "eager"
+
+
+def test_without_a_compiler_auto_warns_once_and_trains_eagerly(monkeypatch, capsys):
+    monkeypatch.setattr(mode, "compiler_fault", lambda device: "no g++")
+    assert chosen("model=resnet20") == "eager"
+    assert capsys.readouterr().err == ("warning: torch.compile does not work here (no g++): training in eager mode.\n")
+    with pytest.raises(UserError, match=r"no g\+\+.*machine\.mode=auto"):
+        chosen("model=resnet20", wanted="compile")
+
+
+def test_a_broken_tool_chain_is_found_out(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: g++ not found\nand more")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    assert mode.compiler_fault(CPU) == "RuntimeError: InvalidCxxCompiler: g++ not found"
+
+
+@pytest.mark.parametrize(("network", "millions"), [("resnet20", 40.55), ("vgg16", 313.2)])
+def test_operations_are_two_a_multiplication_and_leave_the_model_as_it_was(network, millions):
+    """He et al. 2016 and others print these numbers of multiplications."""
+    run = config.load([f"model={network}", "norm=mbn"])
+    model = models.build(layers=from_config(run), **config.network(run))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert operations(model, 32) == pytest.approx(2e6 * millions, rel=1e-3)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
