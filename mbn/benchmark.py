@@ -178,8 +178,11 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if not function.is_view and function.__name__.split(".")[0] not in ("empty", "empty_like", "empty_strided"):
+        name = function.__name__.split(".")[0]
+        if not function.is_view and name not in ("empty", "empty_like", "empty_strided"):
             self.launches += 1
+            if name in ("index", "index_select", "gather"):  # of their source they read what they return
+                args = (result, *args[1:])
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         return result

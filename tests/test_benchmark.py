@@ -56,6 +56,9 @@ def test_bytes_and_launches_leave_views_out():
         assert (counter.launches, counter.bytes) == (0, 0)
         x + x
     assert (counter.launches, counter.bytes) == (1, 3 * 4000)
+    with benchmark.Counter() as counter:
+        x[torch.tensor([5, 7, 9])]  # reads and writes 3 values, and reads 3 indices of 8 bytes
+    assert counter.bytes == 2 * 12 + 24
 
 
 def test_a_bound_is_a_count_at_the_measured_rate():
