@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from running import TINY, Run, assert_same_run, run_here
 
 import models
 from mbn import config, mode
@@ -73,3 +74,20 @@ def test_operations_are_two_a_multiplication_and_leave_the_model_as_it_was(netwo
     assert torch.equal(torch.get_rng_state(), generator)
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_deterministic_gives_the_same_bits_twice_and_neither_it_nor_tf32_is_part_of_the_name(
+    capsys, monkeypatch, tmp_path
+):
+    asked = ["machine.deterministic=true", "machine.tf32=false"]
+    for folder in ("one", "other"):
+        monkeypatch.setattr(mode, "compiler_fault", lambda device: None)
+        outcome = run_here(capsys, monkeypatch, *TINY, f"machine.results={tmp_path / folder}", *asked)
+        assert outcome.code == 0, outcome.err
+        assert torch.are_deterministic_algorithms_enabled()
+    one, other = (Run(tmp_path / folder, TINY) for folder in ("one", "other"))
+    assert_same_run(one, other)
+    assert one.record()["config"]["machine"]["deterministic"] is True
+    assert one.record()["config"]["machine"]["tf32"] is False
+    run_here(capsys, monkeypatch, *TINY, f"machine.results={tmp_path / 'third'}")
+    assert not torch.are_deterministic_algorithms_enabled()
