@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -129,6 +130,36 @@ def assert_same_run(a: Run, b: Run):
     assert [without(row, TIMES) for row in a.rows()] == [without(row, TIMES) for row in b.rows()]
     speed = {"speed/images_per_second"}
     assert without(a.points(), speed) == without(b.points(), speed)
+
+
+def fingerprint(run: Run) -> str:
+    """SHA-256 of all that a run ended with but timing: what `assert_same_run` compares."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                add(key)
+                add(inner)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{len(value)}".encode())
+            for inner in value:
+                add(inner)
+        else:
+            digest.update(repr(value).encode())
+
+    state = run.checkpoint()
+    add({key: state[key] for key in ("name", "identity", "iteration", "length", "journal_lines")})
+    add({key: state[key] for key in ("model", "optimizer", "generators")})
+    add(without(run.record(), TIMES))
+    add([without(row, TIMES) for row in run.rows()])
+    points = without(run.points(), {"speed/images_per_second"})
+    assert all(steps == sorted(set(steps)) for steps in ([s for s, _ in series] for series in points.values()))
+    add(dict(sorted(points.items())))
+    return digest.hexdigest()
 
 
 def with_new_fields(cls, *fields):
