@@ -1,5 +1,7 @@
+import shlex
 import time
 
+import killing
 import pytest
 import reliability
 import torch
@@ -44,9 +46,10 @@ def figure(request, count):
         told.append(text)
         print(f"{marker.args[0]}: {text} in {time.monotonic() - began:.0f} s")
         if request.config.getoption("--long-scale") == 1:
-            what = marker.args[1].format(**getattr(request.node, "callspec", _NoParameters).params)
-            path = request.node.nodeid.replace("'", "")
-            reliability.put(marker.args[0], what, text, time.monotonic() - began, f"pytest --long {path}")
+            callspec = getattr(request.node, "callspec", None)
+            what = marker.args[1].format(**(callspec.params if callspec else {}))
+            command = f"pytest --long {shlex.quote(request.node.nodeid)}"
+            reliability.put(marker.args[0], what, text, time.monotonic() - began, command)
 
     def tell(done, of, remarks=""):
         put(f"{done} of {of}" + (f": {remarks}" if remarks else ""))
@@ -57,8 +60,12 @@ def figure(request, count):
         put("failed before there was a figure")
 
 
-class _NoParameters:
-    params: dict = {}
+@pytest.fixture(scope="session")
+def forkers(tmp_path_factory):
+    """Two processes that have imported torch, and fork for each job."""
+    folder = tmp_path_factory.mktemp("forkers")
+    with killing.Forker(folder / "one") as one, killing.Forker(folder / "other") as other:
+        yield one, other
 
 
 @pytest.fixture(autouse=True)

@@ -59,45 +59,62 @@ class Forker:
         code = int(self.process.stdout.readline())
         return Ended(code, self.log.read_text(), time.monotonic() - self.began)
 
-    def run(self, after=None, number=signal.SIGKILL, **job) -> Ended:
-        """Run a job to its end; after: seconds until it is sent a signal."""
+    def forget(self) -> None:
+        """Let the ended process's id go."""
+        print(file=self.process.stdin, flush=True)
+
+    def run(self, after=None, once=None, **job) -> Ended:
+        """Run a job to its end; after: seconds until it is killed, from when the file `once` is there."""
         process = self.start(**job)
         if after is None:
-            return self.wait()
-        # Until `wait` returns the process is not forgotten, and its id nobody else's.
-        timer = threading.Timer(after, lambda: os.kill(process, number))
-        with contextlib.suppress(ProcessLookupError):
-            timer.start()
+            ended = self.wait()
+            self.forget()
+            return ended
+        over = threading.Event()
+
+        def kill():
+            while once is not None and not once.exists():
+                if over.wait(0.002):
+                    return
+            # Until `wait` returns the process is not forgotten, and its id nobody else's.
+            if not over.wait(after):
+                os.kill(process, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
         try:
             return self.wait()
         finally:
-            timer.cancel()
+            over.set()
+            killer.join()
+            self.forget()
 
 
 # In the forking process and its children.
 
 
 def serve() -> None:
-    import torch
+    import sklearn.datasets  # noqa: F401
+    import torch._dynamo
     import torch.utils.tensorboard
-    from hydra import compose  # noqa: F401
 
-    import models  # noqa: F401
     import train  # noqa: F401
-    from mbn import trainer  # noqa: F401
+    from mbn import config, trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    for line in sys.stdin:
+    config.load(["dataset=digits"])  # which imports Hydra
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
         process = os.fork()
         if process == 0:
             child(job)
         print(process, flush=True)
-        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
-        # The other side knows of the end before the id may be given to another process.
-        time.sleep(0.005)
-        _, status = os.waitpid(process, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
+        # Its id is given to no other process before the other side has said that it knows of the end.
+        sys.stdin.readline()
+        os.waitpid(process, 0)
 
 
 def child(job: dict) -> None:
@@ -123,13 +140,35 @@ def train_job(job: dict) -> int:
     import models
     import train
 
-    if job.get("tiny"):
-        from running import build_tiny
+    if job.get("network"):
+        import running
 
-        models.build = build_tiny
+        models.build = {"tiny": running.build_tiny, "small": running.build_small}[job["network"]]
     if job.get("place"):
         aim(job["place"], job["at"], job.get("number", int(signal.SIGKILL)), random.Random(job.get("seed", 0)))
     return train.main(job["overrides"])
+
+
+def soak_job(job: dict) -> int:
+    """As `train_job`; what this process holds is written to `samples` every so many iterations."""
+    import itertools
+
+    from mbn.update import Update
+
+    numbers = itertools.count(1)
+    call = Update.__call__
+
+    def counted(self, images, labels):
+        call(self, images, labels)
+        number = next(numbers)
+        if number % job["every"] == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            held = {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "files": len(list(Path("/proc/self/fd").iterdir()))}
+            with Path(job["samples"]).open("a") as file:
+                file.write(json.dumps({"iteration": number} | held) + "\n")
+
+    Update.__call__ = counted
+    return train_job(job)
 
 
 def save_job(job: dict) -> int:
@@ -152,7 +191,7 @@ def state(iteration: int, size: int) -> dict:
     return {"iteration": iteration, "weights": torch.full((size,), float(iteration)), "sums": [iteration / 3]}
 
 
-JOBS = {"train": train_job, "save": save_job}
+JOBS = {"train": train_job, "save": save_job, "soak": soak_job}
 
 
 class Events:
@@ -233,6 +272,7 @@ def aim(place: str, at: int, number: int, draw: random.Random) -> None:
     def half(original, name):
         def call(path, content, keep_as=None):
             if path.name.endswith(name) and (now >= at or name == "metrics.jsonl"):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.with_name(f"{path.name}.{os.getpid()}.partial").write_bytes(content[: len(content) // 2])
                 os.kill(os.getpid(), number)
             original(path, content, keep_as)
