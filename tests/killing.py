@@ -115,6 +115,7 @@ def serve() -> None:
         # Its id is given to no other process before the other side has said that it knows of the end.
         sys.stdin.readline()
         os.waitpid(process, 0)
+    os._exit(0)  # torch takes seconds to take down
 
 
 def child(job: dict) -> None:

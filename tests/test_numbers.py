@@ -24,7 +24,8 @@ MORE = ("batch_size=16", "schedule.iterations=200", "norm.memory=5")
 
 def spoil_parameter(name):
     def spoil(update, images):
-        dict(update.model.named_parameters())[name].data.view(-1)[0] = float("nan")
+        p = dict(update.model.named_parameters())[name].data
+        p[(0,) * p.dim()] = float("nan")
         return images
 
     return spoil
