@@ -3,6 +3,7 @@
 import collections
 import itertools
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ BASE = ["dataset=digits", "batch_size=64", "machine.threads=1", "machine.device=
 LENGTH, EPOCH = 56, 23
 # A checkpoint in every iteration or so, and at an epoch's end alone.
 SAVES = ["machine.checkpoint_seconds=0.01", "machine.checkpoint_seconds=300"]
+COMPOSING = threading.Lock()  # Hydra knows one thread
 RECORDING = ("half a record", "record written")
 
 
@@ -57,7 +59,8 @@ class Killed:
         self.expected = fingerprint_but_for_saves(self.whole)
 
     def _train(self, name, saves):
-        return Run(self.folder / name, [*self.overrides, saves])
+        with COMPOSING:
+            return Run(self.folder / name, [*self.overrides, saves])
 
     def _job(self, run, saves):
         settings = [*self.overrides, saves, f"machine.results={run.results}"]
