@@ -320,7 +320,7 @@ def test_malicious_files(tmp_path, here, left, figure):
     run = left("machine.checkpoint_seconds=1e-9")
     state = run.checkpoint()
     run.record_path.unlink()
-    forms = {"plain": pickle.dumps(trap)}
+    forms = {"plain": pickle.dumps(trap, protocol=2)}  # of another torch warns
     for name, content in (("zip", trap), ("nested", {**state, "model": {**state["model"], "fc.bias": trap}})):
         torch.save(content, tmp_path / name)
         forms[name] = (tmp_path / name).read_bytes()
