@@ -10,6 +10,8 @@ from mbn import record
 from mbn.config import REPOSITORY
 from mbn.files import write_atomically
 
+# When the tests began: they put another in its place for their runs.
+COMMIT = record.commit_and_dirty()
 PATH = REPOSITORY / "results" / "reliability.md"
 HEAD = """# Nothing lost, nothing silent
 
@@ -32,7 +34,7 @@ def read(path: Path = PATH) -> dict[str, dict[str, str]]:
 
 def put(item: str, what: str, figure: str, seconds: float, command: str, path: Path = PATH) -> None:
     """Write the row of one command; the others stay as they are."""
-    commit, dirty = record.commit_and_dirty()
+    commit, dirty = COMMIT
     versions = record.versions()
     row = {
         "item": item,
