@@ -15,11 +15,11 @@ def _number(name: str) -> int | None:
 class Exit:
     """While in use as a context, these signals end the process with their code at once: where nothing is to be saved.
 
-    SIGINT stays Python's KeyboardInterrupt.
+    Not by an exception, which code that is being imported may catch.
     """
 
     def __enter__(self) -> "Exit":
-        numbers = [number for name in CODES if name != "SIGINT" and (number := _number(name)) is not None]
+        numbers = [number for name in CODES if (number := _number(name)) is not None]
         self._before = {number: signal.signal(number, self._exit) for number in numbers}
         return self
 

@@ -188,15 +188,15 @@ def test_a_second_signal_exits_at_once():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
-def test_a_signal_before_training_has_begun_exits_at_once(name):
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)])
+def test_a_signal_before_training_has_begun_exits_at_once(name, exit_code):
     code = (
         "import os, signal, train\n"
         f"train.run = lambda config: os.kill(os.getpid(), signal.{name}) or print('went on')\n"
         "train.main([])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (75, "")
+    assert (done.returncode, done.stdout) == (exit_code, "")
     assert done.stderr == f"error: stopped by {name} outside training: the same command goes on from there.\n"
 
 
