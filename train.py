@@ -8,7 +8,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mbn import config as configuration
+from mbn import signals
 from mbn.errors import UserError
+from mbn.files import cannot_write, is_full
 
 HELP = """Train one network and write its record.
 
@@ -37,14 +39,21 @@ def main(arguments: list[str]) -> int:
         elif flags and flags[0] in ("-c", "--cfg"):
             print(settings([o for o in overrides if o not in ("job", "all", "hydra")]))
         elif flags and flags[0] in ("-m", "--multirun"):
-            return sweep(overrides)
+            with signals.Exit():
+                return sweep(overrides)
         elif flags:
             raise configuration.ConfigError(f"there is no option {flags[0]}: `python train.py --help` lists them.")
         else:
-            run(configuration.load(overrides))
+            with signals.Exit():
+                run(configuration.load(overrides))
     except (configuration.ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before training answers to signals itself
         print("error: stopped before training began.", file=sys.stderr)
         return 130

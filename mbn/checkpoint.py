@@ -5,12 +5,14 @@ A file is what torch.save wrote, followed by a line with its SHA-256; torch.load
 
 import hashlib
 import io
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .errors import UserError
 from .files import write_atomically
 
 MARK = b"\nsha256 "
@@ -24,6 +26,11 @@ class DamagedError(Exception):
 def previous(path: Path) -> Path:
     """Where the generation before path is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def damaged(path: Path) -> Path:
+    """Where a damaged file is set aside."""
+    return path.with_name(f"{path.stem}.damaged{path.suffix}")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -41,16 +48,32 @@ def read(path: Path) -> dict[str, Any]:
     body, tail = content[:-_TAIL], content[-_TAIL:]
     if tail != MARK + hashlib.sha256(body).hexdigest().encode():
         raise DamagedError(f"{path} is damaged: its checksum is wrong")
-    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        if isinstance(error, pickle.UnpicklingError):  # whose advice is to read it without care
+            raise DamagedError(f"{path} is damaged: it does not hold a state alone") from None
+        raise DamagedError(f"{path} is damaged: {(str(error).splitlines() or ['it ends early'])[0]}") from None
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The newest undamaged generation of path; None where there is none. Warns of each that is damaged."""
+    """The newest undamaged generation of path; None where there is none. Warns of each that is damaged.
+
+    A damaged one is set aside, for the next save would make it the generation before, and a crash in mid-save leaves
+    that one alone. Errors: UserError where a file cannot be read.
+    """
     for generation in (path, previous(path)):
         if not generation.exists():
             continue
         try:
             return read(generation)
         except DamagedError as error:
-            print(f"warning: {error}; going back one checkpoint.", file=sys.stderr)
+            aside = damaged(generation)
+            generation.replace(aside)
+            print(f"warning: {error}, and now {aside.name}; going back one checkpoint.", file=sys.stderr)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {generation} ({error.strerror}): see to it and run the command again, or move it away to "
+                "go on from the checkpoint before."
+            ) from None
     return None

@@ -213,6 +213,8 @@ def compose(overrides: list[str]) -> DictConfig:
             for override in parsed:
                 if not _is_group(override.key_or_group):
                     _check_key(override, known)
+            if len(chosen) == len(parsed):
+                return bare
             return hydra.compose("config", overrides=[str(o.input_line) for o in parsed])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_sentence(error)) from None

@@ -1,12 +1,15 @@
 """What a run measures over time: metrics.jsonl, the truth, and TensorBoard's event file, a view of it."""
 
+import contextlib
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import write_atomically
+from .files import cannot_write, write_atomically
 
 # TensorBoard's name for each number of a row; the axis is images seen.
 TAGS = {
@@ -47,46 +50,97 @@ LAYOUT = {
 class Journal:
     """Rows of numbers: `kind` is "train" within an epoch and "epoch" at the end of one, `images` the axis.
 
-    lines: how many lines a resumed run keeps; those after its checkpoint are cut off, and TensorBoard's file is
-    written anew from what is left, so that no point is doubled or missing.
+    lines: how many lines a resumed run keeps; those after its checkpoint are cut off, whatever a crash made of them,
+    and TensorBoard's file is written anew from what is left, so that no point is doubled or missing.
+
+    Errors: UserError, here and in every method, where rows are missing or damaged, or the disk is full.
     """
 
     def __init__(self, folder: Path, configuration: str, lines: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        kept = self.path.read_text().splitlines(keepends=True)[:lines] if self.path.exists() else []
+        written = self.path.read_bytes() if self.path.exists() else b""
+        # A row ends in a newline: what a crash cut short has none.
+        kept = written.split(b"\n")[:-1][:lines]
         if len(kept) < lines:
             raise UserError(
                 f"{self.path} has {len(kept)} rows, but its checkpoint counts on {lines}: move {folder} away and run "
                 "the command again."
             )
-        write_atomically(self.path, "".join(kept).encode())
+        write_atomically(self.path, b"".join(row + b"\n" for row in kept))
         self.lines = len(kept)
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        self.tensorboard = SummaryWriter(str(folder))
-        self.tensorboard.add_custom_scalars(LAYOUT)
-        # As Markdown's code, so that TensorBoard keeps the lines.
-        self.tensorboard.add_text("configuration", "\n".join("    " + line for line in configuration.splitlines()))
-        for row in self.rows():
-            self._show(row)
-        self.tensorboard.flush()
+        with self._telling():
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self.tensorboard = SummaryWriter(str(folder))
+            self.tensorboard.add_custom_scalars(LAYOUT)
+            # As Markdown's code, so that TensorBoard keeps the lines.
+            self.tensorboard.add_text("configuration", "\n".join("    " + line for line in configuration.splitlines()))
+            for row in self.rows():
+                self._show(row)
+            self.tensorboard.flush()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row to both."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        try:
+            with self.path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise cannot_write(self.path, error, len(line)) from None
         self.lines += 1
-        self._show(row)
-        self.tensorboard.flush()
+        with self._telling():
+            self._show(row)
+            self.tensorboard.flush()
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk: before a checkpoint that counts on them is."""
+        try:
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        yield from (json.loads(line) for line in self.path.read_text().splitlines())
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise UserError(
+                    f"{self.path} is damaged in row {number}: move {self.folder} away and run the command again."
+                ) from None
 
     def close(self) -> None:
-        self.tensorboard.close()
+        with self._telling():
+            self.tensorboard.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        # What ends the run goes before what its view of the journal lacks.
+        with contextlib.suppress(*((UserError,) if raised[0] else ())):
+            self.close()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turn a failed write of TensorBoard's into a UserError; its thread's own traceback is not shown."""
+        show = threading.excepthook
+
+        def hook(args: threading.ExceptHookArgs) -> None:
+            if not isinstance(args.exc_value, OSError):
+                show(args)
+
+        threading.excepthook = hook
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(error.filename or self.folder / "events.out.tfevents", error) from None
+        finally:
+            threading.excepthook = show
 
     def _show(self, row: dict[str, Any]) -> None:
         for key, tag in TAGS.items():

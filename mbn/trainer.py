@@ -17,7 +17,7 @@ from .config import MBN, Config, distinction, iterations, iterations_per_epoch, 
 from .data import load
 from .errors import UserError
 from .evaluate import Measured, evaluate
-from .files import lock
+from .files import lock, remove_partials, write_atomically
 from .gap import Statistics, statistics_gap, training_statistics
 from .journal import Journal
 from .layers import Layers, from_config
@@ -29,9 +29,12 @@ from .precise import set_precise_statistics
 from .schedule import renorm_bounds, value_at
 from .signals import Stop
 from .update import WINDOW, Update, autocast
+from .watch import Watch
 
 # A record keeps at most this many points of a curve.
 CURVE_POINTS = 250
+# What a run's folder holds that is written atomically.
+WRITTEN = ("checkpoint.pt", "metrics.jsonl", "config.yaml")
 # Rows of the journal within an epoch.
 ROWS_PER_EPOCH = 10
 
@@ -45,12 +48,11 @@ def train(config: Config, build: Callable[[Layers], nn.Module]) -> dict[str, Any
     folder = Path(config.machine.results) / "runs" / run_name(config)
     with lock(folder / "lock"):
         run = Run(config, build, folder)
+        for path in (*(folder / name for name in WRITTEN), record.path_of(run.results, run.name)):
+            remove_partials(path)
         run.open_journal()
-        try:
-            with Stop() as stop:
-                run.train(stop)
-        finally:
-            run.journal.close()
+        with run.journal, Stop() as stop:
+            run.train(stop)
         return run.finish()
 
 
@@ -111,7 +113,9 @@ class Run:
                 f"warning: norm={config.norm.name} has no batch statistics: the second forward is skipped.",
                 file=sys.stderr,
             )
+        self.watch = Watch(self.model)
         self.iteration = 0
+        self.saved = 0
         self.seconds = 0.0
         self.training_seconds = 0.0
         self.epoch_sums = Sums()
@@ -126,7 +130,7 @@ class Run:
         """Go on writing where the checkpoint left off; what stands behind it is cut."""
         text = to_yaml(to_dict(self.config))
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(text)
+        write_atomically(self.folder / "config.yaml", text.encode())
         self.journal = Journal(self.folder, text, self.journal_lines)
 
     # Checkpoints.
@@ -197,7 +201,9 @@ class Run:
         if name is not None:
             last = self.iteration - 1
             raise self._diverged(f"{name} is no longer finite after iteration {last}", last)
+        self.journal.sync()
         checkpoint.save(self._state(), self.checkpoint_path)
+        self.saved = self.iteration
         self.saved_at = time.monotonic()
         self._untimed()
 
@@ -219,6 +225,7 @@ class Run:
                 images, labels = next(batches)
                 ends = position == self.per_epoch - 1 or self.iteration == self.length - 1
                 training = self._training_statistics(images) if ends else {}
+                self.watch(images)
                 self.update(images, labels)
                 self.iteration += 1
                 bar.update()
@@ -235,8 +242,9 @@ class Run:
                     self.drain()
                     self.save()
                 if stop.code is not None and self.iteration < self.length:
-                    self.drain()
-                    self.save()
+                    if self.saved != self.iteration:  # else both generations would be this one
+                        self.drain()
+                        self.save()
                     raise UserError(
                         f"stopped at iteration {self.iteration} of {self.length}, saved in {self.checkpoint_path}: the "
                         "same command goes on from there.",
@@ -268,13 +276,17 @@ class Run:
     def drain(self) -> None:
         """Read the losses of the iterations since the last time, and stop if one of them is not finite."""
         pending = self.update.pending
-        for offset, (loss, errors) in enumerate(self.update.drain()):
+        measured = self.update.drain()
+        for offset, (loss, errors) in enumerate(measured):
             iteration = self.iteration - pending + offset
             if loss != loss or loss in (float("inf"), float("-inf")):
-                raise self._diverged(f"the loss was {loss} at iteration {iteration}", iteration)
+                name = self.watch.first_bad(offset)
+                blame = f" with the norm of {name} not finite before it" if name else ""
+                raise self._diverged(f"the loss was {loss} at iteration {iteration}{blame}", iteration)
             images = self._images_at(iteration + 1) - self._images_at(iteration)
             self.epoch_sums.add(loss, errors, images)
             self.row_sums.add(loss, errors, images)
+        self.watch.forget()
         now = time.monotonic()
         self.training_seconds += now - self.clock
         self.seconds += now - self.clock

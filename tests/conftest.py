@@ -1,8 +1,71 @@
+import shlex
+import time
+
+import killing
 import pytest
+import reliability
 import torch
 
 # These tensors are small: a second thread costs more than it gives, four times as much on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the long tests alone; they write results/reliability.md")
+    parser.addoption("--long-scale", type=float, default=1.0, help="a part of their counts, to try them: no file")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--long")
+    left = [item for item in items if (item.get_closest_marker("long") is not None) != wanted]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+    for item in items:
+        if wanted:
+            item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.fixture
+def count(request):
+    """A function that gives the part of a long test's full count that this call does, at least 1."""
+    scale = request.config.getoption("--long-scale")
+    return lambda full: max(1, round(full * scale))
+
+
+@pytest.fixture
+def figure(request, count):
+    """A function that takes a long test's figure, as (done, of, remarks), puts it on file, and fails unless done == of.
+
+    A test that never gets as far is on file as failed, too.
+    """
+    marker = request.node.get_closest_marker("long")
+    began = time.monotonic()
+    told = []
+
+    def put(text):
+        told.append(text)
+        print(f"{marker.args[0]}: {text} in {time.monotonic() - began:.0f} s")
+        if request.config.getoption("--long-scale") == 1:
+            callspec = getattr(request.node, "callspec", None)
+            what = marker.args[1].format(**(callspec.params if callspec else {}))
+            command = f"pytest --long {shlex.quote(request.node.nodeid)}"
+            reliability.put(marker.args[0], what, text, time.monotonic() - began, command)
+
+    def tell(done, of, remarks=""):
+        put(f"{done} of {of}" + (f": {remarks}" if remarks else ""))
+        assert done == of, remarks
+
+    yield tell
+    if not told:
+        put("failed before there was a figure")
+
+
+@pytest.fixture(scope="session")
+def forkers(tmp_path_factory):
+    """Two processes that have imported torch, and fork for each job."""
+    folder = tmp_path_factory.mktemp("forkers")
+    with killing.Forker(folder / "one") as one, killing.Forker(folder / "other") as other:
+        yield one, other
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -37,6 +39,30 @@ class Tiny(nn.Module):
 
 def build_tiny(*, layers, classes, **_):
     return Tiny(layers, classes)
+
+
+class Small(nn.Module):
+    """Three layers with statistics and dropout, a few milliseconds an iteration."""
+
+    def __init__(self, layers, classes):
+        super().__init__()
+        widths = [3, 8, 8, 16]
+        self.convs = nn.ModuleList(
+            layers.conv(a, b, 3, stride=2, padding=1, bias=False) for a, b in itertools.pairwise(widths)
+        )
+        self.norms = nn.ModuleList(layers.norm(b) for b in widths[1:])
+        self.act = layers.act()
+        self.dropout = nn.Dropout(0.1)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = self.act(norm(conv(x)))
+        return self.fc(self.dropout(x.mean((2, 3))))
+
+
+def build_small(*, layers, classes, **_):
+    return Small(layers, classes)
 
 
 # 6 iterations an epoch, the last one smaller, and a third of a second epoch.
@@ -129,6 +155,36 @@ def assert_same_run(a: Run, b: Run):
     assert [without(row, TIMES) for row in a.rows()] == [without(row, TIMES) for row in b.rows()]
     speed = {"speed/images_per_second"}
     assert without(a.points(), speed) == without(b.points(), speed)
+
+
+def fingerprint(run: Run) -> str:
+    """SHA-256 of all that a run ended with but timing: what `assert_same_run` compares."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                add(key)
+                add(inner)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{len(value)}".encode())
+            for inner in value:
+                add(inner)
+        else:
+            digest.update(repr(value).encode())
+
+    state = run.checkpoint()
+    add({key: state[key] for key in ("name", "identity", "iteration", "length", "journal_lines")})
+    add({key: state[key] for key in ("model", "optimizer", "generators")})
+    add(without(run.record(), TIMES))
+    add([without(row, TIMES) for row in run.rows()])
+    points = without(run.points(), {"speed/images_per_second"})
+    assert all(steps == sorted(set(steps)) for steps in ([s for s, _ in series] for series in points.values()))
+    add(dict(sorted(points.items())))
+    return digest.hexdigest()
 
 
 def with_new_fields(cls, *fields):

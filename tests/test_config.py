@@ -3,13 +3,16 @@
 import copy
 import dataclasses
 import inspect
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from running import with_new_fields
@@ -610,3 +613,130 @@ def test_a_setting_absent_from_a_dictionary_is_at_the_schemas_default():
     plain = to_dict(load_once())
     del plain["norm"]["eps"], plain["seed"], plain["evaluate"]
     assert run_name(from_dict(plain)) == run_name(load_once())
+
+
+# Slips of the hand: every one-letter deletion, doubling and swap of every key.
+
+
+def typos():
+    """(overrides beside it, wrong key, value) for every key of every configuration and every slip that is no key."""
+    homes = {}
+    for base in [(), *BASES]:
+        plain = to_dict(load_once(*base))
+        for key, value in leaves(plain):
+            homes.setdefault(key, (base, value))
+        for group in config.groups():
+            if group != "experiment":
+                homes.setdefault(group, ((), plain[group].get("name", plain["dataset"]["name"])))
+    homes["experiment"] = ((), "quickstart")
+    valid = {*homes, *(key.rpartition(".")[0] for key in homes)}
+    slips = {}
+    for key, (base, value) in homes.items():
+        for i in range(len(key)):
+            before, letter, behind = key[:i], key[i], key[i + 1 :]
+            wrong = {before + behind, before + 2 * letter + behind, before + behind[:1] + letter + behind[1:]}
+            for slip in wrong - valid:
+                slips[slip] = (base, slip, value)
+    return list(slips.values())
+
+
+def text_of(value):
+    """A setting's value as it is typed."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def as_file(key, value):
+    """An experiment file that sets a key, as nested mappings."""
+    lines = [f"{'  ' * depth}{json.dumps(part)}:" for depth, part in enumerate(key.split("."))]
+    return "\n".join(lines) + f" {json.dumps(value)}\n"
+
+
+def refused(*overrides):
+    try:
+        load(list(overrides))
+    except ConfigError as error:
+        return "\n" not in str(error)
+    return False
+
+
+@pytest.fixture
+def quick_compose(monkeypatch):
+    """Compose the same choice of groups once: it takes a tenth of a second, and a wrong key is refused after it."""
+    original = hydra.compose
+    known = {}
+
+    def compose(name, overrides):
+        key = (name, *overrides)
+        if key not in known:
+            known[key] = original(name, overrides=overrides)
+        return known[key]
+
+    monkeypatch.setattr(hydra, "compose", compose)
+
+
+def typed(slips):
+    """Those of the slips that are accepted on a command line, plain or with a plus; none should be."""
+    return [
+        f"{plus}{key}"
+        for base, key, value in slips
+        for plus in ("", "+")
+        if not refused(*base, f"{plus}{key}={text_of(value)}")
+    ]
+
+
+def filed(slips, experiment):
+    """Those of the slips that are accepted in an experiment file."""
+    accepted = []
+    for base, key, value in slips:
+        experiment(as_file(key, value))
+        if not refused("experiment=mine", *base):
+            accepted.append(key)
+    return accepted
+
+
+def test_what_was_slipped_would_be_right_as_it_was(experiment):
+    """Else all could be refused for their values, or for a file that cannot be read."""
+    for base in [(), *BASES]:
+        keys = dict(leaves(to_dict(load_once(*base))))
+        chosen = dict(random.Random(len(keys)).sample(sorted(keys.items()), 2))
+        chosen = {key: value for key, value in chosen.items() if key not in ("norm.name", "model.name", "dataset.name")}
+        for key, value in chosen.items():
+            load([*base, f"{key}={text_of(value)}"])
+            experiment(as_file(key, value))
+            load(["experiment=mine", *base])
+
+
+def test_slips_on_a_command_line_are_refused(quick_compose):
+    assert typed(random.Random(0).sample(typos(), 300)) == []
+
+
+def test_slips_in_an_experiment_file_are_refused(experiment):
+    assert filed(random.Random(1).sample(typos(), 8), experiment) == []
+
+
+@pytest.mark.long("7", "One-letter slips of every key on a command line, plain and with a plus, that were refused")
+def test_every_slip_on_a_command_line(quick_compose, count, figure):
+    slips = typos()
+    slips = random.Random(2).sample(slips, count(len(slips)))
+    accepted = typed(slips)
+    figure(2 * len(slips) - len(accepted), 2 * len(slips), ", ".join(accepted))
+
+
+@pytest.mark.long("7", "One-letter slips of every key in an experiment file that were refused")
+def test_every_slip_in_a_file(experiment, count, figure):
+    slips = typos()
+    slips = random.Random(2).sample(slips, count(len(slips)))
+    accepted = filed(slips, experiment)
+    figure(len(slips) - len(accepted), len(slips), ", ".join(accepted))
+
+
+@pytest.mark.long("7", "Slips as real commands: one line, exit code 2, without torch, a traceback or a file")
+def test_fifty_slips_as_commands(command, count, figure):
+    slips = random.Random(3).sample(typos(), count(50))
+    right = 0
+    for number, (base, key, value) in enumerate(slips):
+        done = command(*base, f"{'+' * (number % 2)}{key}={text_of(value)}")
+        right += done.returncode == 2 and not done.stdout and re.fullmatch(r"error: [^\n]*\n", done.stderr) is not None
+    figure(right, len(slips))

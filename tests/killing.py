@@ -1,0 +1,338 @@
+"""Processes that are killed at a chosen or at a random moment: forked from one that has imported torch already.
+
+As a script it reads jobs from its input, one JSON a line, forks for each, and says what became of it.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+
+
+class Ended(NamedTuple):
+    """code: the exit code, negative for a signal. text: what it printed."""
+
+    code: int
+    text: str
+    seconds: float
+
+
+class Forker:
+    """Runs jobs one at a time, each in a process of its own; a context, at whose end the forking process is gone."""
+
+    def __init__(self, log: Path, **environment: str) -> None:
+        self.log = log
+        # Without git, so that a working tree that changes while the tests run changes no record.
+        environment = {"GIT_DIR": os.devnull, "MBN_COMMIT": "c0ffee" * 6 + "c0ff"} | environment
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "killing.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **environment},
+            text=True,
+        )
+
+    def __enter__(self) -> "Forker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def start(self, **job) -> int:
+        """The process's id."""
+        self.began = time.monotonic()
+        print(json.dumps(job | {"log": str(self.log)}), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> Ended:
+        code = int(self.process.stdout.readline())
+        return Ended(code, self.log.read_text(), time.monotonic() - self.began)
+
+    def forget(self) -> None:
+        """Let the ended process's id go."""
+        print(file=self.process.stdin, flush=True)
+
+    def run(self, after=None, once=None, **job) -> Ended:
+        """Run a job to its end; after: seconds until it is killed, from when the file `once` is there."""
+        process = self.start(**job)
+        if after is None:
+            ended = self.wait()
+            self.forget()
+            return ended
+        over = threading.Event()
+
+        def kill():
+            while once is not None and not once.exists():
+                if over.wait(0.002):
+                    return
+            # Until `wait` returns the process is not forgotten, and its id nobody else's.
+            if not over.wait(after):
+                os.kill(process, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            return self.wait()
+        finally:
+            over.set()
+            killer.join()
+            self.forget()
+
+
+# In the forking process and its children.
+
+
+def serve() -> None:
+    import sklearn.datasets  # noqa: F401
+    import torch._dynamo
+    import torch.utils.tensorboard
+
+    import train  # noqa: F401
+    from mbn import config, trainer  # noqa: F401
+
+    torch.set_num_threads(1)
+    config.load(["dataset=digits"])  # which imports Hydra
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    for line in iter(sys.stdin.readline, ""):
+        job = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            child(job)
+        print(process, flush=True)
+        ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
+        # Its id is given to no other process before the other side has said that it knows of the end.
+        sys.stdin.readline()
+        os.waitpid(process, 0)
+    os._exit(0)  # torch takes seconds to take down
+
+
+def child(job: dict) -> None:
+    descriptor = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    code = 1
+    try:
+        code = JOBS[job["job"]](job)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def train_job(job: dict) -> int:
+    """`train.py overrides`, killed at a place at or after an iteration, or not at all."""
+    import models
+    import train
+
+    if job.get("network"):
+        import running
+
+        models.build = {"tiny": running.build_tiny, "small": running.build_small}[job["network"]]
+    if job.get("place"):
+        aim(job["place"], job["at"], job.get("number", int(signal.SIGKILL)), random.Random(job.get("seed", 0)))
+    return train.main(job["overrides"])
+
+
+def soak_job(job: dict) -> int:
+    """As `train_job`; what this process holds is written to `samples` every so many iterations."""
+    import itertools
+
+    from mbn.update import Update
+
+    numbers = itertools.count(1)
+    call = Update.__call__
+
+    def counted(self, images, labels):
+        call(self, images, labels)
+        number = next(numbers)
+        if number % job["every"] == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            held = {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "files": len(list(Path("/proc/self/fd").iterdir()))}
+            with Path(job["samples"]).open("a") as file:
+                file.write(json.dumps({"iteration": number} | held) + "\n")
+
+    Update.__call__ = counted
+    return train_job(job)
+
+
+def save_job(job: dict) -> int:
+    """Save states of one iteration after another for ever; killed inside the one that follows `at`, or from outside."""
+    from mbn import checkpoint
+
+    path = Path(job["path"])
+    iteration = job["at"]
+    count = Events(job["nth"]) if job.get("nth") else None
+    while True:
+        iteration += 1
+        content = state(iteration, job["size"])
+        with count or contextlib.nullcontext():
+            checkpoint.save(content, path)
+
+
+def state(iteration: int, size: int) -> dict:
+    import torch
+
+    return {"iteration": iteration, "weights": torch.full((size,), float(iteration)), "sums": [iteration / 3]}
+
+
+JOBS = {"train": train_job, "save": save_job, "soak": soak_job}
+
+
+class Events:
+    """A context that kills its process at the n-th time that a function is called or returns inside it."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __enter__(self) -> None:
+        sys.setprofile(self.note)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def note(self, *_: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Places. EAGER stands inside a compiled network, which can not be entered.
+PLACES = (
+    *("first forward", "optimiser's step", "second forward", "evaluation", "row of the journal", "end of an epoch"),
+    *("saving", "half a checkpoint", "between the renames", "resuming", "half a record", "record written"),
+)
+
+
+def aim(place: str, at: int, number: int, draw: random.Random) -> None:
+    """Have this process killed when it comes to a place at or after an iteration."""
+    from mbn import checkpoint, files, journal, record, trainer
+
+    now = -1
+
+    def strike(armed: bool = True) -> None:
+        if armed and now >= at:
+            os.kill(os.getpid(), number)
+
+    def patch(owner, name, make) -> None:
+        setattr(owner, name, make(getattr(owner, name)))
+
+    def after(function, when=lambda *_: True):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            strike(when(*args))
+            return result
+
+        return call
+
+    def set_schedule(original):
+        def call(self, iteration):
+            nonlocal now
+            now = iteration
+            return original(self, iteration)
+
+        return call
+
+    patch(trainer.Run, "set_schedule", set_schedule)
+
+    def initialise(original):
+        def call(self, *args):
+            original(self, *args)
+            if place == "first forward":
+                self.update.first = after(self.update.first)
+            elif place == "optimiser's step":
+                patch(self.optimizer, "step", after)
+            elif place == "second forward":
+                layers = self.update.layers
+                if self.mode == "compile" or not layers:
+                    self.update.second = after(self.update.second)
+                else:  # some layers have remembered the batch by then, and the rest have not
+                    layer = draw.choice(layers)
+                    patch(layer, "normalize_training", lambda f: after(f, lambda *_: layer.phase == "second"))
+
+        return call
+
+    patch(trainer.Run, "__init__", initialise)
+
+    def half(original, name):
+        def call(path, content, keep_as=None):
+            if path.name.endswith(name) and (now >= at or name == "metrics.jsonl"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_name(f"{path.name}.{os.getpid()}.partial").write_bytes(content[: len(content) // 2])
+                os.kill(os.getpid(), number)
+            original(path, content, keep_as)
+
+        return call
+
+    if place == "evaluation":
+        second_batch = after(next)
+
+        def evaluate(original):
+            def call(model, batches):
+                def until():
+                    iterator = iter(batches)
+                    yield next(iterator)
+                    yield second_batch(iterator)
+                    yield from iterator
+
+                return original(model, until())
+
+            return call
+
+        patch(trainer, "evaluate", evaluate)
+    elif place == "row of the journal":
+
+        def write(original):
+            def call(self, row):
+                if now >= at:
+                    with self.path.open("a") as file:
+                        file.write(json.dumps(row)[: draw.randint(1, 40)])
+                    strike()
+                original(self, row)
+
+            return call
+
+        patch(journal.Journal, "write", write)
+    elif place == "end of an epoch":
+        patch(trainer.Run, "_end_of_epoch", after)
+    elif place == "saving":
+
+        def save(original):
+            def call(*args):
+                with Events(draw.randint(1, 400)) if now >= at else contextlib.nullcontext():
+                    original(*args)
+
+            return call
+
+        patch(checkpoint, "save", save)
+    elif place == "half a checkpoint":
+        patch(checkpoint, "write_atomically", lambda f: half(f, "checkpoint.pt"))
+    elif place == "between the renames":
+        patch(type(Path()), "replace", lambda f: after(f, lambda _, to: Path(to).name == "checkpoint.previous.pt"))
+    elif place == "resuming":
+        patch(journal, "write_atomically", lambda f: half(f, "metrics.jsonl"))
+    elif place == "half a record":
+        patch(record, "write_atomically", lambda f: half(f, ".json"))
+    elif place == "record written":
+        patch(files, "_fsync_folder", lambda f: after(f, lambda folder: "records" in Path(folder).parts))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    serve()

@@ -1,0 +1,90 @@
+"""Twenty losses of each method in float64, which hold on any machine and any version of torch.
+
+Weights and images come from NumPy's legacy generator, whose numbers never change, and the setting is smooth: one where
+a perturbation does not grow. `python tests/test_golden.py` writes golden.json anew, when a method is meant to change.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import Tiny
+
+from mbn import layers
+from mbn.norm.memorized import set_lambda
+from mbn.norm.renorm import set_renorm
+from mbn.schedule import renorm_bounds, value_at
+from mbn.update import Update
+
+PATH = Path(__file__).with_name("golden.json")
+METHODS = {
+    **{f"bn forwards={f}": (layers.bn, {"forwards": f}) for f in (1, 2)},
+    **{f"brn forwards={f}": (layers.brn, {"forwards": f, "momentum": 0.1}) for f in (1, 2)},
+    **{
+        f"mbn forwards={f} gradient={g}": (layers.mbn, {"forwards": f, "gradient": g, "lam": 0.1, "memory": 6})
+        for f in (1, 2)
+        for g in ("paper", "batch")
+    },
+    "gn": (layers.gn, {"forwards": 1}),
+    "normprop": (layers.normprop, {"forwards": 1}),
+}
+ITERATIONS = 20
+
+
+def losses(method, perturbation=0.0):
+    """The losses of 20 iterations; perturbation: relative, of all weights."""
+    draw = np.random.RandomState(0)
+    make, settings = METHODS[method]
+    model = Tiny(make(**settings), 10).double()
+    model.dropout.p = 0.0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.copy_(torch.from_numpy(draw.standard_normal(p.shape)) * (2 / p[0].numel()) ** 0.5)
+            elif "norm" in name:  # gamma and beta beside their beginning, so that they matter
+                p.add_(torch.from_numpy(0.1 * draw.standard_normal(p.shape)))
+            else:
+                p.copy_(torch.from_numpy(0.1 * draw.standard_normal(p.shape)))
+            p.mul_(1 + perturbation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    update = Update(model, optimizer, settings["forwards"], "eager", "fp32", torch.device("cpu"))
+    update.window = update.window.double()
+    # Eight batches of 48 images, again and again: something to learn.
+    images = torch.from_numpy(draw.standard_normal((8, 48, 3, 32, 32)) + draw.standard_normal((8, 1, 3, 1, 1)))
+    labels = torch.from_numpy(draw.randint(0, 10, (8, 48)))
+    measured = []
+    for t in range(ITERATIONS):
+        set_lambda(model, value_at([0.1, 0.5, 0.9], [0.4, 0.6], t, ITERATIONS))
+        set_renorm(model, *renorm_bounds(t, ITERATIONS))
+        update(images[t % 8], labels[t % 8])
+        measured += [loss for loss, _ in update.drain()]
+    return measured
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_the_committed_ones(method):
+    committed = json.loads(PATH.read_text())[method]
+    assert len(committed) == ITERATIONS
+    assert losses(method) == pytest.approx(committed, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_perturbation_does_not_grow(method):
+    """Else the last bits of another machine would."""
+    assert losses(method, 1e-15) == pytest.approx(losses(method), rel=1e-9, abs=0)
+
+
+def test_methods_differ():
+    committed = list(json.loads(PATH.read_text()).values())
+    assert len(committed) == len(METHODS)
+    assert len({tuple(round(v, 6) for v in values) for values in committed}) >= len(METHODS) - 1
+
+
+def main():
+    PATH.write_text(json.dumps({method: losses(method) for method in METHODS}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
