@@ -82,6 +82,14 @@ def test_methods_differ():
     assert len({tuple(round(v, 6) for v in values) for values in committed}) >= len(METHODS) - 1
 
 
+@pytest.mark.long("9", "Losses of 20 iterations of each method that are the committed ones within 1e-6")
+def test_every_loss(figure):
+    committed = json.loads(PATH.read_text())
+    pairs = [pair for method in METHODS for pair in zip(losses(method), committed[method], strict=True)]
+    worst = max(abs(a / b - 1) for a, b in pairs)
+    figure(sum(abs(a / b - 1) <= 1e-6 for a, b in pairs), len(pairs), f"the worst differs by {worst:.1g}")
+
+
 def main():
     PATH.write_text(json.dumps({method: losses(method) for method in METHODS}, indent=1) + "\n")
 

@@ -201,3 +201,32 @@ def test_500_kills_inside_a_save(forkers, tmp_path, count, figure):
     kills = count(500)
     survived = kill_saves(forkers[0], tmp_path / "checkpoint.pt", kills, 300_000, random.Random(1))
     figure(survived, kills, "half at a call or return inside the save, half at random moments; 1.2 MB a file")
+
+
+# The same command twice.
+
+
+def same_twice(forkers, folder, overrides, network="small"):
+    """Whether two processes that train the same end with the same SHA-256."""
+    sums = set()
+    for number, forker in enumerate(forkers):
+        settings = [*BASE, f"schedule.iterations={LENGTH}", *overrides]
+        run = Run(folder / str(number), settings)
+        job = {"job": "train", "network": network, "overrides": [*settings, f"machine.results={run.results}"]}
+        ended = forker.run(**job)
+        assert ended.code == 0, ended
+        sums.add(fingerprint(run))
+    return len(sums) == 1
+
+
+def test_the_same_command_twice_gives_the_same_sha(forkers, tmp_path):
+    assert same_twice(forkers, tmp_path, ["norm=mbn"])
+
+
+@pytest.mark.long("9", "Methods and modes of which the same command twice gave the same SHA-256 of all but timing")
+def test_every_method_and_mode_twice(forkers, tmp_path, count, figure):
+    norms = ["norm=mbn", "norm=mbn forwards=1", "norm=mbn norm.gradient=batch", "norm=brn", "norm=bn", "norm=gn"]
+    cases = [*norms, "norm=mbn precision=bf16", "norm=mbn machine.mode=compile", "norm=bn machine.mode=compile"]
+    cases = cases[: count(len(cases))]
+    same = [same_twice(forkers, tmp_path / str(i), case.split()) for i, case in enumerate(cases)]
+    figure(sum(same), len(cases), ", ".join(c for c, s in zip(cases, same, strict=True) if not s))

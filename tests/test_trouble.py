@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import toy
-from running import TINY, Run, build_tiny, digits, outcome, run_here, start
+from running import TINY, Run, build_tiny, digits, fingerprint, outcome, run_here, start
 from test_files import small_disk
 from test_real_cifar import FOUND
 from test_reproduce import TOY, begin, running, wait_until
@@ -54,6 +54,25 @@ def test_a_full_disk_ends_in_one_sentence_that_names_the_file_and_loses_nothing(
     assert str(left(*more).folder) in stopped.err
     assert "free some space and run the command again." in stopped.err
     assert here(*more).code == 0
+
+
+@pytest.mark.long("2", "Limits on the size of a file: one sentence with the file's name, then resumed to the same bits")
+def test_many_full_disks(here, left, count, figure):
+    """Evenly from nothing to the size at which all fits; the last of them need not fail."""
+    more = ["machine.checkpoint_seconds=1e-9", "schedule.iterations=40"]
+    run = left(*more)
+    digits()
+    assert here(*more).code == 0
+    expected = fingerprint(run)
+    largest = max(path.stat().st_size for path in run.folder.iterdir())
+    right, total = 0, count(60)
+    for number in range(total):
+        shutil.rmtree(run.results)
+        with small_disk(largest * number // total):
+            stopped = here(*more)
+        told = stopped.code == 1 and SENTENCE.fullmatch(stopped.err) and str(run.results) in stopped.err
+        right += bool(told) and here(*more).code == 0 and fingerprint(run) == expected
+    figure(right, total)
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(here, left, monkeypatch):
