@@ -49,10 +49,10 @@ class Update:
         project_unit_rows(model)
         self.batch_size = batch_size
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
-        self.second: Callable[..., Tensor] = model
+        self.second: Callable[..., None] = self._second
         if mode == "compile":
             self.first = torch.compile(self._first, fullgraph=True, dynamic=False)
-            self.second = torch.compile(model, fullgraph=True, dynamic=False)
+            self.second = torch.compile(self._second, fullgraph=True, dynamic=False)
         self.window = torch.zeros(2, WINDOW, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.pending = 0
@@ -63,6 +63,10 @@ class Update:
         loss = F.cross_entropy(logits.to(statistics_dtype(logits.dtype)), labels)
         errors = (logits.detach().argmax(1) != labels).sum()
         return loss, torch.stack([loss.detach(), errors.to(loss.dtype)])
+
+    def _second(self, images: Tensor) -> None:
+        # Without a result the compiler leaves out what follows the last layer's statistics.
+        self.model(images)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode."""
@@ -75,7 +79,7 @@ class Update:
             project_unit_rows(self.model)
         if self.layers:
             with torch.no_grad(), autocast(self.device, self.precision), phase(self.layers, "second"):
-                (self.second if whole else self.model)(images)
+                (self.second if whole else self._second)(images)
         self.window.index_copy_(1, self.cursor, measured[:, None].to(self.window.dtype))
         self.cursor.add_(1).remainder_(WINDOW)
         self.pending += 1
