@@ -121,12 +121,22 @@ def test_one_image_in_the_last_batch_trains_on(capsys, monkeypatch, tmp_path):
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def close(got, expected, dtype):
-    """Within the dtype's tolerance, relative to the largest number expected."""
+def close(got, expected, dtype, slack=0.0):
+    """Within the dtype's tolerance, relative to the largest number expected, and slack."""
     expected = expected.double()
     tolerance = TOLERANCE[dtype]
     assert got.isfinite().all()
-    assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()) + 1e-12)
+    assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()) + slack + 1e-12)
+
+
+def rounding(batches, gamma, dtype):
+    """What the last bits of a float32 mean become once divided by the smallest sigma that a layer can meet."""
+    if dtype == torch.float64:
+        return 0.0
+    largest = max(float(x.abs().max()) for x in batches)
+    dims = [0, *range(2, batches[0].dim())]
+    smallest = min(float((x.double().var(dims, correction=0) + 1e-5).sqrt().min()) for x in batches)
+    return 4 * torch.finfo(torch.float32).eps * float(gamma.abs().max()) * largest / smallest
 
 
 def make(norm, channels, dims, options):
@@ -144,6 +154,7 @@ def follow(layer, ref, batches, dtype, affine):
         layer.weight.copy_(gamma)
         layer.bias.copy_(beta)
     gamma, beta = layer.weight.detach().double(), layer.bias.detach().double()
+    slack = rounding(batches, gamma, dtype)
     for x in batches:
         x64 = x.detach().double()
         x = x.detach().requires_grad_()
@@ -155,11 +166,11 @@ def follow(layer, ref, batches, dtype, affine):
         if dtype == torch.float64:
             for got, expected in zip(grads, ref.backward(x64, gamma, dl_dy), strict=True):
                 close(got, expected, dtype)
-        close(y, ref.first(x64, gamma, beta), dtype)
+        close(y, ref.first(x64, gamma, beta), dtype, slack)
         if ref.forwards == 2:
-            close(second_forward(layer, x.detach()), ref.second(x64, gamma, beta), dtype)
+            close(second_forward(layer, x.detach()), ref.second(x64, gamma, beta), dtype, slack)
         evaluated = copy.deepcopy(layer).eval()
-        close(evaluated(x.detach()), ref.evaluate(x64, gamma, beta), dtype)
+        close(evaluated(x.detach()), ref.evaluate(x64, gamma, beta), dtype, slack)
     for name, expected in ref.buffers().items():
         close(getattr(layer, name), expected.double(), torch.float32 if dtype != torch.float64 else dtype)
 

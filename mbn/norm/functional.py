@@ -98,10 +98,11 @@ def affine_normalize(
     scale = (s2 + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
-    shift = -mu * scale
+    # Not x * scale + shift, which cancels where a channel varies little about a large mean.
+    y = (x.to(scale.dtype) - per_channel(mu, x)) * per_channel(scale, x)
     if bias is not None:
-        shift = shift + bias
-    return (x.to(scale.dtype) * per_channel(scale, x) + per_channel(shift, x)).to(x.dtype)
+        y = y + per_channel(bias, x)
+    return y.to(x.dtype)
 
 
 def memorized_batch_norm(
