@@ -817,7 +817,7 @@ def test_bf16_computes_in_bfloat16_and_fp32_does_not(precision, dtype, tree, tmp
         return y
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
-    overrides = ("norm=mbn", f"precision={precision}", "evaluate.precise=true")
+    overrides = ("norm=mbn", f"precision={precision}", "evaluate.precise=true", "machine.mode=eager")
     assert train.main(command(tree, tmp_path, *overrides)) == 0
     # In training; in the second forward, evaluation and all else.
     assert dtypes == {True: {dtype}, False: {dtype}}

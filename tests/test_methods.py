@@ -273,7 +273,7 @@ def test_rows_of_normprop_have_unit_norm_before_and_after_every_step():
 def test_without_statistics_the_second_forward_is_skipped_with_one_warning(norm, name, tmp_path, capsys):
     settings = loaded(
         *("dataset=digits", f"norm={norm}", f"model={name}", "forwards=2", "machine.threads=1", "machine.device=cpu"),
-        f"machine.results={tmp_path}",
+        *("machine.mode=eager", f"machine.results={tmp_path}"),
     )
     run = Run(settings, lambda layers: models.build(layers=layers, **config.network(settings)), tmp_path / "run")
     warnings = capsys.readouterr().err.splitlines()
