@@ -33,7 +33,7 @@ def losses(arrays, tmp_path, monkeypatch):
     def train(iterations, *overrides):
         settings = config.load(
             [
-                *("dataset=cifar10", "batch_size=32", "machine.threads=1", "machine.device=cpu"),
+                *("dataset=cifar10", "batch_size=32", "machine.threads=1", "machine.device=cpu", "machine.mode=eager"),
                 *(f"machine.data={FOUND[0]}", f"machine.results={tmp_path}", *overrides),
             ]
         )
