@@ -21,7 +21,7 @@ from . import config as configuration
 from . import data
 from .layers import Layers, from_config
 from .norm.memorized import set_lambda
-from .update import Update
+from .update import WINDOW, Update
 
 Build = Callable[..., nn.Module]
 # The plain loop's loader has this many batches ready before it is needed; they must not count as its speed.
@@ -114,7 +114,7 @@ class Measured:
                 self.model(next(self.batches)[0])
         else:
             self.update(*next(self.batches))
-            if self.update.pending == 50:
+            if self.update.pending == WINDOW:
                 self.update.drain()
 
     def seconds(self, iterations: int) -> float:

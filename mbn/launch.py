@@ -26,36 +26,28 @@ LOOK = 0.1
 PROGRESS = 2.0
 # Seconds from which on a child can be stopped with something gained: before, it imports torch.
 START = 5.0
-# A closed terminal stops the children too, which are in sessions of their own and would not hear of it.
-CODES = signals.CODES | {"SIGHUP": 75}
 
 
-class Stop:
+class Stop(signals.Stop):
     """While in use as a context, notes the first signal in `code`; a second one calls `kill` and exits at once."""
 
+    # A closed terminal stops the children too, which are in sessions of their own and would not hear of it.
+    codes = signals.CODES | {"SIGHUP": 75}
+
     def __init__(self, kill: Callable[[], None]) -> None:
-        self.code: int | None = None
+        super().__init__()
         self._kill = kill
 
-    def __enter__(self) -> "Stop":
-        numbers = [getattr(signal, name) for name in CODES if hasattr(signal, name)]
+    def _numbers(self) -> list[int]:
         # A hang-up that nohup has let be ignored stays so. SIGINT, which a script ignores for its background jobs, is
         # answered all the same, as train.py does.
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-            numbers.remove(signal.SIGHUP)
-        self._before = {n: signal.signal(n, self._note) for n in numbers}
-        return self
+        ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        return [n for n in super()._numbers() if not (ignored and n == signal.SIGHUP)]
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        code = CODES[signal.Signals(number).name]
+    def _answer(self, number: int, frame: FrameType | None) -> None:
         if self.code is not None:
             self._kill()
-            os._exit(code)
-        self.code = code
+        super()._answer(number, frame)
 
 
 @dataclass

@@ -276,8 +276,7 @@ class Run:
     def drain(self) -> None:
         """Read the losses of the iterations since the last time, and stop if one of them is not finite."""
         pending = self.update.pending
-        measured = self.update.drain()
-        for offset, (loss, errors) in enumerate(measured):
+        for offset, (loss, errors) in enumerate(self.update.drain()):
             iteration = self.iteration - pending + offset
             if loss != loss or loss in (float("inf"), float("-inf")):
                 name = self.watch.first_bad(offset)

@@ -25,8 +25,8 @@ class Update:
 
     mode: "eager", or "compile" to compile both forwards with torch.compile for batches of batch_size images; an
     epoch's last, smaller one is not worth it. The learning rate and everything a layer remembers are tensors changed in
-    place. Loss and number of errors of the last iterations are kept on the device
-    until `drain`, so that an iteration never waits for the host.
+    place. Loss and number of errors of the last iterations are kept on the device until `drain`, so that an iteration
+    never waits for the host.
     """
 
     def __init__(
@@ -70,8 +70,9 @@ class Update:
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode."""
-        whole = len(images) == (self.batch_size or len(images))
-        loss, measured = (self.first if whole else self._first)(images, labels)
+        whole = self.batch_size in (None, len(images))
+        first, second = (self.first, self.second) if whole else (self._first, self._second)
+        loss, measured = first(images, labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -79,7 +80,7 @@ class Update:
             project_unit_rows(self.model)
         if self.layers:
             with torch.no_grad(), autocast(self.device, self.precision), phase(self.layers, "second"):
-                (self.second if whole else self._second)(images)
+                second(images)
         self.window.index_copy_(1, self.cursor, measured[:, None].to(self.window.dtype))
         self.cursor.add_(1).remainder_(WINDOW)
         self.pending += 1
