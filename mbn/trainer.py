@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import checkpoint, record
 from .config import MBN, Config, distinction, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
+from .curves import curves
 from .data import load
 from .errors import UserError
 from .evaluate import Measured, evaluate
@@ -31,8 +32,6 @@ from .signals import Stop
 from .update import WINDOW, Update, autocast
 from .watch import Watch
 
-# A record keeps at most this many points of a curve.
-CURVE_POINTS = 250
 # What a run's folder holds that is written atomically.
 WRITTEN = ("checkpoint.pt", "metrics.jsonl", "config.yaml")
 # Rows of the journal within an epoch.
@@ -392,16 +391,14 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Write the record of a run that has reached its end, and return it."""
-        rows = [row for row in self.journal.rows() if row["kind"] == "epoch"]
-        last = rows[-1]
-        keys = ("images", "train_error", "train_loss", "test_error", "test_loss", "gap_mean", "gap_std")
-        step = -(-len(rows) // CURVE_POINTS)
-        points = rows[::-step][::-1]  # the last one always
+        rows = list(self.journal.rows())
+        epochs = [row for row in rows if row["kind"] == "epoch"]
+        last = epochs[-1]
         content = {
             "name": self.name,
             "config": record.config_for_record(self.config),
             "test_error": last["test_error"],
-            "test_error_best": min(row["test_error"] for row in rows),
+            "test_error_best": min(row["test_error"] for row in epochs),
             "train_error": last["train_error"],
             "test_error_top5": last["test_error_top5"],
             "test_error_precise": self.precise_error() if self.config.evaluate.precise else None,
@@ -418,7 +415,7 @@ class Run:
             "commit": self.commit,
             "dirty": self.dirty,
             "versions": record.versions(),
-            "curves": {key: [_five_digits(row[key]) for row in points] for key in keys if key in last},
+            "curves": curves(rows),
         }
         path = record.write(self.results, content)
         return record.read(path)
@@ -451,10 +448,6 @@ class Sums:
 
     def shown(self, speed: float) -> str:
         return f"loss {self.loss:.4f}, error {self.error:.2f} %, {speed:.0f} images/s"
-
-
-def _five_digits(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
 def choose_device(wanted: str, earlier: str | None) -> torch.device:

@@ -654,11 +654,15 @@ def test_the_record_agrees_with_the_rows(whole):
     assert result["test_error_best"] == min(row["test_error"] for row in epochs)
     assert (result["iterations"], result["images"]) == (8, 1437 + 512)
     assert result["parameters"] == 3 * 6 * 16 + 12 + 24 * 10 + 10
-    assert set(result["curves"]) == {
-        *("images", "train_error", "train_loss", "test_error", "test_loss", "gap_mean", "gap_std")
+    curves = dict(result["curves"])
+    within = curves.pop("training")
+    assert set(curves) == {
+        *("images", "train_error", "train_loss", "test_error", "test_loss", "gap_mean", "gap_std", "weight_norm")
     }
-    for key, values in result["curves"].items():
+    for key, values in curves.items():
         assert values == pytest.approx([row[key] for row in epochs], rel=1e-4)
+    assert within["images"] == [row["images"] for row in rows]
+    assert len(rows) > len(epochs)
     assert result["test_error_precise"] is None
 
 
@@ -684,15 +688,6 @@ def test_the_size_of_evaluations_batches_changes_no_result(here, left, whole):
     for key in ("test_error", "test_error_best", "test_error_top5", "train_loss"):
         assert ours[key] == theirs[key]
     assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-5)
-
-
-def test_curves_keep_at_most_250_points_the_last_one_among_them(here, left, monkeypatch):
-    assert trainer.CURVE_POINTS == 250
-    monkeypatch.setattr(trainer, "CURVE_POINTS", 3)
-    more = ("batch_size=1437", "norm=bn")
-    here(*more)
-    assert left(*more).record()["curves"]["images"] == [1437 * epoch for epoch in (2, 5, 8)]
-    assert len([row for row in left(*more).rows() if row["kind"] == "epoch"]) == 8
 
 
 def test_a_second_forward_that_would_do_nothing_is_skipped_with_one_warning(here):

@@ -1,0 +1,56 @@
+"""What a record keeps of a run's journal: how errors, losses, gaps and weights went, in a few kilobytes."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# A record keeps at most this many points of a curve.
+POINTS = 250
+# Measured at the end of an epoch. The weight norm is that of all matrices and filters together.
+AT_EPOCHS = (
+    *("images", "train_error", "train_loss", "test_error", "test_loss"),
+    *("gap_mean", "gap_std", "weight_norm"),
+)
+
+Row = dict[str, Any]
+
+
+def curves(rows: Iterable[Row]) -> dict[str, Any]:
+    """The curves of a record, from the rows of a journal, of which the last must end an epoch.
+
+    At most POINTS of the epochs' ends, the last one among them, under the names of AT_EPOCHS. Training losses and
+    errors of such a point are means over its epoch, so that `training` has them in finer steps, from the rows within
+    epochs: `images` seen, and the mean `loss` and `error` (percent) an image since the point before; at most POINTS.
+    """
+    rows = list(rows)
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    step = -(-len(epochs) // POINTS)
+    kept = epochs[::-step][::-1]
+    content: dict[str, Any] = {key: [_five_digits(row[key]) for row in kept] for key in AT_EPOCHS if key in kept[-1]}
+    return content | {"training": _training(rows)}
+
+
+def _training(rows: Sequence[Row]) -> dict[str, list[float]]:
+    # Losses and errors added up since the run began, at every row.
+    sums = []
+    loss = error = images = 0.0
+    before = (0.0, 0.0, 0.0)  # at the end of the last epoch
+    for row in rows:
+        if row["kind"] == "epoch":  # its means are the whole epoch's, the part before its last row included
+            loss, error, images = before
+        n = row["images"] - images
+        loss, error, images = loss + row["train_loss"] * n, error + row["train_error"] * n, row["images"]
+        if row["kind"] == "epoch":
+            before = (loss, error, images)
+        sums.append((loss, error, images))
+    step = -(-len(sums) // POINTS)
+    kept = sums[::-step][::-1]
+    pairs = list(zip([(0.0, 0.0, 0.0), *kept], kept, strict=False))
+    return {
+        "images": [int(end[2]) for _, end in pairs],
+        "loss": [_five_digits((end[0] - start[0]) / (end[2] - start[2])) for start, end in pairs],
+        "error": [_five_digits((end[1] - start[1]) / (end[2] - start[2])) for start, end in pairs],
+    }
+
+
+def _five_digits(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.5g}")
