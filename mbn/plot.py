@@ -1,4 +1,4 @@
-"""The figures, drawn from the curves and results that records carry: three of the paper's, two of ours."""
+"""The figures, drawn from the curves and results that records carry: three of the paper's, and ours."""
 
 import io
 import statistics
@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from . import claims, grid
+from .config import MBN
 from .files import write_atomically
 from .grid import Cell
 from .table import BATCH_SIZES, Measured, Records, file_name
@@ -26,6 +27,8 @@ MARKERS = {"bn": "s", "brn": "^", "mbn": "o", "gn": "D", "normprop": "v"}
 NAMES = {"bn": "BN", "brn": "BRN", "mbn": "MBN", "gn": "GN", "normprop": "NormProp"}
 NETWORK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 NETWORK_MARKERS = ("o", "s", "^", "D")
+# MBN with gradient="batch".
+BATCH_COLOUR, BATCH_MARKER = "#56B4E9", "P"
 # Methods without statistics of batches have one forward only: no number is shown for them.
 WITHOUT_FORWARDS = ("gn", "normprop")
 STYLE: Any = {
@@ -80,6 +83,8 @@ def look(cell: Cell) -> Look:
     if method in WITHOUT_FORWARDS:
         return Look(NAMES[method], COLOURS[method], MARKERS[method], ":")
     label = f"{NAMES[method]}-{config.forwards}"
+    if isinstance(config.norm, MBN) and config.norm.gradient == "batch":
+        return Look(f"{label}, gradient batch", BATCH_COLOUR, BATCH_MARKER, "-" if two else "--", two)
     return Look(label, COLOURS[method], MARKERS[method], "-" if two else "--", two)
 
 
@@ -95,6 +100,8 @@ def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figu
             "figure2": figure2(read("figure2")),
             "figure3": figure3(read("table3")),
             "batch-size": batch_size([read(name) for name in BATCH_SIZES]),
+            "training-resnet20": training(read("gradient"), "ResNet-20, batch 8"),
+            "training-resnet56": training(read("gradient"), "ResNet-56, batch 8"),
             "gap-resnet20": gap(read("table4-resnet20")),
             "gap-resnet56": gap(read("table4-methods")),
         }
@@ -229,6 +236,26 @@ def gap(measured: Measured) -> Figure | None:
     return figure if anything else None
 
 
+def training(measured: Measured, row: str) -> Figure | None:
+    """One row of the gradients' table: training loss, test error and weight norm over training.
+
+    Dotted: where learning rate and lambda change.
+    """
+    keys = {"loss": "training loss", "test_error": "test error (%)", "weight_norm": "norm of all weights"}
+    figure, panels = _panels(len(keys), PAGE, 2.7)
+    cells = [measured.grid.cell(row, column) for column in measured.grid.columns]
+    anything = False
+    for panel, (key, name) in zip(panels, keys.items(), strict=True):
+        lines = [(look(cell), _curve(measured, cell, key, of_training=True)) for cell in cells]
+        anything |= _plot(panel, lines)
+        _limit(panel, [points for _, points in lines], zero=key == "loss")
+        for milestone in cells[0].config(0).schedule.milestones:
+            panel.axvline(100 * milestone, color="#888888", linestyle=":", linewidth=0.8)
+        panel.set(title=name, xlabel="share of training (%)")
+    _legend_below(figure, panels, columns=3)
+    return figure if anything else None
+
+
 # Parts.
 
 
@@ -241,14 +268,16 @@ def _panels(n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
 def _curve(measured: Measured, cell: Cell, key: str, of_training: bool = False) -> Points:
     """(x, one value a seed) of a curve of a cell's records at the points that all of them have.
 
-    x: images seen, in epochs, or in percent of training. Empty where nothing has run.
+    key: a curve with a point an epoch, or "loss" or "error" for the finer ones of training. x: images seen, in epochs,
+    or in percent of training. Empty where nothing has run.
     """
     if cell.overrides is None:
         return []
     found = []
     for one in measured.runs(cell).values():
         unit = one["images"] / 100 if of_training else one["config"]["dataset"]["train_images"]
-        images, numbers = one["curves"].get("images", []), one["curves"].get(key, [])
+        curves = one["curves"].get("training", {}) if key in ("loss", "error") else one["curves"]
+        images, numbers = curves.get("images", []), curves.get(key, [])
         found.append({i / unit: y for i, y in zip(images, numbers, strict=False)})
     if not found:
         return []

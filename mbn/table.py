@@ -1,4 +1,7 @@
-"""Tables from records: markdown, LaTeX, one CSV of all cells, and the README's part. A pure function of the records."""
+"""Tables from records: markdown, LaTeX, one CSV of all cells, and parts of the README and of results/README.md.
+
+A pure function of the records.
+"""
 
 import csv
 import io
@@ -18,6 +21,13 @@ from .grid import Cell, Grid
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
 METRICS = {"test_error": "test error", "test_error_top5": "top-5 test error", "train_error": "training error"}
+# What records hold beside the test error at the end of training, and says what that is due to.
+BESIDE = {
+    "test_error": "test error",
+    "test_error_precise": "with precise statistics",
+    "test_error_best": "best epoch",
+    "train_error": "training error",
+}
 # The grids that are the paper's, in the order of its pages.
 PAPER = ("figure1", "table1", "table2", "table3", "table4", "table5", "table6")
 # The grids that the plot under the README's Table 4 is drawn from.
@@ -141,6 +151,7 @@ def markdown(measured: Measured) -> str:
             "Paired difference over common seeds [95 % interval]. A claim holds where the interval lies on its side, "
             "does not hold where it lies on the other, and is not decided otherwise."
         )
+    parts += ["## Beside the test error", _beside_table(measured)]
     if g.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in g.notes)]
     parts += ["## Cost", _cost(measured), "## Commands", _commands(measured)]
@@ -207,6 +218,29 @@ def _difference_table(measured: Measured) -> str:
         "\n\nBN: one forward, on the same network, data and schedule. Paired over the seeds that both have (equal data "
         "order); Welch's test takes the seeds as unpaired. No p is corrected for the number of comparisons."
     )
+
+
+def _beside_table(measured: Measured) -> str:
+    lines = [["", "seeds", *BESIDE.values()]]
+    for cell in measured.grid.cells:
+        runs = measured.runs(cell)
+        if runs:
+            columns = [claims.values(runs, field) for field in BESIDE]
+            lines.append([_label(cell), str(len(runs)), *(_mean_of(column, len(runs)) for column in columns)])
+    if len(lines) == 1:
+        return "Nothing has run yet."
+    return _pipes(lines) + (
+        "\n\nMeans over the seeds, in percent. Precise statistics are taken anew over the training set with the final "
+        "weights: what is left of a difference under them was made by training, the rest by the statistics at test "
+        "time. The training error is that of augmented images, a mean over the last epoch."
+    )
+
+
+def _mean_of(values: claims.Values, n: int) -> str:
+    """Example: 6.41, or 6.41 (n = 2) where others of the n have no such number."""
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values.values()):.2f}" + (f" (n = {len(values)})" if len(values) < n else "")
 
 
 def _label(cell: Cell) -> str:
@@ -367,12 +401,65 @@ def _seeds(entries: list[Entry]) -> str:
     return "-" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def replace_part(readme: str, part: str) -> str:
-    """The README with what is between its markers replaced. Errors: UserError without the two markers."""
+# The part of results/README.md.
+
+
+def evidence_part(tables: dict[str, Measured], records: Records) -> str:
+    """Every claim that a run says something of, and every run."""
+    verdicts = [["", "claim", "", "here", "in the paper", "outcome", "seeds to decide"]]
+    for name, measured in tables.items():
+        for claim in measured.grid.claims:
+            for v in claims.judge(claim, measured.grid, measured.runs):
+                if v.interval.n:
+                    needed = claims.seeds_to_decide(v.interval) if v.outcome == claims.OPEN else None
+                    link = f"[{_heading(name)}](tables/{name}.md)"
+                    printed = claims.printed(claim, measured.grid, v.place)
+                    shown = "" if printed is None else f"{printed:+.2f}"
+                    verdicts.append(
+                        [link, claim["claim"], v.place, str(v.interval), shown, v.outcome, str(needed or "")]
+                    )
+    cells: dict[str, list[str]] = {}
+    for name, measured in tables.items():
+        for cell in measured.grid.cells:
+            for one in measured.runs(cell).values():
+                cells.setdefault(one["name"], []).append(f"{_heading(name)}: {_label(cell)}")
+    lines = [["run", "is in", *BESIDE.values(), "iterations", "hours", "device", "mode", "commit", "date"]]
+    for name, one in sorted(records.items()):
+        threads = f", {one['threads']} thread{'s' * (one['threads'] != 1)}" if one["device"].startswith("cpu") else ""
+        lines.append(
+            [
+                f"[{name}](records/{name}.json)",
+                "; ".join(cells.get(name, ["no table"])),
+                *("-" if one[field] is None else f"{one[field]:.2f}" for field in BESIDE),
+                f"{one['iterations']:,}",
+                f"{one['seconds'] / 3600:.2f}",
+                one["device"] + threads,
+                one["mode"],
+                (one["commit"] or "unknown")[:7] + " and changes" * bool(one["dirty"]),
+                one["date"][:10],
+            ]
+        )
+    return "\n\n".join(
+        [
+            "### Claims that runs say something of",
+            _pipes(verdicts) if len(verdicts) > 1 else "None yet.",
+            "Here: mean difference over common seeds [95 % interval], in percent; negative where the claim says lower. "
+            f"Seeds to decide: with which a difference of that size would be seen with {claims.POWER:.0%} power; while "
+            "there is one seed, at a standard deviation over seeds "
+            f"of {claims.ASSUMED_SD} %, that of six published reruns of ResNet-56 at batch 128.",
+            "### Runs",
+            _pipes(lines) if records else "None yet.",
+            "Errors in percent; hours from the first iteration to the last, evaluation included.",
+        ]
+    )
+
+
+def replace_part(page: str, part: str, name: str = "README.md") -> str:
+    """A page with what is between its markers replaced. Errors: UserError without the two markers."""
     start, end = MARKERS
-    if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
-        raise UserError(f"README.md must hold {start} and after it {end}, once each: put them back.")
-    head, _, rest = readme.partition(start)
+    if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
+        raise UserError(f"{name} must hold {start} and after it {end}, once each: put them back.")
+    head, _, rest = page.partition(start)
     return f"{head}{start}\n{part}\n{end}{rest.partition(end)[2]}"
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables from the records: results/tables/*.md, *.tex and cells.csv, and the README's part.
+"""Write the tables from the records: results/tables/*.md, *.tex and cells.csv, and parts of the two READMEs.
 
 python scripts/tables.py
 python scripts/tables.py table4 table6 --seeds 3
@@ -19,12 +19,13 @@ from mbn.files import write_atomically
 
 RESULTS = REPOSITORY / "results"
 README = REPOSITORY / "README.md"
+EVIDENCE = RESULTS / "README.md"
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description="Write results/tables from results/records: markdown, LaTeX (booktabs) and one CSV of all cells; "
-        "with all tables and the default results also the README's part between its two markers."
+        "with all tables and the default results also the parts of README.md and results/README.md between markers."
     )
     parser.add_argument("tables", nargs="*", metavar="table", help="table1, table4-methods, ...; all by default")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
@@ -49,9 +50,10 @@ def run(names: list[str], results: Path, seeds: int, scale: float) -> None:
         write_atomically(folder / name, content.encode())
         print(f"wrote {folder / name}")
     if chosen is None and scale == 1 and results.resolve() == RESULTS.resolve():
-        part = table.readme_part(table.measure(records, None, seeds))
-        write_atomically(README, table.replace_part(README.read_text(), part).encode())
-        print(f"wrote {README}, between its markers")
+        tables = table.measure(records, None, seeds)
+        for page, part in ((README, table.readme_part(tables)), (EVIDENCE, table.evidence_part(tables, records))):
+            write_atomically(page, table.replace_part(page.read_text(), part, str(page)).encode())
+            print(f"wrote {page}, between its markers")
 
 
 if __name__ == "__main__":

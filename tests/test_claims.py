@@ -57,6 +57,29 @@ def test_no_interval_without_spread(numbers):
     assert (found.p, found.welch) == (None, None)
 
 
+def test_seeds_to_decide():
+    """Against simulation: at that number four in five samples have an interval off zero, and one fewer is too few."""
+    i = claims.interval([-1.2, -0.1, -0.7, 0.3, -0.6])
+    n = claims.seeds_to_decide(i)
+    sd = stats.tstd([-1.2, -0.1, -0.7, 0.3, -0.6])
+    samples = stats.norm.rvs(i.mean, sd, size=(20000, n), random_state=0)
+    assert (stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.05)
+    fewer = stats.ttest_1samp(samples[:, :-1], 0, axis=1).pvalue < 0.05
+    assert fewer.mean() < 0.8
+    # One seed: at the assumed deviation, 21 an arm unpaired for a difference of 0.48, and one more paired.
+    assert claims.seeds_to_decide(claims.Interval(1, -0.48, None, None)) == 22
+    assert claims.seeds_to_decide(claims.Interval(1, 1e-3, None, None)) is None
+    assert claims.seeds_to_decide(claims.interval([])) is None
+
+
+def test_the_papers_difference():
+    table4, figure1 = grid.read("table4"), grid.read("figure1")
+    assert claims.printed(table4.claims[0], table4, "8") == pytest.approx(15.37 - 19.64)
+    assert claims.printed(figure1.claims[0], figure1, "") == pytest.approx(6.23 - 6.53)
+    assert claims.printed(figure1.claims[1], figure1, "") is None  # BRN: the paper prints neither
+    assert claims.printed(figure1.claims[2], figure1, "") is None  # a gain
+
+
 LOWER = {"claim": "c", "lower": "MBN", "than": "BN", "in": ["one forward"]}
 EQUAL = {"claim": "c", "equal": ["MBN", "BN"], "within": 0.25, "in": ["one forward"]}
 BN, MBN = ("one forward", "BN"), ("one forward", "MBN")

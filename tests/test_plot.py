@@ -30,7 +30,7 @@ def lines(panel):
 
 
 def test_figures_without_data_are_not_drawn(figures):
-    assert {name for name, f in figures.items() if f is None} == {"figure3", "gap-resnet20"}
+    assert {name for name, f in figures.items() if f is None} == {"figure3", "gap-resnet20", "training-resnet20"}
     assert set(plot.draw({}).values()) == {None}
 
 
@@ -64,10 +64,21 @@ def test_gap_is_over_the_share_of_training(figures):
     assert y[-1] == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("name", ["figure1", "figure2", "batch-size", "gap-resnet56"])
+def test_training_is_drawn_in_the_finest_steps_there_are(figures):
+    loss, error, weights = figures["training-resnet56"].axes
+    assert [p.get_title() for p in (loss, error, weights)] == ["training loss", "test error (%)", "norm of all weights"]
+    x, y = lines(loss)["MBN-2"].get_data()
+    assert (len(x), x[0], x[-1], y[-1]) == (200, pytest.approx(0.5, rel=1e-3), 100, pytest.approx(0.01))
+    assert len(lines(error)["BN-1"].get_xdata()) == 100
+    assert lines(weights)["BN-1"].get_ydata()[-1] == 20
+    for panel in (loss, error, weights):
+        assert [line.get_xdata()[0] for line in panel.get_lines() if line.get_linestyle() == ":"] == [40, 60]
+
+
+@pytest.mark.parametrize("name", ["figure1", "figure2", "batch-size", "gap-resnet56", "training-resnet56"])
 def test_lines_differ_by_more_than_colour(figures, name):
     for panel in figures[name].axes:
-        drawn = lines(panel).values()
+        drawn = [line for line in panel.get_lines() if line.get_linestyle() != ":"]
         styles = {(line.get_linestyle(), line.get_marker(), line.get_linewidth()) for line in drawn}
         assert len(styles) == len(drawn)
         texts = [*panel.get_xticklabels(), *panel.get_yticklabels(), panel.xaxis.label, panel.yaxis.label, panel.title]
@@ -77,8 +88,8 @@ def test_lines_differ_by_more_than_colour(figures, name):
 
 
 def test_every_method_has_a_look_of_its_own():
-    for name in ("figure1", "table4-methods"):
-        looks = [plot.look(cell) for cell in grid.read(name).cells[:7]]
+    for name, columns in (("figure1", 6), ("table4-methods", 7), ("gradient", 6)):
+        looks = [plot.look(cell) for cell in grid.read(name).cells[:columns]]
         assert len({(look.marker, look.line) for look in looks}) == len({look.label for look in looks})
 
 

@@ -27,7 +27,8 @@ def results(tmp_path_factory):
     g = grid.read("table4")
     for seed in range(5):
         toy.write(folder, g.cell("8", "BN"), seed, BN[seed])
-        toy.write(folder, g.cell("8", "MBN"), seed, MBN[seed], device="cpu: Toy", seconds=900.0)
+        precise = 8.0 if seed == 3 else None
+        toy.write(folder, g.cell("8", "MBN"), seed, MBN[seed], device="cpu: Toy", seconds=900.0, precise=precise)
     for seed in range(3):
         toy.write(folder, g.cell("16", "BN"), seed, 7 + seed / 10)
     toy.write(folder, g.cell("16", "MBN"), 1, 6.5)
@@ -55,6 +56,14 @@ DIFFERENCES = """\
 | 8, MBN | 5 | -0.64 | -0.83 to -0.45 | < 0.001 | 0.004 |
 | 16, MBN | 1 | -0.60 | - | - | - |
 """
+BESIDE = """\
+|  | seeds | test error | with precise statistics | best epoch | training error |
+|---|---|---|---|---|---|
+| 8, BN | 5 | 8.32 | - | 8.32 | 1.00 |
+| 8, MBN | 5 | 7.68 | 8.00 (n = 1) | 7.68 | 1.00 |
+| 16, BN | 3 | 7.10 | - | 7.10 | 1.00 |
+| 16, MBN | 1 | 6.50 | - | 6.50 | 1.00 |
+"""
 CLAIM = """\
 - MBN has a lower test error than BN at every batch size: holds for 8 (-0.64 [-0.83, -0.45], n = 5); is not decided at \
 this n for 16 (-0.60, n = 1), 32 (n = 0), 64 (n = 0) and 128 (n = 0).
@@ -67,6 +76,7 @@ def test_markdown(files):
     assert f"\n\n{GOLDEN}\n" in page
     assert f"## Difference to BN\n\n{DIFFERENCES}\n" in page
     assert f"## Claims\n\n{CLAIM}\n" in page
+    assert f"## Beside the test error\n\n{BESIDE}\n" in page
     # 8 runs of 0.5 h on a GPU and 1 more, 5 of 0.25 h with 2 threads.
     assert "14 runs, 4.5 GPU hours and 2.5 CPU hours (time x threads), on cpu: Toy; cuda: Toy." in page
     commands = re.findall(r"^python train.py .*", page, re.MULTILINE)
@@ -228,6 +238,26 @@ def test_readme_part(results):
             table.replace_part(wrong, "new")
 
 
+def test_evidence_part(results):
+    records = table.load(results)
+    part = table.evidence_part(table.measure(records, ["table4", "gradient"]), records)
+    where = "[Table 4](tables/table4.md) | MBN has a lower test error than BN at every batch size"
+    assert [line for line in part.splitlines() if line.startswith("| [Table")] == [
+        f"| {where} | 8 | -0.64 [-0.83, -0.45], n = 5 | -4.27 | holds |  |",
+        f"| {where} | 16 | -0.60, n = 1 | -1.39 | is not decided at this n | 15 |",
+    ]
+    runs = [line for line in part.splitlines() if line.startswith("| [cifar10")]
+    assert len(runs) == len(records) == 15
+    name = grid.read("table4").cell("8", "MBN").name(3)
+    (line,) = [line for line in runs if name in line]
+    assert line.startswith(
+        f"| [{name}](records/{name}.json) | Table 4: 8, MBN; Gradient: ResNet-56, batch 8, MBN-2 paper | 8.10 | 8.00 | "
+        "8.10 | 1.00 | 78,200 | 0.25 | cpu: Toy, 2 threads | eager | 0123456 | "
+    )
+    assert sum("| no table |" in line for line in runs) == 1  # the short one
+    assert "None yet." in table.evidence_part(table.measure({}, ["table4"]), {})
+
+
 def test_committed_tables_follow_from_committed_records(tmp_path):
     """In a clean copy: every committed table, byte for byte, and the README's part."""
     shutil.copytree(REPOSITORY / "results", tmp_path / "results", ignore=shutil.ignore_patterns("runs", "*.partial"))
@@ -239,8 +269,12 @@ def test_committed_tables_follow_from_committed_records(tmp_path):
     assert committed.keys() == expected.keys()
     for name, content in expected.items():
         assert committed[name] == content, f"{name}: run scripts/tables.py"
-    readme = (REPOSITORY / "README.md").read_text()
-    assert readme == table.replace_part(readme, table.readme_part(table.measure(records)))
+    tables = table.measure(records)
+    for path, part in (
+        (REPOSITORY / "README.md", table.readme_part(tables)),
+        (REPOSITORY / "results" / "README.md", table.evidence_part(tables, records)),
+    ):
+        assert path.read_text() == table.replace_part(path.read_text(), part), f"{path}: run scripts/tables.py"
 
 
 def test_braces_and_greek_in_latex():

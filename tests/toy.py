@@ -19,10 +19,27 @@ def curves_of(config, test_error, train_error, bump=0.0, fall=0.0):
         "test_loss": [0.2] * 100,
         "gap_mean": [1 / i for i in EPOCHS],
         "gap_std": [0.5 / i for i in EPOCHS],
+        "weight_norm": [10 + i / 10 for i in EPOCHS],
+        "training": {
+            "images": [images * i // 200 for i in range(1, 201)],
+            "loss": [2 / i for i in range(1, 201)],
+            "error": [60 / i for i in range(1, 201)],
+        },
     }
 
 
-def write(results, cell, seed, test_error, scale=1.0, device="cuda: Toy", train_error=1.0, seconds=1800.0, **curve):
+def write(
+    results,
+    cell,
+    seed,
+    test_error,
+    scale=1.0,
+    device="cuda: Toy",
+    train_error=1.0,
+    seconds=1800.0,
+    precise=None,
+    **curve,
+):
     """Write one record of a cell and return its path."""
     config = cell.config(seed, scale)
     curves = curves_of(config, test_error, train_error, **curve)
@@ -33,7 +50,7 @@ def write(results, cell, seed, test_error, scale=1.0, device="cuda: Toy", train_
         "test_error_best": test_error,
         "train_error": train_error,
         "test_error_top5": test_error / 4,
-        "test_error_precise": None,
+        "test_error_precise": precise,
         "test_loss": 0.2,
         "train_loss": 0.1,
         "iterations": iterations(config),
