@@ -30,7 +30,7 @@ BESIDE = {
 }
 # The grids that are the paper's, in the order of its pages.
 PAPER = ("figure1", "table1", "table2", "table3", "table4", "table5", "table6")
-# The grids that the plot under the README's Table 4 is drawn from.
+# The grids that the plot under the README's Table 4 is drawn from, once it has several batch sizes.
 BATCH_SIZES = ("table4-resnet20", "table4-methods")
 
 Records = dict[str, dict[str, Any]]
@@ -361,7 +361,7 @@ def _plain(number: float | None) -> str:
 
 
 def readme_part(tables: dict[str, Measured]) -> str:
-    """What stands between the markers: how much of each table is measured, and Table 4."""
+    """What stands between the markers: Table 4 and its claim, and how much of each table is measured."""
     lines = [["", "", "numbers measured / in the paper", "seeds"]]
     for name in PAPER:
         measured = tables[name]
@@ -370,14 +370,22 @@ def readme_part(tables: dict[str, Measured]) -> str:
     others = [
         f"{_link(name)} {_share(tables[name].entries)}" for name in tables if name not in PAPER and name in grid.names()
     ]
+    table4 = tables["table4"]
+    claim = table4.grid.claims[0]
     parts = [
+        f"{_link('table4')}, {_lower(table4.grid.title)}: test error in percent after 78,200 iterations, mean ± "
+        "standard deviation (seeds), beside the paper's.",
+        _main_table(table4),
+        claims.sentence(claim, claims.judge(claim, table4.grid, table4.runs)),
+    ]
+    if any(len({e.cell.row for e in tables[name].entries if e.values}) > 1 for name in BATCH_SIZES):
+        parts.append("![Test error against batch size](results/figures/batch-size.png)")
+    parts += [
+        "Every run, what holds and what does not, and how many more runs would tell: "
+        "[results/README.md](results/README.md). How much of each table is measured:",
         _pipes(lines),
         f"Beyond the paper, measured / wanted: {', '.join(others)}.",
-        f"Table 4, {_lower(tables['table4'].grid.title)}: test error in percent, mean ± standard deviation (seeds).",
-        _main_table(tables["table4"]),
     ]
-    if any(e.values for name in BATCH_SIZES for e in tables[name].entries):
-        parts.append("![Test error against batch size](results/figures/batch-size.png)")
     return "\n\n".join(parts)
 
 
