@@ -29,8 +29,33 @@ def curves(rows: Iterable[Row]) -> dict[str, Any]:
     return content | {"training": _training(rows)}
 
 
+def last_epoch(rows: Iterable[Row], images: int) -> tuple[float, float]:
+    """Mean training loss and error (percent) over the last images of a run, or all of it where it had fewer.
+
+    From the last row that is so far back on. What a row that ends an epoch says of that epoch is not it: an epoch that
+    the end of the run cut short may have had a few hundred images.
+    """
+    sums = [(0.0, 0.0, 0.0), *_sums(rows)]
+    end = sums[-1]
+    start = [s for s in sums if s[2] <= max(end[2] - images, 0)][-1]
+    loss, error = ((end[i] - start[i]) / (end[2] - start[2]) for i in (0, 1))
+    return round(loss, 9), round(error, 9)  # without what adding up and taking away left behind
+
+
 def _training(rows: Sequence[Row]) -> dict[str, list[float]]:
-    # Losses and errors added up since the run began, at every row.
+    sums = _sums(rows)
+    step = -(-len(sums) // POINTS)
+    kept = sums[::-step][::-1]
+    pairs = list(zip([(0.0, 0.0, 0.0), *kept], kept, strict=False))
+    return {
+        "images": [int(end[2]) for _, end in pairs],
+        "loss": [_five_digits((end[0] - start[0]) / (end[2] - start[2])) for start, end in pairs],
+        "error": [_five_digits((end[1] - start[1]) / (end[2] - start[2])) for start, end in pairs],
+    }
+
+
+def _sums(rows: Iterable[Row]) -> list[tuple[float, float, float]]:
+    """Losses, errors and images added up since the run began, at every row."""
     sums = []
     loss = error = images = 0.0
     before = (0.0, 0.0, 0.0)  # at the end of the last epoch
@@ -42,14 +67,7 @@ def _training(rows: Sequence[Row]) -> dict[str, list[float]]:
         if row["kind"] == "epoch":
             before = (loss, error, images)
         sums.append((loss, error, images))
-    step = -(-len(sums) // POINTS)
-    kept = sums[::-step][::-1]
-    pairs = list(zip([(0.0, 0.0, 0.0), *kept], kept, strict=False))
-    return {
-        "images": [int(end[2]) for _, end in pairs],
-        "loss": [_five_digits((end[0] - start[0]) / (end[2] - start[2])) for start, end in pairs],
-        "error": [_five_digits((end[1] - start[1]) / (end[2] - start[2])) for start, end in pairs],
-    }
+    return sums
 
 
 def _five_digits(value: float) -> float:

@@ -232,7 +232,7 @@ def _beside_table(measured: Measured) -> str:
     return _pipes(lines) + (
         "\n\nMeans over the seeds, in percent. Precise statistics are taken anew over the training set with the final "
         "weights: what is left of a difference under them was made by training, the rest by the statistics at test "
-        "time. The training error is that of augmented images, a mean over the last epoch."
+        "time. The training error is that of augmented images while they were trained on, over the last epoch's worth."
     )
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import checkpoint, record
 from .config import MBN, Config, distinction, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
-from .curves import curves
+from .curves import curves, last_epoch
 from .data import load
 from .errors import UserError
 from .evaluate import Measured, evaluate
@@ -394,16 +394,17 @@ class Run:
         rows = list(self.journal.rows())
         epochs = [row for row in rows if row["kind"] == "epoch"]
         last = epochs[-1]
+        train_loss, train_error = last_epoch(rows, self.config.dataset.train_images)
         content = {
             "name": self.name,
             "config": record.config_for_record(self.config),
             "test_error": last["test_error"],
             "test_error_best": min(row["test_error"] for row in epochs),
-            "train_error": last["train_error"],
+            "train_error": train_error,
             "test_error_top5": last["test_error_top5"],
             "test_error_precise": self.precise_error() if self.config.evaluate.precise else None,
             "test_loss": last["test_loss"],
-            "train_loss": last["train_loss"],
+            "train_loss": train_loss,
             "iterations": self.length,
             "images": self._images_at(self.length),
             "parameters": sum(p.numel() for p in self.model.parameters()),

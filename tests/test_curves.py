@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mbn import curves as module
-from mbn.curves import curves
+from mbn.curves import curves, last_epoch
 
 PER_EPOCH, BATCH = 40, 8
 
@@ -61,3 +61,20 @@ def test_a_run_without_statistics_has_no_gap():
     }
     assert found["training"]["images"] == found["images"]
     assert found["training"]["loss"] == found["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "images", "from_iteration"),
+    [
+        (80, 320, 40),  # the last epoch, which is whole
+        (110, 320, 64),  # an epoch and 6 iterations: rows end at 64 and 76, an epoch before the end is 70
+        (82, 320, 40),  # two iterations of the last epoch are not it
+        (30, 320, 0),
+        (110, 10**6, 0),
+    ],
+)
+def test_the_last_epoch_is_an_epochs_images(iterations, images, from_iteration):
+    rows, losses = journal(iterations, row_every=12)
+    loss, error = last_epoch(rows, images)
+    assert loss == pytest.approx(losses[from_iteration:].mean(), rel=1e-6)
+    assert error == pytest.approx(10 * loss, rel=1e-6)

@@ -649,8 +649,14 @@ def test_the_result_is_that_of_the_final_weights_on_the_test_images(whole, more)
 def test_the_record_agrees_with_the_rows(whole):
     result, rows = whole().record(), whole().rows()
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    for key in ("test_error", "test_error_top5", "test_loss", "train_error", "train_loss"):
+    for key in ("test_error", "test_error_top5", "test_loss"):
         assert result[key] == epochs[-1][key]
+    # An epoch's images before the end there is the end of iteration 2, and rows end with each iteration.
+    assert [row["images"] for row in rows[:3]] == [256, 512, 768]
+    for key in ("train_error", "train_loss"):
+        both = [rows[0][key] * 256 + rows[1][key] * 256, sum(row[key] * row["images"] for row in epochs[:1])]
+        whole_run = both[1] + epochs[1][key] * 512
+        assert result[key] == pytest.approx((whole_run - both[0]) / 1437, rel=1e-6)
     assert result["test_error_best"] == min(row["test_error"] for row in epochs)
     assert (result["iterations"], result["images"]) == (8, 1437 + 512)
     assert result["parameters"] == 3 * 6 * 16 + 12 + 24 * 10 + 10
