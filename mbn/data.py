@@ -147,10 +147,6 @@ class Data(Protocol):
         """The test images in batches, the last one smaller."""
         ...
 
-    def plain_train_batches(self, size: int) -> Iterator[Batch]:
-        """The training images in batches, in their order and not augmented, the last one smaller."""
-        ...
-
 
 class DeviceDataset:
     """A small data set on the device, its batches made there: no worker processes, no copies in training.
@@ -193,11 +189,5 @@ class DeviceDataset:
             epoch, position = epoch + 1, 0
 
     def test_batches(self, size: int) -> Iterator[Batch]:
-        return self._plain(self.test_images, self.test_labels, size)
-
-    def plain_train_batches(self, size: int) -> Iterator[Batch]:
-        return self._plain(self.train_images, self.train_labels, size)
-
-    def _plain(self, images: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
-            yield normalize(x, self.mean, self.std), y
+        for images, labels in zip(self.test_images.split(size), self.test_labels.split(size), strict=True):
+            yield normalize(images, self.mean, self.std), labels

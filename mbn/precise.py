@@ -36,6 +36,8 @@ class Moments:
 def set_precise_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Replace each layer's test statistics by those of its inputs over batches, every image with equal weight.
 
+    batches: images as training augments them, and labels, which are not used.
+
     The batches go through training-mode forwards with memories and averages frozen and dropout off. Which batches
     images come in matters little, as each layer pools their moments exactly, but the run's batch size is what the
     layers before it were normalised with. The model is in eval mode afterwards.

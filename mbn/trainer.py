@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -347,14 +348,19 @@ class Run:
             return evaluate(self.model, self.data.test_batches(self.config.evaluate.batch_size))
 
     def precise_error(self) -> float | None:
-        """Test error in percent with statistics taken anew over the training set, which are then put back."""
+        """Test error in percent with statistics taken anew over an epoch of training, which are then put back.
+
+        The images are augmented as in training: it is their statistics that the weights were trained with. Those of
+        plain images differ by more than the control is to tell (ResNet-56, BN, batch 8: 18.1 % against 15.7 %).
+        """
         if not norm_layers(self.model):
             print(f"warning: norm={self.config.norm.name} has no statistics to take anew.", file=sys.stderr)
             return None
         self.set_schedule(self.length - 1)  # lambda, r_max and d_max as training ended with
+        batches = self.data.train_batches(0, self.config.batch_size)
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with autocast(self.device, self.config.precision):
-            set_precise_statistics(self.model, self.data.plain_train_batches(self.config.batch_size))
+            set_precise_statistics(self.model, islice(batches, self.per_epoch))
         error = self._evaluate().error
         self.model.load_state_dict(kept)
         return error

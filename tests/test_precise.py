@@ -1,5 +1,6 @@
 """PreciseBN: the statistics of all training images with the final weights, and the error measured with them."""
 
+import itertools
 import shutil
 
 import pytest
@@ -341,7 +342,9 @@ def test_the_precise_error_is_that_of_the_pooled_statistics(tmp_path, capsys, mo
     model.load_state_dict(state)
     model.eval()
     with torch.no_grad():
-        parts = list(run.data.plain_train_batches(40))
+        # The first epoch's batches, augmented as in training.
+        parts = list(itertools.islice(run.data.train_batches(0, 40), 36))
+        assert sum(len(labels) for _, labels in parts) == 1437
         first = [model.conv1(x) for x, _ in parts]
         inputs = []
         for x in first:
