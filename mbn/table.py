@@ -376,13 +376,14 @@ def readme_part(tables: dict[str, Measured]) -> str:
         f"{_link('table4')}, {_lower(table4.grid.title)}: test error in percent after 78,200 iterations, mean ± "
         "standard deviation (seeds), beside the paper's.",
         _main_table(table4),
-        claims.sentence(claim, claims.judge(claim, table4.grid, table4.runs)),
+        claims.sentence(claim, claims.judge(claim, table4.grid, table4.runs))
+        + " Every run, what holds and what does not, and how many more runs would tell: "
+        "[results/README.md](results/README.md).",
     ]
     if any(len({e.cell.row for e in tables[name].entries if e.values}) > 1 for name in BATCH_SIZES):
         parts.append("![Test error against batch size](results/figures/batch-size.png)")
     parts += [
-        "Every run, what holds and what does not, and how many more runs would tell: "
-        "[results/README.md](results/README.md). How much of each table is measured:",
+        "How much of each table is measured:",
         _pipes(lines),
         f"Beyond the paper, measured / wanted: {', '.join(others)}.",
     ]
