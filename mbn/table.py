@@ -378,15 +378,14 @@ def readme_part(tables: dict[str, Measured]) -> str:
         _main_table(table4),
         claims.sentence(claim, claims.judge(claim, table4.grid, table4.runs))
         + " Every run, what holds and what does not, and how many more runs would tell: "
-        "[results/README.md](results/README.md).",
+        "[results/README.md](results/README.md). How much of each table is measured:",
     ]
-    if any(len({e.cell.row for e in tables[name].entries if e.values}) > 1 for name in BATCH_SIZES):
-        parts.append("![Test error against batch size](results/figures/batch-size.png)")
     parts += [
-        "How much of each table is measured:",
         _pipes(lines),
         f"Beyond the paper, measured / wanted: {', '.join(others)}.",
     ]
+    if any(len({e.cell.row for e in tables[name].entries if e.values}) > 1 for name in BATCH_SIZES):
+        parts.append("![Test error against batch size](results/figures/batch-size.png)")
     return "\n\n".join(parts)
 
 
