@@ -23,8 +23,7 @@ def curves(rows: Iterable[Row]) -> dict[str, Any]:
     """
     rows = list(rows)
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    step = -(-len(epochs) // POINTS)
-    kept = epochs[::-step][::-1]
+    kept = _thinned(epochs)
     content: dict[str, Any] = {key: [_five_digits(row[key]) for row in kept] for key in AT_EPOCHS if key in kept[-1]}
     return content | {"training": _training(rows)}
 
@@ -43,9 +42,7 @@ def last_epoch(rows: Iterable[Row], images: int) -> tuple[float, float]:
 
 
 def _training(rows: Sequence[Row]) -> dict[str, list[float]]:
-    sums = _sums(rows)
-    step = -(-len(sums) // POINTS)
-    kept = sums[::-step][::-1]
+    kept = _thinned(_sums(rows))
     pairs = list(zip([(0.0, 0.0, 0.0), *kept], kept, strict=False))
     return {
         "images": [int(end[2]) for _, end in pairs],
@@ -68,6 +65,12 @@ def _sums(rows: Iterable[Row]) -> list[tuple[float, float, float]]:
             before = (loss, error, images)
         sums.append((loss, error, images))
     return sums
+
+
+def _thinned(items: list[Any]) -> list[Any]:
+    """At most POINTS of them at equal steps, the last one always."""
+    step = -(-len(items) // POINTS)
+    return items[::-step][::-1]
 
 
 def _five_digits(value: float) -> float:

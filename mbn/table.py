@@ -230,9 +230,9 @@ def _beside_table(measured: Measured) -> str:
     if len(lines) == 1:
         return "Nothing has run yet."
     return _pipes(lines) + (
-        "\n\nMeans over the seeds, in percent. Precise statistics are taken anew over the training set with the final "
-        "weights: what is left of a difference under them was made by training, the rest by the statistics at test "
-        "time. The training error is that of augmented images while they were trained on, over the last epoch's worth."
+        "\n\nMeans over the seeds, in percent. Precise statistics are taken anew over an epoch of training with the "
+        "final weights: what is left of a difference under them was made by training, the rest by the statistics at "
+        "test time. The training error is that of augmented images in training, over the last epoch's worth."
     )
 
 
@@ -379,8 +379,6 @@ def readme_part(tables: dict[str, Measured]) -> str:
         claims.sentence(claim, claims.judge(claim, table4.grid, table4.runs))
         + " Every run, what holds and what does not, and how many more runs would tell: "
         "[results/README.md](results/README.md). How much of each table is measured:",
-    ]
-    parts += [
         _pipes(lines),
         f"Beyond the paper, measured / wanted: {', '.join(others)}.",
     ]
