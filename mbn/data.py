@@ -147,6 +147,10 @@ class Data(Protocol):
         """The test images in batches, the last one smaller."""
         ...
 
+    def plain_train_batches(self, size: int) -> Iterator[Batch]:
+        """The training images in batches as test images are prepared, without augmentation, the last one smaller."""
+        ...
+
 
 class DeviceDataset:
     """A small data set on the device, its batches made there: no worker processes, no copies in training.
@@ -189,5 +193,11 @@ class DeviceDataset:
             epoch, position = epoch + 1, 0
 
     def test_batches(self, size: int) -> Iterator[Batch]:
-        for images, labels in zip(self.test_images.split(size), self.test_labels.split(size), strict=True):
+        return self._plain_batches(self.test_images, self.test_labels, size)
+
+    def plain_train_batches(self, size: int) -> Iterator[Batch]:
+        return self._plain_batches(self.train_images, self.train_labels, size)
+
+    def _plain_batches(self, all_images: Tensor, all_labels: Tensor, size: int) -> Iterator[Batch]:
+        for images, labels in zip(all_images.split(size), all_labels.split(size), strict=True):
             yield normalize(images, self.mean, self.std), labels

@@ -231,6 +231,9 @@ class ImageFolders:
     def test_batches(self, size: int) -> Iterator[Batch]:
         return self._batches(self.test, Once(len(self.test), size))
 
+    def plain_train_batches(self, size: int) -> Iterator[Batch]:
+        return self._batches(self.train, Once(len(self.train), size))
+
     def _batches(self, files: Files, batches: Any) -> Iterator[Batch]:
         decoder: Any = Decoder(files, self.dataset.image_size, self.dataset.flip, self.seed)
         loader: DataLoader = DataLoader(

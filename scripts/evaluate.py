@@ -3,6 +3,7 @@
 
 python scripts/evaluate.py results/runs/cifar10/resnet20/NAME/checkpoint.pt
 python scripts/evaluate.py weights.pth model=resnet50 dataset=imagenet norm=bn machine.data=/data/imagenet
+python scripts/evaluate.py checkpoint.pt --train
 python scripts/evaluate.py checkpoint.pt --export model.safetensors
 """
 
@@ -32,16 +33,22 @@ def main(arguments: list[str]) -> int:
         "of ours brings its own",
     )
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights as safetensors")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="measure on the training images, prepared as test images are, instead of the test images: the difference "
+        "is what does not generalise",
+    )
     options = parser.parse_args(arguments)
     try:
-        run(options.weights, options.overrides, options.export)
+        run(options.weights, options.overrides, options.export, options.train)
     except (configuration.ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
     return 0
 
 
-def run(path: Path, overrides: list[str], export: Path | None) -> None:
+def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> None:
     import torch
 
     import models
@@ -64,10 +71,13 @@ def run(path: Path, overrides: list[str], export: Path | None) -> None:
             f"classes: {why}."
         ) from None
     model = model.to(device).to(memory_format=torch.channels_last).eval()
+    data = load(config, device)
+    batches = (data.plain_train_batches if train else data.test_batches)(config.evaluate.batch_size)
     with autocast(device, config.precision):
-        measured = evaluate(model, load(config, device).test_batches(config.evaluate.batch_size))
+        measured = evaluate(model, batches)
+    images = f"{config.dataset.name}'s training images" if train else config.dataset.name
     print(
-        f"{path} on {config.dataset.name}: loss {measured.loss:.4f}, top-1 error {measured.error:.2f} %, "
+        f"{path} on {images}: loss {measured.loss:.4f}, top-1 error {measured.error:.2f} %, "
         f"top-5 error {measured.error_top5:.2f} %"
     )
     if export is not None:

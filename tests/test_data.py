@@ -180,13 +180,16 @@ def test_a_data_set_without_flip_is_only_cropped():
     assert differ == [bool(f) for f in draws.crops_and_flips(0, 0, 11, 2)[draws.order(0, 0, 11), 2]]
 
 
-def test_evaluation_sees_images_in_their_order_and_not_augmented():
+@pytest.mark.parametrize("part", ["test", "train"])
+def test_evaluation_sees_images_in_their_order_and_not_augmented(part):
     dataset = small()
+    dataset.test_images = 255 - dataset.train_images
     next(dataset.train_batches(0, 4))
-    parts = list(dataset.test_batches(4))
+    parts = list(dataset.test_batches(4) if part == "test" else dataset.plain_train_batches(4))
     assert [len(labels) for _, labels in parts] == [4, 4, 3]
     assert torch.cat([labels for _, labels in parts]).tolist() == list(range(11))
-    expected = normalize(dataset.test_images, dataset.mean, dataset.std)
+    images = dataset.test_images if part == "test" else dataset.train_images
+    expected = normalize(images, dataset.mean, dataset.std)
     assert torch.equal(torch.cat([images for images, _ in parts]), expected)
 
 

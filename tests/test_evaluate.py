@@ -202,7 +202,7 @@ def options(tree, *overrides):
     ]
 
 
-def by_hand(model, tree, mean, std):
+def by_hand(model, tree, mean, std, part="val"):
     """torchvision's model on images that torchvision read, and its mean loss and top-1 error."""
     transform = torchvision.transforms.Compose(
         [
@@ -212,7 +212,7 @@ def by_hand(model, tree, mean, std):
             torchvision.transforms.Normalize(mean, std),
         ]
     )
-    images, labels = zip(*torchvision.datasets.ImageFolder(tree / "val", transform), strict=True)
+    images, labels = zip(*torchvision.datasets.ImageFolder(tree / part, transform), strict=True)
     with torch.no_grad():
         logits = model(torch.stack(images))
     labels = torch.tensor(labels)
@@ -230,6 +230,14 @@ def test_torchvisions_weights_give_torchvisions_errors_under_any_normalisation(t
     assert loss == pytest.approx(expected[0], abs=2e-4)
     assert error == pytest.approx(expected[1], abs=0.006)
     assert error_top5 == 0  # of three classes
+
+
+def test_training_images_are_prepared_as_test_images_are(theirs, tree, measure):
+    loss, error, _ = measure(theirs[1], *options(tree), "--train")
+    expected = by_hand(theirs[0], tree, MEAN, STD, "train")
+    assert loss == pytest.approx(expected[0], abs=2e-4)
+    assert error == pytest.approx(expected[1], abs=0.006)
+    assert abs(loss - by_hand(theirs[0], tree, MEAN, STD)[0]) > 2e-3  # so that the test tells one from the other
 
 
 def test_the_normalisations_differ(theirs, tree):
