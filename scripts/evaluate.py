@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         help="measure on the training images, prepared as test images are, instead of the test images: the difference "
         "is what does not generalise",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         run(options.weights, options.overrides, options.export, options.train)
     except (configuration.ConfigError, UserError) as error:

@@ -233,7 +233,7 @@ def test_torchvisions_weights_give_torchvisions_errors_under_any_normalisation(t
 
 
 def test_training_images_are_prepared_as_test_images_are(theirs, tree, measure):
-    loss, error, _ = measure(theirs[1], *options(tree), "--train")
+    loss, error, _ = measure(theirs[1], "--train", *options(tree))
     expected = by_hand(theirs[0], tree, MEAN, STD, "train")
     assert loss == pytest.approx(expected[0], abs=2e-4)
     assert error == pytest.approx(expected[1], abs=0.006)
