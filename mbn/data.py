@@ -148,7 +148,7 @@ class Data(Protocol):
         ...
 
     def plain_train_batches(self, size: int) -> Iterator[Batch]:
-        """The training images in batches as test images are prepared, without augmentation, the last one smaller."""
+        """The training images in batches, in their order and not augmented, the last one smaller."""
         ...
 
 
@@ -193,11 +193,11 @@ class DeviceDataset:
             epoch, position = epoch + 1, 0
 
     def test_batches(self, size: int) -> Iterator[Batch]:
-        return self._plain_batches(self.test_images, self.test_labels, size)
+        return self._plain(self.test_images, self.test_labels, size)
 
     def plain_train_batches(self, size: int) -> Iterator[Batch]:
-        return self._plain_batches(self.train_images, self.train_labels, size)
+        return self._plain(self.train_images, self.train_labels, size)
 
-    def _plain_batches(self, all_images: Tensor, all_labels: Tensor, size: int) -> Iterator[Batch]:
-        for images, labels in zip(all_images.split(size), all_labels.split(size), strict=True):
-            yield normalize(images, self.mean, self.std), labels
+    def _plain(self, images: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            yield normalize(x, self.mean, self.std), y

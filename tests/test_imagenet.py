@@ -111,6 +111,7 @@ def test_batches_are_the_same_for_any_number_of_workers(tree, workers):
     assert [len(labels) for _, labels in expected] == [5, 5, 5, 5, 4, 5, 5, 5]
     assert_equal(batches_of(helped, 0, 5, 8), expected)
     assert_equal(helped.test_batches(4), alone.test_batches(4))
+    assert_equal(helped.plain_train_batches(7), alone.plain_train_batches(7))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -315,12 +316,13 @@ def test_test_images_are_resized_and_cropped_as_in_torchvision(tree):
             torchvision.transforms.Normalize(MEAN, STD),
         ]
     )
-    parts = list(opened(tree, image_size=224).test_batches(5))
-    files = images_of(tree, "val")
-    assert [label for _, labels in parts for label in labels.tolist()] == [label for label, _ in files]
-    images = torch.cat([images for images, _ in parts])
-    for image, (_, path) in zip(images, files, strict=True):
-        assert torch.equal(image, transform(original(tree, "val", path)))
+    for part, batches in (("val", "test_batches"), ("train", "plain_train_batches")):
+        parts = list(getattr(opened(tree, image_size=224), batches)(5))
+        files = images_of(tree, part)
+        assert [label for _, labels in parts for label in labels.tolist()] == [label for label, _ in files]
+        images = torch.cat([images for images, _ in parts])
+        for image, (_, path) in zip(images, files, strict=True):
+            assert torch.equal(image, transform(original(tree, part, path)))
 
 
 @pytest.mark.parametrize(("size", "resized"), [(64, 73), (96, 110), (128, 146), (224, 256), (448, 512)])
@@ -377,7 +379,7 @@ def test_a_tree_with_names_of_any_kind_is_read(copied):
     folder = copied / "train" / jpegs.CLASSES[0]
     (folder / f"{jpegs.CLASSES[0]}_0.JPEG").rename(folder / "é 😀.jpg")
     data = opened(copied)
-    assert len(next(data.train_batches(0, 24))[1]) == 24
+    assert {len(labels) for _, labels in data.plain_train_batches(24)} == {24}
 
 
 def test_images_are_told_by_their_extension_in_any_case_and_sorted(tmp_path):
