@@ -450,9 +450,9 @@ def evidence_part(tables: dict[str, Measured], records: Records) -> str:
             "### Claims that runs say something of",
             _pipes(verdicts) if len(verdicts) > 1 else "None yet.",
             "Here: mean difference over common seeds [95 % interval], in percent; negative where the claim says lower. "
-            f"Seeds to decide: with which a difference of that size would be seen with {claims.POWER:.0%} power; while "
-            "there is one seed, at a standard deviation over seeds "
-            f"of {claims.ASSUMED_SD} %, that of six published reruns of ResNet-56 at batch 128.",
+            f"Seeds to decide: with which a difference of that size would be seen with {claims.POWER:.0%} power, at "
+            f"the variance over these seeds pooled with that of {claims.ASSUMED_RUNS} published reruns of ResNet-56 at "
+            f"batch 128 (standard deviation {claims.ASSUMED_SD} %).",
             "### Runs",
             _pipes(lines) if records else "None yet.",
             "Errors in percent; hours from the first iteration to the last, evaluation included.",
