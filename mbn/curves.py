@@ -8,7 +8,7 @@ POINTS = 250
 # Measured at the end of an epoch. The weight norm is that of all matrices and filters together.
 AT_EPOCHS = (
     *("images", "train_error", "train_loss", "test_error", "test_loss"),
-    *("gap_mean", "gap_std", "weight_norm"),
+    *("gap_mean", "gap_std", "weight_norm", "dead_channels", "dead_layers"),
 )
 
 Row = dict[str, Any]
@@ -17,14 +17,17 @@ Row = dict[str, Any]
 def curves(rows: Iterable[Row]) -> dict[str, Any]:
     """The curves of a record, from the rows of a journal, of which the last must end an epoch.
 
-    At most POINTS of the epochs' ends, the last one among them, under the names of AT_EPOCHS. Training losses and
-    errors of such a point are means over its epoch, so that `training` has them in finer steps, from the rows within
-    epochs: `images` seen, and the mean `loss` and `error` (percent) an image since the point before; at most POINTS.
+    At most POINTS of the epochs' ends, the last one among them, under those names of AT_EPOCHS that all of them
+    measured. Training losses and errors of such a point are means over its epoch, so that `training` has them in finer
+    steps, from the rows within epochs: `images` seen, and the mean `loss` and `error` (percent) an image since the
+    point before; at most POINTS.
     """
     rows = list(rows)
     epochs = [row for row in rows if row["kind"] == "epoch"]
     kept = _thinned(epochs)
-    content: dict[str, Any] = {key: [_five_digits(row[key]) for row in kept] for key in AT_EPOCHS if key in kept[-1]}
+    content: dict[str, Any] = {
+        key: [_five_digits(row[key]) for row in kept] for key in AT_EPOCHS if all(key in row for row in kept)
+    }
     return content | {"training": _training(rows)}
 
 

@@ -1,4 +1,4 @@
-"""The statistics gap: how far the statistics that normalise in training are from those evaluation would use."""
+"""Of training's statistics: the gap (how far they are from those evaluation would use), and which channels are dead."""
 
 import torch
 from torch import Tensor, nn
@@ -54,3 +54,17 @@ def statistics_gap(model: nn.Module, training: Statistics) -> dict[str, tuple[fl
             (sigma / sigma_test).log().abs().mean().item(),
         )
     return gaps
+
+
+@torch.no_grad()
+def dead_channels(model: nn.Module, training: Statistics) -> dict[str, int]:
+    """For each layer that has any, how many of its channels training normalised although their values did not vary.
+
+    Their variance s2^ = sigma^**2 - eps is below a thousandth of eps, so that their output is beta (nearly), and weight
+    decay is all that moves the weights before them. A layer all of whose channels are dead ends a dead branch.
+
+    training: what `training_statistics` gave; with MBN s2^ is that of the batch and of its whole memory.
+    """
+    layers = named_norm_layers(model)
+    counts = {name: int((sigma**2 < 1.001 * layers[name].eps).sum()) for name, (_, sigma) in training.items()}
+    return {name: count for name, count in counts.items() if count}

@@ -24,12 +24,15 @@ TAGS = {
     "weight_norm": "weights/norm",
     "gap_mean": "statistics_gap/mean",
     "gap_std": "statistics_gap/log_std",
+    "dead_channels": "dead/channels",
+    "dead_layers": "dead/layers",
 }
 # For numbers that each layer has.
 LAYER_TAGS = {
     "weight_norms": "weight_norm/{}",
     "gap_means": "layer_gap_mean/{}",
     "gap_stds": "layer_gap_log_std/{}",
+    "layer_dead_channels": "layer_dead_channels/{}",
 }
 # A curated first page: TensorBoard's custom scalars.
 LAYOUT = {
@@ -42,6 +45,7 @@ LAYOUT = {
     "Normalisation": {
         "Statistics gap": ["Multiline", ["statistics_gap/mean", "statistics_gap/log_std"]],
         "Weight norm": ["Multiline", ["weights/norm"]],
+        "Dead": ["Multiline", ["dead/channels", "dead/layers"]],
     },
     "Speed": {"Images per second": ["Multiline", ["speed/images_per_second"]]},
 }

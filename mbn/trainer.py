@@ -20,7 +20,7 @@ from .data import load
 from .errors import UserError
 from .evaluate import Measured, evaluate
 from .files import lock, remove_partials, write_atomically
-from .gap import Statistics, statistics_gap, training_statistics
+from .gap import Statistics, dead_channels, statistics_gap, training_statistics
 from .journal import Journal
 from .layers import Layers, from_config
 from .mode import choose_mode
@@ -324,6 +324,10 @@ class Run:
             extra["gap_std"] = sum(g[1] for g in gaps.values()) / len(gaps)
             extra["gap_means"] = {name: g[0] for name, g in gaps.items()}
             extra["gap_stds"] = {name: g[1] for name, g in gaps.items()}
+            dead = dead_channels(self.model, training)
+            extra["dead_channels"] = sum(dead.values())
+            extra["dead_layers"] = sum(count == len(training[name][0]) for name, count in dead.items())
+            extra["layer_dead_channels"] = dead
         epoch = self.iteration / self.per_epoch
         sums = self.epoch_sums
         bar.write(

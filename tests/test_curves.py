@@ -78,3 +78,12 @@ def test_the_last_epoch_is_an_epochs_images(iterations, images, from_iteration):
     loss, error = last_epoch(rows, images)
     assert loss == pytest.approx(losses[from_iteration:].mean(), rel=1e-6)
     assert error == pytest.approx(10 * loss, rel=1e-6)
+
+
+def test_what_the_first_rows_lack_is_left_out():
+    """A run whose first epochs an earlier version journalled, which measured less."""
+    rows, _ = journal(80, row_every=100)
+    rows[-1]["dead_layers"] = 3
+    assert "dead_layers" not in curves(rows)
+    rows[0]["dead_layers"] = 0
+    assert curves(rows)["dead_layers"] == [0, 3]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mbn.evaluate import evaluate
-from mbn.gap import statistics_gap, training_statistics
+from mbn.gap import dead_channels, statistics_gap, training_statistics
 from mbn.layers import bn, brn, gn, mbn
 from mbn.norm import base
 from mbn.norm.base import second_forward
@@ -121,6 +121,32 @@ def test_the_gap_of_bn_is_the_batchs_moments_against_the_averages():
 def test_a_norm_without_statistics_has_no_gap():
     model = Small(gn(1, groups=2, channels=1))
     assert statistics_gap(model, training_statistics(model, torch.randn(5, 3, 5, 5))) == {}
+
+
+# Dead channels.
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_channels_that_do_not_vary_are_dead(name):
+    model, x = trained(LAYERS[name])
+    assert dead_channels(model, training_statistics(model, x)) == {}
+    with torch.no_grad():
+        model.conv1.weight[[0, 2]] = 0
+        model.conv1.weight[1] *= 0.01 / model.conv1.weight[1].norm()  # small, but it varies: alive
+        for _ in range(2):  # the whole memory
+            second_forward(model, x)
+    assert dead_channels(model, training_statistics(model, x)) == {"norm1": 2}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_relu_that_lets_nothing_through_kills_all_of_the_next_layer(name):
+    model, x = trained(LAYERS[name])
+    with torch.no_grad():
+        model.norm1.weight.zero_()
+        model.norm1.bias.fill_(-1)
+        for _ in range(2):
+            second_forward(model, x)
+    assert dead_channels(model, training_statistics(model, x)) == {"norm2": 2}
 
 
 # Evaluation.

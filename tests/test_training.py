@@ -663,13 +663,28 @@ def test_the_record_agrees_with_the_rows(whole):
     curves = dict(result["curves"])
     within = curves.pop("training")
     assert set(curves) == {
-        *("images", "train_error", "train_loss", "test_error", "test_loss", "gap_mean", "gap_std", "weight_norm")
+        *("images", "train_error", "train_loss", "test_error", "test_loss", "gap_mean", "gap_std", "weight_norm"),
+        *("dead_channels", "dead_layers"),
     }
     for key, values in curves.items():
         assert values == pytest.approx([row[key] for row in epochs], rel=1e-4)
     assert within["images"] == [row["images"] for row in rows]
     assert len(rows) > len(epochs)
     assert result["test_error_precise"] is None
+
+
+@pytest.mark.parametrize(("channels", "layers"), [(0, 0), (2, 0), (6, 1)])
+def test_dead_channels_and_layers_are_counted(here, left, monkeypatch, channels, layers):
+    alive = torch.ones(6, 1, 1)
+    alive[:channels] = 0
+    original = torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: original(self, x) * alive)
+    here()
+    curves, last = left().record()["curves"], left().rows()[-1]
+    assert curves["dead_channels"] == [channels, channels]
+    assert curves["dead_layers"] == [layers, layers]
+    assert last["layer_dead_channels"] == ({"norm": channels} if channels else {})
+    assert sum(value for step, value in left().points()["dead/channels"]) == 2 * channels
 
 
 def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, monkeypatch):
