@@ -34,10 +34,10 @@ LAYER_TAGS = {
     "gap_stds": "layer_gap_log_std/{}",
     "layer_dead_channels": "layer_dead_channels/{}",
 }
-# A curated first page: TensorBoard's custom scalars.
+# A curated first page: TensorBoard's custom scalars, whose names are regular expressions.
 LAYOUT = {
     "Training": {
-        "Error (%)": ["Multiline", ["train/error", "test/error"]],
+        "Error (%)": ["Multiline", ["train/error", "test/error$"]],
         "Loss": ["Multiline", ["train/loss", "test/loss"]],
         "Learning rate": ["Multiline", ["schedule/learning_rate"]],
         "Lambda": ["Multiline", ["schedule/lambda"]],
@@ -45,7 +45,7 @@ LAYOUT = {
     "Normalisation": {
         "Statistics gap": ["Multiline", ["statistics_gap/mean", "statistics_gap/log_std"]],
         "Weight norm": ["Multiline", ["weights/norm"]],
-        "Dead": ["Multiline", ["dead/channels", "dead/layers"]],
+        "Dead channels, layers": ["Multiline", ["dead/channels", "dead/layers"]],
     },
     "Speed": {"Images per second": ["Multiline", ["speed/images_per_second"]]},
 }

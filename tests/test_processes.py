@@ -158,6 +158,7 @@ def test_a_finished_command_run_again_says_so_without_importing_torch(whole, tmp
 SCALARS = {
     *("train/loss", "train/error", "test/loss", "test/error", "schedule/learning_rate", "schedule/lambda"),
     *("speed/images_per_second", "weights/norm", "statistics_gap/mean", "statistics_gap/log_std"),
+    *("dead/channels", "dead/layers"),
 }
 
 
