@@ -183,7 +183,7 @@ def figure3(measured: Measured) -> Figure | None:
 
 
 def batch_size(grids: Sequence[Measured]) -> Figure | None:
-    """Test error against batch size for each method: mean over seeds, and a band of one standard deviation."""
+    """Test error against batch size for each method: mean over seeds, and a bar of one standard deviation."""
     drawn = [m for m in grids if any(m.runs(cell) for cell in m.grid.cells)]
     if not drawn:
         return None
@@ -194,7 +194,7 @@ def batch_size(grids: Sequence[Measured]) -> Figure | None:
             cells = [measured.grid.cell(row, column) for row in measured.grid.rows]
             found = [(c.config(0).batch_size, claims.values(measured.runs(c), "test_error")) for c in cells]
             lines.append((look(cells[0]), [(float(b), list(v.values())) for b, v in found if v]))
-        _plot(panel, lines, every=1)
+        _plot(panel, lines, sparse=True)
         sizes = [measured.grid.cell(row, column).config(0).batch_size for row in measured.grid.rows]
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [str(size) for size in sizes])
@@ -285,22 +285,28 @@ def _curve(measured: Measured, cell: Cell, key: str, of_training: bool = False) 
     return [(x, [f[x] for f in found]) for x in common]
 
 
-def _plot(panel: Axes, lines: Iterable[tuple[Look, Points]], every: int | None = None) -> bool:
+def _plot(panel: Axes, lines: Iterable[tuple[Look, Points]], sparse: bool = False) -> bool:
     """Draw means, and bands of one standard deviation where there are several seeds; whether there was any line.
 
-    every: points from one marker to the next; None for about eight a line, at other places for each line.
+    sparse: a few points, each with as many seeds as it happens to have: a marker at every one, and a bar for a band.
+    Else about eight markers a line, at other places for each line.
     """
     drawn = [(style, points) for style, points in lines if points]
     for i, (style, points) in enumerate(drawn):
         xs = [x for x, _ in points]
         means = [statistics.fmean(ys) for _, ys in points]
-        step = every or max(1, len(xs) // 8)
+        step = 1 if sparse else max(1, len(xs) // 8)
         start = 0 if step == 1 else (i * step) // max(1, len(drawn))
         panel.plot(xs, means, label=style.label, markevery=(start, step), **style.settings())
-        if len(points[0][1]) > 1:
-            sds = [statistics.stdev(ys) for _, ys in points]
-            low, high = ([m + sign * sd for m, sd in zip(means, sds, strict=True)] for sign in (-1, 1))
-            panel.fill_between(xs, low, high, color=style.colour, alpha=0.15, linewidth=0)
+        spread = [(x, m, statistics.stdev(ys)) for (x, ys), m in zip(points, means, strict=True) if len(ys) > 1]
+        if not spread:
+            continue
+        at, middle, sds = zip(*spread, strict=True)
+        low, high = ([m + sign * sd for m, sd in zip(middle, sds, strict=True)] for sign in (-1, 1))
+        if sparse:
+            panel.vlines(at, low, high, color=style.colour, linewidth=0.9)
+        else:
+            panel.fill_between(at, low, high, color=style.colour, alpha=0.15, linewidth=0)
     return bool(drawn)
 
 
