@@ -104,7 +104,7 @@ class Optimizer:
 
 @dataclass
 class Evaluate:
-    batch_size: int = 1000
+    batch_size: int | None = None
     precise: bool = False
 
 
@@ -118,6 +118,7 @@ class Machine:
     tf32: bool = True
     threads: int | None = None
     workers: int | None = None
+    together: int = 1
     checkpoint_seconds: float = 300
     again: bool = False
 
@@ -145,7 +146,7 @@ DATASETS = ("cifar10", "cifar100", "digits", "imagenet")
 SMALL = ("resnet20", "resnet56", "vgg16", "nin")
 LARGE = ("resnet18", "resnet34", "resnet50", "vgg16")
 MODELS: dict[str, type[Model]] = dict.fromkeys((*SMALL, *LARGE), Model) | {"nin": Dropout}
-MODES = ("auto", "eager", "compile")
+MODES = ("auto", "eager", "compile", "graph", "graph-eager")
 
 
 # From the command line to a checked Config.
@@ -423,6 +424,7 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield among("machine.mode", machine.mode, MODES)
     yield at_least("machine.threads", machine.threads, 1)
     yield at_least("machine.workers", machine.workers, 0)
+    yield at_least("machine.together", machine.together, 1)
     yield among("precision", config.precision, ("fp32", "bf16"))
     seconds = machine.checkpoint_seconds
     yield "machine.checkpoint_seconds", seconds > 0, "above 0", seconds

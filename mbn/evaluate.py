@@ -7,6 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import Config
+
+# Images of 32x32 pixels that are tested at a time, as many pixels of larger ones: few fill a GPU badly, and on a CPU
+# they should fit its caches.
+AT_A_TIME = {"cuda": 5000}
+AT_A_TIME_ELSEWHERE = 1000
+
+
+def batch_size_for(config: Config, device: torch.device) -> int:
+    """evaluate.batch_size, or where it is null a size for the images and the device."""
+    if config.evaluate.batch_size is not None:
+        return config.evaluate.batch_size
+    images = AT_A_TIME.get(device.type, AT_A_TIME_ELSEWHERE)
+    return max(1, images * 32**2 // config.dataset.image_size**2)
+
 
 class Measured(NamedTuple):
     """Mean loss; top-1 and top-5 error in percent."""

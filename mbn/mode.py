@@ -1,42 +1,76 @@
-"""How a run executes: in eager mode, or compiled where that pays."""
+"""How a run executes: eager, compiled, or on a GPU recorded once and played back."""
 
+import functools
 import sys
 
 import torch
 from torch import Tensor, nn
 
+from . import graph
 from .config import Config, iterations
 from .errors import UserError
 
 # Multiplications and additions a second that eager training does on one thread of a CPU (measured, see
-# results/benchmarks), and on a GPU (a guess: unmeasured).
+# results/benchmarks), and on another device that is not CUDA (a guess: unmeasured).
 CPU_THREAD_RATE = 5e10
 GPU_RATE = 1e13
-# Compiling takes one to two minutes and saves a fifth of the time with MBN, less with BN: it pays after some ten.
+# Compiling takes one to two minutes on a CPU and saves a fifth of the time with MBN, less with BN: it pays after some
+# ten.
 COMPILES_FROM = 900.0
+# On a GPU it takes half a minute to a minute and saves launches, of which layers made of many small operations have
+# many: by their count it pays after some ten thousand iterations (an estimate: unmeasured).
+COMPILES_FROM_ITERATIONS = 10_000
+SMALL_OPERATIONS = ("mbn", "brn")
+
+GRAPHS = ("graph", "graph-eager")
 
 
 def choose_mode(
     wanted: str, earlier: str | None, config: Config, model: nn.Module, device: torch.device, threads: int
 ) -> str:
-    """eager or compile. For auto as the run began; else compile where the whole run is long enough to repay it.
+    """eager, compile, graph (compiled, then recorded) or graph-eager (recorded without a compiler).
 
-    The choice is a function of the configuration, the device and the number of threads, and of no clock, so that the
-    same command does the same again. Errors: UserError where compile is asked for and there is no compiler.
+    auto is as the run began; else on CUDA a graph, and compiled where the whole run is long enough to repay it. The
+    choice is a function of the configuration, the device and the number of threads, and of no clock, so that the same
+    command does the same again.
+
+    Errors: UserError where compile is asked for and there is no compiler, or a graph where there is no CUDA.
     """
-    if wanted == "eager" or (wanted == "auto" and earlier == "eager"):
-        return "eager"
-    if wanted == "auto" and earlier is None and seconds_expected(config, model, device, threads) < COMPILES_FROM:
-        return "eager"
-    fault = compiler_fault(device)
-    if fault is None:
-        return "compile"
-    if wanted == "compile":
-        raise UserError(
-            f"torch.compile does not work here ({fault}): install a C++ compiler, or leave machine.mode=auto."
-        )
-    print(f"warning: torch.compile does not work here ({fault}): training in eager mode.", file=sys.stderr)
-    return "eager"
+    records = graph.supported(device)
+    if wanted in GRAPHS and not records:
+        raise UserError(f"machine.mode={wanted} needs a CUDA device, not {device.type}: leave machine.mode=auto.")
+    if wanted == "auto" and earlier is not None and (records or earlier not in GRAPHS):
+        mode = earlier
+    elif wanted == "auto":
+        long = pays_to_compile(config, model, device, threads)
+        mode = {(False, False): "eager", (False, True): "compile", (True, False): "graph-eager", (True, True): "graph"}[
+            records, long
+        ]
+    else:
+        mode = wanted
+    if mode in GRAPHS:
+        why = graph.fault(device)
+        if why is not None:
+            graph.warn(why)
+            return "eager"
+    if mode in ("compile", "graph"):
+        why = compiler_fault(device)
+        if why is not None and wanted == "compile":
+            raise UserError(
+                f"torch.compile does not work here ({why}): install a C++ compiler, or leave machine.mode=auto."
+            )
+        if why is not None:
+            instead = {"compile": "eager", "graph": "graph-eager"}[mode]
+            what = {"eager": "training in eager mode", "graph-eager": "recording without it"}[instead]
+            print(f"warning: torch.compile does not work here ({why}): {what}.", file=sys.stderr)
+            return instead
+    return mode
+
+
+def pays_to_compile(config: Config, model: nn.Module, device: torch.device, threads: int) -> bool:
+    if device.type == "cuda":
+        return config.norm.name in SMALL_OPERATIONS and iterations(config) >= COMPILES_FROM_ITERATIONS
+    return seconds_expected(config, model, device, threads) >= COMPILES_FROM
 
 
 def seconds_expected(config: Config, model: nn.Module, device: torch.device, threads: int) -> float:
@@ -68,11 +102,12 @@ def operations(model: nn.Module, image_size: int) -> int:
     return total
 
 
+@functools.cache
 def compiler_fault(device: torch.device) -> str | None:
-    """Why torch.compile cannot work here, or None: tried on one small function."""
-    torch._dynamo.reset()
+    """Why torch.compile cannot work here, or None: tried once in a process, on one small function."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        with graph.one_at_a_time:
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # whatever a missing or broken tool chain raises
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
+        return graph.first_line(error)
     return None

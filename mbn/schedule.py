@@ -1,5 +1,7 @@
 """What changes during training, as functions of how much of it is done."""
 
+import functools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -12,8 +14,13 @@ def value_at(values: Sequence[float], milestones: Sequence[float], iteration: in
     """
     if len(values) == 1:
         return values[0]
-    passed = sum(iteration >= Fraction(repr(stone)) * iterations for stone in milestones)
-    return values[passed]
+    return values[sum(iteration >= change for change in _changes(tuple(milestones), iterations))]
+
+
+@functools.cache
+def _changes(milestones: tuple[float, ...], iterations: int) -> list[int]:
+    """The iterations at which milestones are reached: asked for at every iteration, and exact arithmetic is slow."""
+    return [math.ceil(Fraction(repr(stone)) * iterations) for stone in milestones]
 
 
 def renorm_bounds(iteration: int, iterations: int) -> tuple[float, float]:

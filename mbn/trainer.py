@@ -1,10 +1,11 @@
 """A run from its configuration to its record."""
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from tqdm import tqdm
 from . import checkpoint, record
 from .config import MBN, Config, distinction, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
 from .curves import curves, last_epoch
-from .data import load
+from .data import Data, load
 from .errors import UserError
-from .evaluate import Measured, evaluate
+from .evaluate import Measured, batch_size_for, evaluate
 from .files import lock, remove_partials, write_atomically
-from .gap import Statistics, dead_channels, statistics_gap, training_statistics
+from .gap import Statistics, draws, epoch_statistics, training_statistics
+from .graph import one_at_a_time, own_stream
 from .journal import Journal
 from .layers import Layers, from_config
 from .mode import choose_mode
@@ -29,31 +31,50 @@ from .norm.memorized import set_lambda
 from .norm.renorm import set_renorm
 from .precise import set_precise_statistics
 from .schedule import renorm_bounds, value_at
-from .signals import Stop
+from .signals import Stop, Told
 from .update import WINDOW, Update, autocast
-from .watch import Watch
 
 # What a run's folder holds that is written atomically.
 WRITTEN = ("checkpoint.pt", "metrics.jsonl", "config.yaml")
 # Rows of the journal within an epoch.
 ROWS_PER_EPOCH = 10
+# Seconds between two checkpoints at the ends of epochs, which on a GPU may take a second each.
+SAVES_APART = 10.0
 
 
-def train(config: Config, build: Callable[[Layers], nn.Module]) -> dict[str, Any]:
+def train(
+    config: Config, build: Callable[[Layers], nn.Module], stop: Told | None = None, data: Data | None = None
+) -> dict[str, Any]:
     """Train the run that config describes, from its last checkpoint if there is one, and return its record.
 
-    build: makes the network from its layers. Errors: UserError, with code 75 or 130 when a signal stopped the run; the
-    same call goes on from where it was.
+    build: makes the network from its layers. stop: what tells it to stop; None is this process's signals. data: None
+    opens the configured data set. For threads side by side, which cannot answer signals, and share their images.
+
+    Errors: UserError, with code 75 or 130 when a signal stopped the run; the same call goes on from where it was.
     """
     folder = Path(config.machine.results) / "runs" / run_name(config)
-    with lock(folder / "lock"):
-        run = Run(config, build, folder)
+    with lock(folder / "lock"), _memory_is_enough(config):
+        with one_at_a_time:  # seeds and generators are the process's
+            run = Run(config, build, folder, data)
         for path in (*(folder / name for name in WRITTEN), record.path_of(run.results, run.name)):
             remove_partials(path)
         run.open_journal()
-        with run.journal, Stop() as stop:
-            run.train(stop)
-        return run.finish()
+        with own_stream(run.device):
+            with run.journal, contextlib.nullcontext(stop) if stop is not None else Stop() as told:
+                run.train(told)
+            return run.finish()
+
+
+@contextlib.contextmanager
+def _memory_is_enough(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        few = ", machine.together" if config.machine.together > 1 else ""
+        raise UserError(
+            f"the device's memory is not enough: try a smaller batch_size than {config.batch_size}{few}, or "
+            "evaluate.batch_size; the same command goes on from the last checkpoint."
+        ) from None
 
 
 def add_precise_error(config: Config, build: Callable[[Layers], nn.Module]) -> dict[str, Any]:
@@ -76,7 +97,9 @@ def add_precise_error(config: Config, build: Callable[[Layers], nn.Module]) -> d
 class Run:
     """The state of a run: network, optimiser, data, counters; what a checkpoint holds."""
 
-    def __init__(self, config: Config, build: Callable[[Layers], nn.Module], folder: Path) -> None:
+    def __init__(
+        self, config: Config, build: Callable[[Layers], nn.Module], folder: Path, data: Data | None = None
+    ) -> None:
         self.config = config
         self.folder = folder
         self.name = run_name(config)
@@ -95,7 +118,7 @@ class Run:
         self.per_epoch = iterations_per_epoch(config)
         torch.manual_seed(config.seed)
         model = build(from_config(config))
-        self.mode = choose_mode(config.machine.mode, machine.get("mode"), config, model, self.device, self.threads)
+        mode = choose_mode(config.machine.mode, machine.get("mode"), config, model, self.device, self.threads)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
         self.lr = torch.tensor(0.0, device=self.device)
         self.optimizer = torch.optim.SGD(
@@ -106,14 +129,13 @@ class Run:
             fused=True,
         )
         self.update = Update(
-            self.model, self.optimizer, config.forwards, self.mode, config.precision, self.device, config.batch_size
+            self.model, self.optimizer, config.forwards, mode, config.precision, self.device, config.batch_size
         )
         if config.forwards == 2 and not self.update.layers:
             print(
                 f"warning: norm={config.norm.name} has no batch statistics: the second forward is skipped.",
                 file=sys.stderr,
             )
-        self.watch = Watch(self.model)
         self.iteration = 0
         self.saved = 0
         self.seconds = 0.0
@@ -123,7 +145,9 @@ class Run:
         self.anew = config.machine.again
         if state:
             self._restore(state)
-        self.data = load(config, self.device)
+        # Without dropout training draws nothing: threads side by side must not read what others do to the generators.
+        self.generators = None if draws(self.model) else self._generators()
+        self.data = load(config, self.device) if data is None else data
         self.journal_lines = state["journal_lines"] if state else 0
 
     def open_journal(self) -> None:
@@ -153,10 +177,13 @@ class Run:
             return None
         return state
 
-    def _state(self) -> dict[str, Any]:
+    def _generators(self) -> dict[str, Tensor]:
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        return generators
+
+    def _state(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "identity": distinction(self.config),
@@ -165,13 +192,13 @@ class Run:
             "length": self.length,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "generators": generators,
+            "generators": self.generators or self._generators(),
             "epoch_sums": self.epoch_sums.as_list(),
             "row_sums": self.row_sums.as_list(),
             "journal_lines": self.journal.lines,
             "seconds": self.seconds,
             "training_seconds": self.training_seconds,
-            "machine": {"device": str(self.device), "mode": self.mode, "threads": self.threads},
+            "machine": {"device": str(self.device), "mode": self.update.mode, "threads": self.threads},
             "commit": self.commit,
             "dirty": self.dirty,
             "anew": self.anew,
@@ -209,7 +236,7 @@ class Run:
 
     # Training.
 
-    def train(self, stop: Stop) -> None:
+    def train(self, stop: Told) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
         self.saved_at = self.clock = time.monotonic()
         bar = tqdm(total=self.length, initial=self.iteration, unit="it", disable=None, dynamic_ncols=True)
@@ -225,7 +252,6 @@ class Run:
                 images, labels = next(batches)
                 ends = position == self.per_epoch - 1 or self.iteration == self.length - 1
                 training = self._training_statistics(images) if ends else {}
-                self.watch(images)
                 self.update(images, labels)
                 self.iteration += 1
                 bar.update()
@@ -237,7 +263,9 @@ class Run:
                     self._row("train", self.row_sums)
                 if ends:
                     self._end_of_epoch(training, bar)
-                    self.save()
+                    apart = min(SAVES_APART, self.config.machine.checkpoint_seconds)
+                    if self.iteration == self.length or time.monotonic() - self.saved_at > apart:
+                        self.save()
                 elif time.monotonic() - self.saved_at > self.config.machine.checkpoint_seconds:
                     self.drain()
                     self.save()
@@ -279,13 +307,12 @@ class Run:
         for offset, (loss, errors) in enumerate(self.update.drain()):
             iteration = self.iteration - pending + offset
             if loss != loss or loss in (float("inf"), float("-inf")):
-                name = self.watch.first_bad(offset)
+                name = self.update.watch.first_bad(offset)
                 blame = f" with the norm of {name} not finite before it" if name else ""
                 raise self._diverged(f"the loss was {loss} at iteration {iteration}{blame}", iteration)
             images = self._images_at(iteration + 1) - self._images_at(iteration)
             self.epoch_sums.add(loss, errors, images)
             self.row_sums.add(loss, errors, images)
-        self.watch.forget()
         now = time.monotonic()
         self.training_seconds += now - self.clock
         self.seconds += now - self.clock
@@ -302,32 +329,16 @@ class Run:
         )
 
     def _end_of_epoch(self, training: Statistics, bar: tqdm) -> None:
-        gaps = statistics_gap(self.model, training)
+        statistics = epoch_statistics(self.model, training)
         self.model.eval()
         measured = self._evaluate()
         self.model.train()
         speed = self.images_per_second()
-        norms = {
-            name: p.detach().norm().item()
-            for name, p in self.model.named_parameters()
-            if name.endswith("weight") and p.dim() > 1
-        }
-        extra = {
+        tested = {
             "test_loss": measured.loss,
             "test_error": measured.error,
             "test_error_top5": measured.error_top5,
-            "weight_norm": sum(v * v for v in norms.values()) ** 0.5,
-            "weight_norms": norms,
         }
-        if gaps:
-            extra["gap_mean"] = sum(g[0] for g in gaps.values()) / len(gaps)
-            extra["gap_std"] = sum(g[1] for g in gaps.values()) / len(gaps)
-            extra["gap_means"] = {name: g[0] for name, g in gaps.items()}
-            extra["gap_stds"] = {name: g[1] for name, g in gaps.items()}
-            dead = dead_channels(self.model, training)
-            extra["dead_channels"] = sum(dead.values())
-            extra["dead_layers"] = sum(count == len(training[name][0]) for name, count in dead.items())
-            extra["layer_dead_channels"] = dead
         epoch = self.iteration / self.per_epoch
         sums = self.epoch_sums
         bar.write(
@@ -336,7 +347,7 @@ class Run:
             file=sys.stdout,
         )
         sys.stdout.flush()
-        self._row("epoch", sums, extra)
+        self._row("epoch", sums, tested | statistics)
         self.row_sums = Sums()
         self.epoch_sums = Sums()
         self._untimed()
@@ -349,7 +360,7 @@ class Run:
 
     def _evaluate(self) -> Measured:
         with autocast(self.device, self.config.precision):
-            return evaluate(self.model, self.data.test_batches(self.config.evaluate.batch_size))
+            return evaluate(self.model, self.data.test_batches(batch_size_for(self.config, self.device)))
 
     def precise_error(self) -> float | None:
         """Test error in percent with statistics taken anew over an epoch of training, which are then put back.
@@ -421,7 +432,7 @@ class Run:
             "seconds": round(self.seconds, 1),
             "images_per_second": round(self.images_per_second(), 1),
             "device": record.device_name(self.device),
-            "mode": self.mode,
+            "mode": self.update.mode,
             "threads": self.threads,
             "commit": self.commit,
             "dirty": self.dirty,
@@ -487,6 +498,7 @@ def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> Non
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, and costs a launch a tensor
 
 
 def choose_threads(wanted: int | None, earlier: int | None) -> int:

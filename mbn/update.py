@@ -1,19 +1,34 @@
 """One iteration of training (Algorithm 1 of the paper)."""
 
+import contextlib
+import types
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .graph import Recorded, first_line, one_at_a_time, warn
 from .norm.base import norm_layers, phase
 from .norm.functional import statistics_dtype
 from .norm.propagation import project_unit_rows, unit_layers
+from .norm.together import Together
+from .watch import Watch
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision for precision="bf16"; nothing for "fp32"."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def compiled(method: Callable) -> Callable:
+    """torch.compile of a bound method, under a code object of its own.
+
+    torch compiles a code object for at most eight different objects: the ninth run of a process would be refused.
+    """
+    function = method.__func__  # type: ignore[attr-defined]
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(types.MethodType(own, method.__self__), fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
 
 
 # Losses stay on the device for this many iterations, and are then read at once.
@@ -23,10 +38,14 @@ WINDOW = 50
 class Update:
     """First forward, loss, backward, optimiser step; then, with forwards=2, the second forward that remembers.
 
-    mode: "eager", or "compile" to compile both forwards with torch.compile for batches of batch_size images; an
-    epoch's last, smaller one is not worth it. The learning rate and everything a layer remembers are tensors changed in
-    place. Loss and number of errors of the last iterations are kept on the device until `drain`, so that an iteration
-    never waits for the host.
+    mode: "eager"; "compile" to compile both forwards with torch.compile for batches of batch_size images (an epoch's
+    last, smaller one is not worth it); "graph" to record the whole iteration, the compiled forwards inside it, once for
+    each size of batch and play it back, on a CUDA stream of one's own; "graph-eager" for that without a compiler. Where
+    recording fails `mode` becomes "eager", with a warning.
+
+    The learning rate and everything a layer remembers are tensors changed in place. Loss and number of errors of the
+    last iterations are kept on the device until `drain`, and so is what `watch` notes, so that an iteration never
+    waits for the host.
     """
 
     def __init__(
@@ -43,16 +62,20 @@ class Update:
         self.device = device
         self.precision = precision
         self.optimizer = optimizer
+        self.mode = mode
         self.layers = [layer for layer in norm_layers(model) if layer.forwards == 2] if forwards == 2 else []
+        self.together = Together(self.layers or [layer for layer in norm_layers(model) if layer.forwards == 1])
         self.projects = bool(unit_layers(model))
         # From the first step on: a step's effect is its size over the row's norm.
         project_unit_rows(model)
         self.batch_size = batch_size
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
         self.second: Callable[..., None] = self._second
-        if mode == "compile":
-            self.first = torch.compile(self._first, fullgraph=True, dynamic=False)
-            self.second = torch.compile(self._second, fullgraph=True, dynamic=False)
+        if mode in ("compile", "graph"):
+            self.first, self.second = compiled(self._first), compiled(self._second)
+        # One for each size of batch.
+        self.recorded: dict[int, Recorded] = {}
+        self.watch = Watch(model, WINDOW)
         self.window = torch.zeros(2, WINDOW, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.pending = 0
@@ -70,6 +93,18 @@ class Update:
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode."""
+        if self.mode in ("graph", "graph-eager"):
+            if len(labels) not in self.recorded:
+                self.recorded[len(labels)] = Recorded(self._iterate, self._not_recorded)
+            self.recorded[len(labels)](images, labels)
+        else:
+            with one_at_a_time if self.mode == "compile" else contextlib.nullcontext():
+                self._iterate(images, labels)
+        self.pending += 1
+
+    def _iterate(self, images: Tensor, labels: Tensor) -> None:
+        """One iteration, all that depends on the host left out: it may be recorded."""
+        self.watch(images, self.cursor)
         whole = self.batch_size in (None, len(images))
         first, second = (self.first, self.second) if whole else (self._first, self._second)
         loss, measured = first(images, labels)
@@ -81,9 +116,16 @@ class Update:
         if self.layers:
             with torch.no_grad(), autocast(self.device, self.precision), phase(self.layers, "second"):
                 second(images)
+        self.together.enter()
         self.window.index_copy_(1, self.cursor, measured[:, None].to(self.window.dtype))
         self.cursor.add_(1).remainder_(WINDOW)
-        self.pending += 1
+
+    def _not_recorded(self, error: Exception) -> None:
+        """Go on in eager mode: nothing was done yet of the iteration that could not be recorded."""
+        warn(first_line(error))
+        self.mode = "eager"
+        self.first, self.second = self._first, self._second
+        self.optimizer.zero_grad()  # gradients that were recorded, but never computed
 
     def drain(self) -> list[tuple[float, int]]:
         """Loss (mean over the batch) and number of errors of each iteration since the last call; waits for the device.

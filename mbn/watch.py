@@ -4,17 +4,17 @@ import torch
 from torch import Tensor, nn
 
 from .norm.base import BatchStatisticsNorm
-from .update import WINDOW
 
 
 class Watch:
     """Notes before each iteration which tensors are finite: the images, the parameters, the layers' statistics.
 
     One iteration later a NaN is everywhere, so that its origin must be known from before. A NaN in a memory shows in
-    the pooled statistics, before these normalise anything.
+    the pooled statistics, before these normalise anything. What is noted stays on the device, in rows that the next
+    iterations overwrite.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rows: int) -> None:
         parameters = dict(model.named_parameters())
         statistics = {
             f"{name}.{key}".removeprefix("."): buffer
@@ -25,19 +25,16 @@ class Watch:
         }
         self.names = ["the images", *parameters, *statistics]
         self.tensors = [*(p.detach() for p in parameters.values()), *statistics.values()]
-        self.norms: list[Tensor] = []
+        self.norms = torch.zeros(rows, len(self.names), device=self.tensors[0].device, dtype=self.tensors[0].dtype)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> None:
-        """Take note before an iteration. Must be followed by `forget` at least every WINDOW iterations."""
-        assert len(self.norms) < WINDOW
+    def __call__(self, images: Tensor, row: Tensor) -> None:
+        """Take note before an iteration, in this row (1,)."""
         # A norm is finite only if every value is.
-        self.norms.append(torch.stack(torch._foreach_norm([images, *self.tensors])))
+        norms = torch.stack(torch._foreach_norm([images, *self.tensors]))
+        self.norms.index_copy_(0, row, norms[None])
 
-    def first_bad(self, offset: int) -> str | None:
-        """The first tensor that was not finite before an iteration, counted from the last `forget`."""
-        bad = (~self.norms[offset].isfinite()).nonzero()
+    def first_bad(self, row: int) -> str | None:
+        """The first tensor that was not finite before the iteration of this row."""
+        bad = (~self.norms[row].isfinite()).nonzero()
         return self.names[int(bad[0].item())] if len(bad) else None
-
-    def forget(self) -> None:
-        self.norms.clear()

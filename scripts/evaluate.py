@@ -53,7 +53,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
 
     import models
     from mbn.data import load
-    from mbn.evaluate import evaluate
+    from mbn.evaluate import batch_size_for, evaluate
     from mbn.layers import from_config
     from mbn.trainer import choose_device
     from mbn.update import autocast
@@ -72,7 +72,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
         ) from None
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     data = load(config, device)
-    batches = (data.plain_train_batches if train else data.test_batches)(config.evaluate.batch_size)
+    batches = (data.plain_train_batches if train else data.test_batches)(batch_size_for(config, device))
     with autocast(device, config.precision):
         measured = evaluate(model, batches)
     images = f"{config.dataset.name}'s training images" if train else config.dataset.name

@@ -6,6 +6,8 @@ import pytest
 import reliability
 import torch
 
+from mbn import trainer
+
 # These tensors are small: a second thread costs more than it gives, four times as much on a busy machine.
 torch.set_num_threads(1)
 
@@ -72,6 +74,12 @@ def forkers(tmp_path_factory):
 def _same_random_numbers():
     """Every test starts from the same state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _a_checkpoint_at_the_end_of_every_epoch(monkeypatch):
+    """However short the epochs of these tests are."""
+    monkeypatch.setattr(trainer, "SAVES_APART", 0)
 
 
 @pytest.fixture(params=["native", "formula"])

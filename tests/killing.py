@@ -260,7 +260,7 @@ def aim(place: str, at: int, number: int, draw: random.Random) -> None:
                 patch(self.optimizer, "step", after)
             elif place == "second forward":
                 layers = self.update.layers
-                if self.mode == "compile" or not layers:
+                if self.update.mode == "compile" or not layers:
                     self.update.second = after(self.update.second)
                 else:  # some layers have remembered the batch by then, and the rest have not
                     layer = draw.choice(layers)

@@ -175,7 +175,7 @@ class MBN(_Layer):
             "memory_mean": mean,
             "memory_var": var,
             "memory_count": count,
-            "memory_weight": mean.new_tensor(w),
+            "memory_weight": mean.new_tensor([w]),
             "running_mean": m,
             "running_var": v,
         }

@@ -494,6 +494,7 @@ def test_the_name_is_equal_for_forwards_given_or_from_the_norm():
 
 
 OTHER_TEXTS = {
+    "evaluate.batch_size": 500,
     "dataset.name": "cifar100",
     "norm.gradient": "batch",
     "precision": "bf16",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mbn.evaluate import evaluate
-from mbn.gap import dead_channels, statistics_gap, training_statistics
+from mbn.gap import epoch_statistics, training_statistics
 from mbn.layers import bn, brn, gn, mbn
 from mbn.norm import base
 from mbn.norm.base import second_forward
@@ -80,8 +80,8 @@ def test_the_probe_sees_what_a_training_forward_normalises_by(name):
 def test_the_gap_by_hand():
     """mean |mu^ - mu_test| / sigma_test and mean |log(sigma^ / sigma_test)|, from eq. 6 and 8."""
     model, x = trained(LAYERS["mbn"])
-    gaps = statistics_gap(model, training_statistics(model, x))
-    assert set(gaps) == {"norm1", "norm2"}
+    row = epoch_statistics(model, training_statistics(model, x))
+    assert list(row["gap_means"]) == list(row["gap_stds"]) == ["norm1", "norm2"]
     layer = model.norm1
     h = F.conv2d(x, model.conv1.weight)
     expected_mu, expected_sigma = [], []
@@ -103,39 +103,68 @@ def test_the_gap_by_hand():
         mu_test, sigma_test = pooled(entries[1:])
         expected_mu.append(abs(mu - mu_test) / sigma_test)
         expected_sigma.append(abs((sigma / sigma_test).log()))
-    assert gaps["norm1"][0] == pytest.approx((sum(expected_mu) / 4).item(), rel=1e-9)
-    assert gaps["norm1"][1] == pytest.approx((sum(expected_sigma) / 4).item(), rel=1e-9)
-    assert gaps["norm1"][0] > 0.01
+    assert row["gap_means"]["norm1"] == pytest.approx((sum(expected_mu) / 4).item(), rel=1e-9)
+    assert row["gap_stds"]["norm1"] == pytest.approx((sum(expected_sigma) / 4).item(), rel=1e-9)
+    assert row["gap_means"]["norm1"] > 0.01
+    assert row["gap_mean"] == pytest.approx(sum(row["gap_means"].values()) / 2, rel=1e-12)
+    assert row["gap_std"] == pytest.approx(sum(row["gap_stds"].values()) / 2, rel=1e-12)
+
+
+def test_weight_norms_by_hand():
+    model, x = trained(LAYERS["mbn"])
+    row = epoch_statistics(model, training_statistics(model, x))
+    norms = {name: getattr(model, name).weight.detach().flatten().norm().item() for name in ("conv1", "conv2")}
+    assert row["weight_norms"] == pytest.approx({f"{name}.weight": norm for name, norm in norms.items()})
+    assert row["weight_norm"] == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5)
+
+
+def test_an_epochs_statistics_are_read_from_the_device_at_once(monkeypatch):
+    model, x = trained(LAYERS["mbn"])
+    training = training_statistics(model, x)
+    reads = []
+    for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, *a, f=original, name=name: reads.append(name) or f(t, *a))
+    epoch_statistics(model, training)
+    assert reads == ["tolist"]
 
 
 def test_the_gap_of_bn_is_the_batchs_moments_against_the_averages():
     model, x = trained(LAYERS["bn"])
-    gaps = statistics_gap(model, training_statistics(model, x))
+    row = epoch_statistics(model, training_statistics(model, x))
     h = F.conv2d(x, model.conv1.weight)
     sigma_test = (model.norm1.running_var + 1e-5).sqrt()
     mu, sigma = h.mean((0, 2, 3)), (h.var((0, 2, 3), unbiased=False) + 1e-5).sqrt()
-    assert gaps["norm1"][0] == pytest.approx(((mu - model.norm1.running_mean) / sigma_test).abs().mean().item())
-    assert gaps["norm1"][1] == pytest.approx((sigma / sigma_test).log().abs().mean().item())
+    assert row["gap_means"]["norm1"] == pytest.approx(
+        ((mu - model.norm1.running_mean) / sigma_test).abs().mean().item()
+    )
+    assert row["gap_stds"]["norm1"] == pytest.approx((sigma / sigma_test).log().abs().mean().item())
 
 
 def test_a_norm_without_statistics_has_no_gap():
     model = Small(gn(1, groups=2, channels=1))
-    assert statistics_gap(model, training_statistics(model, torch.randn(5, 3, 5, 5))) == {}
+    row = epoch_statistics(model, training_statistics(model, torch.randn(5, 3, 5, 5)))
+    assert set(row) == {"weight_norm", "weight_norms"}
 
 
 # Dead channels.
 
 
+def dead(model, x):
+    row = epoch_statistics(model, training_statistics(model, x))
+    return row["dead_channels"], row["dead_layers"], row["layer_dead_channels"]
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_channels_that_do_not_vary_are_dead(name):
     model, x = trained(LAYERS[name])
-    assert dead_channels(model, training_statistics(model, x)) == {}
+    assert dead(model, x) == (0, 0, {})
     with torch.no_grad():
         model.conv1.weight[[0, 2]] = 0
         model.conv1.weight[1] *= 0.01 / model.conv1.weight[1].norm()  # small, but it varies: alive
         for _ in range(2):  # the whole memory
             second_forward(model, x)
-    assert dead_channels(model, training_statistics(model, x)) == {"norm1": 2}
+    assert dead(model, x) == (2, 0, {"norm1": 2})
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -146,7 +175,7 @@ def test_a_relu_that_lets_nothing_through_kills_all_of_the_next_layer(name):
         model.norm1.bias.fill_(-1)
         for _ in range(2):
             second_forward(model, x)
-    assert dead_channels(model, training_statistics(model, x)) == {"norm2": 2}
+    assert dead(model, x) == (2, 1, {"norm2": 2})
 
 
 # Evaluation.

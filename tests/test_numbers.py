@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from running import TINY, Run, run_here
 from torch.testing import assert_close
 
-from mbn import second_forward, trainer
+from mbn import second_forward
 from mbn.norm.base import norm_layers
 from mbn.norm.convert import NORMS
 from mbn.update import Update
+from mbn.watch import Watch
 
 # Faults in a run. 90 iterations an epoch; a row every 9.
 
@@ -56,17 +57,17 @@ def test_a_nan_is_named_by_where_it_was_first_and_stops_the_run(capsys, monkeypa
     spoil, later = FAULTS[name]
     calls = []
     original = Update.__call__
-    watch = trainer.Watch.__call__
+    watch = Watch.__call__
 
     def call(self, images, labels):
         calls.append(1)
         original(self, images, labels)
 
-    def look(self, images):
+    def look(self, images, row):
         """Spoiled just before it is looked at, as memory that fails would be."""
-        if len(calls) == AT:
+        if len(calls) == AT + 1:
             images.copy_(spoil(updates[0], images))
-        watch(self, images)
+        watch(self, images, row)
 
     updates = []
     initialise = Update.__init__
@@ -77,7 +78,7 @@ def test_a_nan_is_named_by_where_it_was_first_and_stops_the_run(capsys, monkeypa
 
     monkeypatch.setattr(Update, "__init__", remembered)
     monkeypatch.setattr(Update, "__call__", call)
-    monkeypatch.setattr(trainer.Watch, "__call__", look)
+    monkeypatch.setattr(Watch, "__call__", look)
     stopped = run_here(capsys, monkeypatch, *TINY, *MORE, f"machine.results={tmp_path}")
     run = Run(tmp_path, [*TINY, *MORE])
     assert stopped.code == 1

@@ -21,12 +21,13 @@ CPU = torch.device("cpu")
 class Small(nn.Module):
     """Two convolutions with norms, so that the second one's input depends on what the first one normalises by."""
 
-    def __init__(self, layers, dropout=0.0):
+    def __init__(self, layers, dropout=0.0, widths=(4, 5)):
         super().__init__()
-        self.conv1, self.norm1, self.act1 = layers.conv(3, 4, 3, padding=1, bias=False), layers.norm(4), layers.act()
-        self.conv2, self.norm2, self.act2 = layers.conv(4, 5, 3, stride=2, bias=False), layers.norm(5), layers.act()
+        a, b = widths
+        self.conv1, self.norm1, self.act1 = layers.conv(3, a, 3, padding=1, bias=False), layers.norm(a), layers.act()
+        self.conv2, self.norm2, self.act2 = layers.conv(a, b, 3, stride=2, bias=False), layers.norm(b), layers.act()
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(5, 10)
+        self.fc = nn.Linear(b, 10)
 
     def forward(self, x):
         x = self.act1(self.norm1(self.conv1(x)))

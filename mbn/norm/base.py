@@ -43,6 +43,8 @@ class BatchStatisticsNorm(nn.Module):
         self.forwards = forwards
         self.phase = "first"
         self._forgotten = False
+        # True while a `Together` finishes for all layers what remembering begins.
+        self.together = False
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -97,6 +99,7 @@ class BatchStatisticsNorm(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         kept = {name: getattr(self, name) for name in self.statistics}
+        self.together = False  # its buffers are its own again
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
@@ -105,6 +108,10 @@ class BatchStatisticsNorm(nn.Module):
                 # Cast from what it was, so that the statistics do not lose bits on the way through half precision.
                 setattr(self, name, before.to(device=after.device, dtype=wide))
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.together = False  # a copy belongs to nobody
 
     def extra_repr(self) -> str:
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)

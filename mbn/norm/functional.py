@@ -46,10 +46,26 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(statistics_dtype(x.dtype))
     if has_native_kernels(x) and not (torch.is_grad_enabled() and x.requires_grad):
         return torch.batch_norm_update_stats(x, None, None, 0.0)
-    dims = [0, *range(2, x.dim())]
-    mu = x.mean(dims)
-    s2 = (x - per_channel(mu, x)).square().mean(dims)
-    return mu, s2
+    return _Moments.apply(x)
+
+
+class _Moments(torch.autograd.Function):
+    """mu_B and s2_B in one pass over x; backward dx = dmu / n + (x - mu) ds2 2 / n, in one pass too.
+
+    Left to itself autograd also differentiates s2 through mu, a sum over x that is exactly zero.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        s2, mu = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        ctx.save_for_backward(x, mu)
+        return mu, s2
+
+    @staticmethod
+    def backward(ctx, dmu, ds2):
+        x, mu = ctx.saved_tensors
+        n = values_per_channel(x)
+        return per_channel(dmu / n, x) + (x - per_channel(mu, x)) * per_channel(ds2 * (2 / n), x)
 
 
 def values_per_channel(x: Tensor) -> int:

@@ -47,7 +47,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     State (in the state dict): `memory_mean`, `memory_var` (k, C) and `memory_count` (k,), row a holding the batch of
     age a and a count of 0 marking a row that is still empty; their pool `running_mean`, `running_var` (C,), which
-    evaluation uses, and its weight `memory_weight` () = sum eta**a n.
+    evaluation uses, and its weight `memory_weight` (1,) = sum eta**a n (state dicts with shape () load too).
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
@@ -73,6 +73,10 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     memory_count: Tensor
     memory_weight: Tensor
     lam_tensor: Tensor
+    # What a forward leaves for `Together`: the batch's mean, biased variance and number of values, 0 for none.
+    noted_mean: Tensor
+    noted_var: Tensor
+    noted_count: int
 
     def __init__(
         self,
@@ -99,10 +103,12 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         self.register_buffer("memory_mean", torch.zeros(memory, num_features))
         self.register_buffer("memory_var", torch.zeros(memory, num_features))
         self.register_buffer("memory_count", torch.zeros(memory))
-        self.register_buffer("memory_weight", torch.zeros(()))
+        # Not of shape (): torch 2.11 drops what a compiled function writes into a float64 scalar on the CPU.
+        self.register_buffer("memory_weight", torch.zeros(1))
         # A tensor, so that a compiled or captured iteration sees a new lambda without being made again.
         self.register_buffer("lam_tensor", torch.zeros(()), persistent=False)
         self.lam = lam
+        self.noted_count = 0
 
     @property
     def lam(self) -> float:
@@ -124,7 +130,9 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
         weight, bias = self._affine(x)
-        m, v, W = snapshot(self.running_mean, self.running_var, self.lam_tensor * self.memory_weight)
+        m, v, W = self.running_mean, self.running_var, self.lam_tensor * self.memory_weight
+        if remember and not self.together:  # then this forward overwrites them
+            m, v, W = snapshot(m, v, W)
         if self.gradient == "paper":
             y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
         else:
@@ -141,7 +149,15 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     @torch.no_grad()
     def remember(self, mu: Tensor, s2: Tensor, n: int) -> None:
-        """Enter one batch's mean and biased variance (C,) over n values as age 0; the oldest entry leaves."""
+        """Enter one batch's mean and biased variance (C,) over n values as age 0; the oldest entry leaves.
+
+        Together with other layers it is only noted here, and `Together.enter` does the rest.
+        """
+        if self.together:
+            self.noted_mean.copy_(mu)
+            self.noted_var.copy_(s2)
+            self.noted_count = n
+            return
         dtype = self.memory_mean.dtype
         self.memory_mean.copy_(torch.cat([mu.to(dtype)[None], self.memory_mean[:-1]]))
         self.memory_var.copy_(torch.cat([s2.to(dtype)[None], self.memory_var[:-1]]))
@@ -179,6 +195,9 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
             for name in ("memory_mean", "memory_var", "memory_count", "memory_weight"):
                 state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
             state_dict.pop(prefix + "num_batches_tracked", None)
+        weight = state_dict.get(prefix + "memory_weight")
+        if weight is not None:  # of shape () in older state dicts
+            state_dict[prefix + "memory_weight"] = weight.reshape(self.memory_weight.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

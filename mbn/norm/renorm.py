@@ -67,8 +67,7 @@ class _BatchRenorm(BatchStatisticsNorm):
 
     def set_bounds(self, r_max: float, d_max: float) -> None:
         """Set r_max >= 1 and d_max >= 0."""
-        if not (r_max >= 1 and d_max >= 0):
-            raise ValueError(f"r_max must be at least 1 and d_max at least 0, not {r_max!r} and {d_max!r}")
+        _check_bounds(r_max, d_max)
         self.r_max, self.d_max = float(r_max), float(d_max)
         self.bounds[0].fill_(self.r_max)
         self.bounds[1].fill_(self.d_max)
@@ -91,7 +90,9 @@ class _BatchRenorm(BatchStatisticsNorm):
         with torch.no_grad():
             mu, s2 = batch_moments(x)
             sigma = (s2 + self.eps).sqrt()
-            r, d = snapshot(*self._correction(mu, sigma))
+            r, d = self._correction(mu, sigma)
+            if remember:  # then this forward overwrites what they are made of
+                r, d = snapshot(r, d)
         y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
         if remember:
             self.remember(mu, sigma)
@@ -103,7 +104,8 @@ class _BatchRenorm(BatchStatisticsNorm):
         first = self.num_batches_tracked == 0
         for average, value in ((self.running_mean, mu), (self.running_std, sigma)):
             average.copy_(torch.where(first, value, average + self.momentum * (value - average)))
-        self.num_batches_tracked.add_(1)
+        if not self.together:
+            self.num_batches_tracked.add_(1)
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         # The shared evaluation adds eps to a variance; sigma already has it inside.
@@ -147,8 +149,17 @@ class BatchRenorm3d(_BatchRenorm):
     input_dims = (5,)
 
 
+def _check_bounds(r_max: float, d_max: float) -> None:
+    if not (r_max >= 1 and d_max >= 0):
+        raise ValueError(f"r_max must be at least 1 and d_max at least 0, not {r_max!r} and {d_max!r}")
+
+
 def set_renorm(module: nn.Module, r_max: float, d_max: float) -> None:
     """Set r_max >= 1 and d_max >= 0 of every BatchRenorm inside module. ValueError outside these."""
-    for layer in norm_layers(module):
-        if isinstance(layer, _BatchRenorm):
-            layer.set_bounds(r_max, d_max)
+    _check_bounds(r_max, d_max)
+    layers = [layer for layer in norm_layers(module) if isinstance(layer, _BatchRenorm)]
+    for layer in layers:
+        layer.r_max, layer.d_max = float(r_max), float(d_max)
+    if layers:  # all in one go: the schedule changes them at every iteration
+        bounds = [layer.bounds for layer in layers]
+        torch._foreach_copy_(bounds, [bounds[0].new_tensor([r_max, d_max])] * len(bounds))

@@ -1,0 +1,95 @@
+"""The layers of one network side by side, so that all of them take in a batch at once."""
+
+import torch
+from torch import Tensor
+
+from .base import BatchStatisticsNorm
+from .batch import _BatchNorm
+from .memorized import _MemorizedBatchNorm
+from .renorm import _BatchRenorm
+
+
+class Together:
+    """Finishes for all layers at once what each of them would do on its own after it has remembered a batch.
+
+    A layer that is handed over only notes its batch; `enter`, called once after the forward that remembers, takes the
+    notes into the memories (some twenty operations for a network instead of as many for a layer, with the same bits)
+    and counts the batch. The layers' state dict stays what it is: their buffers become views of the shared tensors.
+    Casting a layer or moving it to another device ends this for the layer, which then enters on its own again; make a
+    new Together then.
+
+    layers: those whose forward remembers, each once. Errors: RuntimeError from `enter` where a layer was moved, or its
+    forward did not run since the last call.
+    """
+
+    def __init__(self, layers: list[BatchStatisticsNorm]) -> None:
+        self.layers = layers
+        alike: dict[object, list[_MemorizedBatchNorm]] = {}
+        for layer in layers:
+            layer.together = True
+            if isinstance(layer, _MemorizedBatchNorm):
+                key = (layer.memory, layer.decay, layer.memory_mean.device, layer.memory_mean.dtype)
+                alike.setdefault(key, []).append(layer)
+        self.memories = [Memories(group) for group in alike.values()]
+        self.counters = [x.num_batches_tracked for x in layers if isinstance(x, _BatchNorm | _BatchRenorm)]
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Take the batch that every layer has noted into all memories and counters."""
+        if not all(layer.together for layer in self.layers):
+            raise RuntimeError("a layer was moved or cast since its Together was made: make a new one")
+        for memories in self.memories:
+            memories.enter()
+        if self.counters:
+            torch._foreach_add_(self.counters, 1)
+
+
+class Memories:
+    """What MemorizedBatchNorm layers of one memory size k and one decay remember, in shared tensors.
+
+    mean, var (k, sum of C) and count (k, L) hold the entries of all L layers; m, v (sum of C) and w (L,) their pools.
+    """
+
+    def __init__(self, layers: list[_MemorizedBatchNorm]) -> None:
+        self.layers = layers
+        widths = [layer.num_features for layer in layers]
+        self.mean = torch.cat([layer.memory_mean for layer in layers], 1)
+        self.var = torch.cat([layer.memory_var for layer in layers], 1)
+        self.count = torch.stack([layer.memory_count for layer in layers], 1)
+        self.m = torch.cat([layer.running_mean for layer in layers])
+        self.v = torch.cat([layer.running_var for layer in layers])
+        self.w = torch.cat([layer.memory_weight for layer in layers])
+        for i, (layer, mean, var, m, v) in enumerate(
+            zip(layers, *(t.split(widths, -1) for t in (self.mean, self.var, self.m, self.v)), strict=True)
+        ):
+            layer.memory_mean, layer.memory_var, layer.memory_count = mean, var, self.count[:, i]
+            layer.running_mean, layer.running_var, layer.memory_weight = m, v, self.w[i : i + 1]
+            # Tensors of their own: a compiled forward writes them, and must not meet inputs that share storage.
+            layer.noted_mean, layer.noted_var = torch.zeros_like(m), torch.zeros_like(v)
+        device, dtype = self.mean.device, self.mean.dtype
+        # The layer that each channel belongs to, and eta**a.
+        self.owner = torch.arange(len(layers), device=device).repeat_interleave(torch.tensor(widths, device=device))
+        self.share = (layers[0].decay ** torch.arange(layers[0].memory, device=device, dtype=dtype))[:, None]
+        self.counts: dict[tuple[int, ...], Tensor] = {}
+
+    def enter(self) -> None:
+        """Take in what the layers have noted as the entry of age 0; the oldest entries leave."""
+        n = tuple(layer.noted_count for layer in self.layers)
+        if 0 in n:
+            raise RuntimeError("a layer noted nothing since the last batch was entered: its forward did not run")
+        for layer in self.layers:
+            layer.noted_count = 0
+        if n not in self.counts:  # on the device, made once for each size of batch
+            self.counts[n] = torch.tensor(n, device=self.count.device, dtype=self.count.dtype)
+        for memory, new in (
+            (self.mean, torch.cat([layer.noted_mean for layer in self.layers])),
+            (self.var, torch.cat([layer.noted_var for layer in self.layers])),
+            (self.count, self.counts[n]),
+        ):
+            memory.copy_(torch.cat([new[None], memory[:-1]]))
+        # `functional.pool`, for all layers.
+        weight = self.share * self.count
+        torch.sum(weight, 0, out=self.w)
+        share = (weight / self.w)[:, self.owner]
+        torch.sum(share * self.mean, 0, out=self.m)
+        torch.sum(share * ((self.mean - self.m).square() + self.var), 0, out=self.v)

@@ -1,0 +1,70 @@
+"""A CUDA graph's stand-in on the CPU: the operations of a function, done again on the very same tensors."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mbn import graph
+
+
+class Tape(TorchDispatchMode):
+    """Notes every operation with its tensors; `play` does them again, each result put where the first one lies.
+
+    As with a CUDA graph no Python runs again: what the function took from the host (a number, a new tensor's contents)
+    is what it was.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def play(self):
+        with torch.no_grad():
+            for function, args, kwargs, result in self.operations:
+                again = function(*args, **kwargs)
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.numel() and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+def record(function):
+    """In the place of `mbn.graph.record`. Recording does nothing: here what it did is put back."""
+    before = {}
+
+    class Kept(Tape):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, torch.Tensor) and id(tensor) not in made:
+                    before.setdefault(id(tensor), (tensor, tensor.clone()))
+            result = super().__torch_dispatch__(function, types, args, kwargs)
+            made.update(id(t) for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    made = set()
+    tape = Kept()
+    with tape:
+        function()
+    with torch.no_grad():
+        for tensor, value in reversed(before.values()):  # the first seen last: some are views of others
+            tensor.copy_(value)
+    return tape.play
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Graphs on the CPU: the number of recordings so far in a list's length."""
+    recordings = []
+
+    def counted(function):
+        recordings.append(function)
+        return record(function)
+
+    monkeypatch.setattr(graph, "record", counted)
+    monkeypatch.setattr(graph, "supported", lambda device: True)
+    return recordings

@@ -1,0 +1,256 @@
+"""Recorded iterations: equal to eager ones to the bit, with the CPU's stand-in for CUDA graphs."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from tape import record, recording  # noqa: F401
+from test_update import METHODS, batch, prepare, state
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mbn import graph
+from mbn.layers import bn, brn, gn, mbn, normprop
+from mbn.norm import memorized
+from mbn.norm.base import norm_layers, second_forward
+from mbn.norm.memorized import set_lambda
+from mbn.norm.renorm import _BatchRenorm, set_renorm
+from mbn.update import Update
+
+ITERATIONS = 40
+ALL = METHODS | {"bn 1 of 2": (bn(1), 1), "gn": (gn(1, groups=2, channels=1), 1)}
+
+
+def batches(dtype, sizes=(8, 3)):
+    """Every seventh is smaller, as an epoch's last one is."""
+    return [batch(sizes[0] if t % 7 != 5 else sizes[1], dtype) for t in range(ITERATIONS)]
+
+
+def train(layers, forwards, mode, dtype, given):
+    """A network trained on batches, with a learning rate, a lambda and bounds that change at every third."""
+    torch.manual_seed(0)
+    model, lr, update = prepare(layers, forwards, mode, dtype, batch_size=8)
+    for t, (images, labels) in enumerate(given):
+        phase = 3 * t // len(given)
+        lr.fill_([0.05, 0.02, 0.01][phase])
+        set_lambda(model, [0.1, 0.5, 0.9][phase])
+        set_renorm(model, [1.0, 2.0, 3.0][phase] + t / 100, [0.0, 0.5, 5.0][phase])
+        update(images, labels)
+    return update, (state(model), update.optimizer.state_dict()["state"], update.drain(), update.watch.norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("method", ALL)
+def test_recorded_iterations_are_eager_ones_to_the_bit(method, dtype, recording):  # noqa: F811
+    layers, forwards = ALL[method]
+    given = batches(dtype)
+    _, eager = train(layers, forwards, "eager", dtype, given)
+    assert not recording
+    _, played = train(layers, forwards, "graph-eager", dtype, given)
+    assert len(recording) == 2  # one for each size of batch
+    torch.testing.assert_close(played, eager, rtol=0, atol=0)
+
+
+def test_unit_rows_are_projected_in_the_recording_too(recording):  # noqa: F811
+    class Unit(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = normprop(1)
+            self.conv, self.act = layers.conv(3, 4, 3), layers.act()
+            self.fc = torch.nn.Linear(4, 10)
+
+        def forward(self, x):
+            return self.fc(self.act(self.conv(x)).mean((2, 3)))
+
+    results = []
+    given = batches(torch.float64)
+    for mode in ("eager", "graph-eager"):
+        torch.manual_seed(0)
+        model = Unit().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.05), momentum=0.9, fused=True)
+        update = Update(model, optimizer, 1, mode, "fp32", torch.device("cpu"), 8)
+        for images, labels in given:
+            update(images, labels)
+        results.append(state(model))
+    assert recording
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+# What the host decides is decided once: the stand-in must show it, as a GPU would.
+
+
+def plant(monkeypatch, fault):
+    """Put a value of the host's where a tensor should be."""
+    if fault == "learning rate":
+        original = Update._iterate
+
+        def iterate(self, images, labels):
+            kept = self.optimizer.param_groups[0]["lr"]
+            self.optimizer.param_groups[0]["lr"] = float(kept)
+            original(self, images, labels)
+            self.optimizer.param_groups[0]["lr"] = kept
+
+        monkeypatch.setattr(Update, "_iterate", iterate)
+    elif fault == "lambda":
+        original = memorized.memorized_batch_norm
+
+        def normalise(x, m, v, W, *rest):
+            return original(x, m, v, torch.full_like(W, W.item()), *rest)
+
+        monkeypatch.setattr(memorized, "memorized_batch_norm", normalise)
+    elif fault == "labels":
+        original = Update._first
+        monkeypatch.setattr(
+            Update, "_first", lambda self, images, labels: original(self, images, torch.tensor(labels.tolist()))
+        )
+    elif fault == "bounds":
+        original = _BatchRenorm._correction
+
+        def correction(self, mu, sigma):
+            kept, self.bounds = self.bounds, torch.tensor([self.r_max, self.d_max], dtype=mu.dtype)
+            r_and_d = original(self, mu, sigma)
+            self.bounds = kept
+            return r_and_d
+
+        monkeypatch.setattr(_BatchRenorm, "_correction", correction)
+
+
+@pytest.mark.parametrize("fault", ["none", "learning rate", "lambda", "labels", "bounds"])
+def test_a_value_taken_from_the_host_is_found_out(fault, monkeypatch, recording):  # noqa: F811
+    plant(monkeypatch, fault)
+    given = batches(torch.float64)
+    layers = brn(2) if fault == "bounds" else mbn(2, 0.1, memory=3)
+    _, eager = train(layers, 2, "eager", torch.float64, given)
+    _, played = train(layers, 2, "graph-eager", torch.float64, given)
+    equal = all(torch.equal(eager[0][key], played[0][key]) for key in eager[0])
+    assert equal == (fault == "none")
+
+
+# The order of things.
+
+
+def test_the_first_three_iterations_of_a_size_run_as_they_are_and_train(recording):  # noqa: F811
+    model, _, update = prepare(mbn(2, 0.1), 2, "graph-eager")
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    weights = []
+    for t in range(6):
+        update(*batch())
+        weights.append(model.conv1.weight.detach().clone())
+        assert len(recording) == (t >= 3)
+    assert len(runs) == 2 * (3 + 1)  # as they are, and once to record
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
+    update(*batch(3))
+    assert len(runs) == 2 * 5
+    assert len(recording) == 1
+
+
+def test_a_batch_that_is_changed_after_the_call_does_not_matter(recording):  # noqa: F811
+    """The iteration works on its own copy, so that the images may lie anywhere."""
+    results = []
+    for spoil in (False, True):
+        torch.manual_seed(0)
+        model, _, update = prepare(bn(1), 1, "graph-eager")
+        for _ in range(6):
+            images, labels = batch()
+            update(images, labels)
+            if spoil:
+                images.zero_()
+        results.append(state(model))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypatch, capsys, recording):  # noqa: F811
+    """Half an iteration is recorded before it fails: nothing of it may stay."""
+    given = batches(torch.float64)
+    _, eager = train(mbn(2, 0.1, memory=3), 2, "eager", torch.float64, given)
+
+    def fails(function):
+        def half():
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.optim.SGD, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("no\nnot here")))
+                function()
+
+        return record(half)
+
+    monkeypatch.setattr(graph, "record", fails)
+    update, played = train(mbn(2, 0.1, memory=3), 2, "graph-eager", torch.float64, given)
+    assert update.mode == "eager"
+    assert capsys.readouterr().err == (
+        "warning: iterations cannot be recorded here (RuntimeError: no): training in eager mode.\n"
+    )
+    torch.testing.assert_close(played, eager, rtol=0, atol=0)
+
+
+# All layers together.
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("gradient", ["paper", "batch"])
+def test_memories_entered_together_have_the_bits_of_each_layer_entering_its_own(forwards, dtype, gradient):
+    """With entries of different sizes, and across the moment when the memory is full.
+
+    Widths as networks have them: of fewer channels than a vector of the CPU's the sum has another order.
+    """
+    results = []
+    given = batches(dtype)
+    for together in (True, False):
+        torch.manual_seed(0)
+        layers = mbn(forwards, 0.3, memory=5, decay=0.8, gradient=gradient)
+        model, _, update = prepare(layers, forwards, dtype=dtype, widths=(64, 32))
+        if not together:
+            for layer in norm_layers(model):
+                layer.together = False
+            update.together.enter = lambda: None
+        for images, labels in given:
+            update(images, labels)
+        results.append((state(model), update.drain()))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_the_state_dict_and_a_copy_are_those_of_layers_on_their_own():
+    model, _, update = prepare(mbn(2, 0.3, memory=3), 2)
+    before = {key: (value.shape, value.dtype) for key, value in state(model).items()}
+    update(*batch())
+    model.load_state_dict(state(model))
+    update(*batch())
+    assert {key: (value.shape, value.dtype) for key, value in model.state_dict().items()} == before
+    copied = copy.deepcopy(model)
+    assert not any(layer.together for layer in norm_layers(copied))
+    kept = state(model)
+    second_forward(copied, batch()[0])
+    assert all((layer.memory_count > 0).all() for layer in norm_layers(copied))
+    torch.testing.assert_close(state(model), kept, rtol=0, atol=0)
+
+
+def test_a_layer_that_was_moved_or_has_not_run_is_an_error():
+    model, _, update = prepare(mbn(2, 0.3, memory=3), 2)
+    with pytest.raises(RuntimeError, match="did not run"):
+        update.together.enter()
+    model.float()
+    with pytest.raises(RuntimeError, match="moved or cast"):
+        update.together.enter()
+
+
+def test_a_batch_enters_all_memories_with_22_operations():
+    """Launches on a GPU: as many as one layer on its own would take."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    for memory in (3, 20):
+        model, _, update = prepare(mbn(2, 0.1, memory=memory), 2)
+        update(*batch())
+        for layer in norm_layers(model):
+            layer.noted_count = 1
+        update.together.enter()
+        for layer in norm_layers(model):
+            layer.noted_count = 1
+        with Count() as count:
+            update.together.enter()
+        assert count.calls <= 22
