@@ -3,6 +3,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 # This checkout's own code, whatever is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -17,6 +18,7 @@ HELP = """Train one network and write its record.
   python train.py dataset=cifar10 model=resnet56 norm=mbn     the paper's run
   python train.py experiment=quickstart                       two minutes on a CPU, no download
   python train.py -m norm=bn,mbn seed=0,1,2                   a sweep, one run after another
+  python train.py -m seed=0,1,2,3 machine.together=4          on a GPU: four at a time
 
 The same command again resumes an unfinished run, and shows the result of a finished one.
 
@@ -60,7 +62,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run(config: configuration.Config) -> None:
+def run(config: configuration.Config, stop: Any = None, load: Any = None) -> None:
+    """Train, or show what is trained already. stop, load: of a run in a thread, as `mbn.trainer.train` takes them."""
     from mbn import record
 
     path = record.path_of(Path(config.machine.results), configuration.run_name(config))
@@ -86,14 +89,17 @@ def run(config: configuration.Config) -> None:
         from mbn.trainer import train
 
         print(f"{configuration.run_name(config)}: {configuration.iterations(config)} iterations", flush=True)
-        result = train(config, build)
+        result = train(config, build, stop, load)
         print(record.summary(result))
     print(f"record: {path}\ncurves: tensorboard --logdir {runs}")
 
 
 def sweep(overrides: list[str]) -> int:
     """Run after run, all of them checked before the first begins; one that fails does not stop the rest."""
-    configs = [configuration.load(line) for line in configuration.sweep(overrides)]
+    lines = configuration.sweep(overrides)
+    configs = [configuration.load(line) for line in lines]
+    if configs[0].machine.together > 1:
+        return sweep_together(lines, configs)
     code = 0
     for config in configs:
         try:
@@ -104,6 +110,36 @@ def sweep(overrides: list[str]) -> int:
             print(f"error: {configuration.run_name(config)}: {error}", file=sys.stderr)
             code = 1
     return code
+
+
+def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) -> int:
+    """Several runs at a time in this process: those of a sweep that can be; others one after another before them."""
+    from mbn import plan
+    from mbn.lanes import Lanes, check_alike, fits
+    from mbn.launch import Pool
+
+    together = configs[0].machine.together
+    if any(config.machine.again for config in configs):
+        raise UserError("machine.again=true trains one run after another: leave machine.together out.", code=2)
+    check_alike(configs)
+    results = Path(configs[0].machine.results)
+    runs: list[plan.Run] = []
+    alone: list[plan.Run] = []
+    for line, config in zip(lines, configs, strict=True):
+        member = plan.Run(configuration.run_name(config), config, tuple(line))
+        (alone if member.finished(results) or not fits(config) else runs).append(member)
+    for member in alone:
+        run(member.config)
+    if not runs:
+        return 0
+    with Lanes(run, lambda member: member.config, together) as lanes:
+        outcome = Pool(runs, results, together, lanes, [plan.work(member.config) for member in runs]).work()
+    for name, reason in outcome.failed.items():
+        print(f"error: {name}: {reason}", file=sys.stderr)
+    if outcome.left:
+        left = len(outcome.left)
+        print(f"error: stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)
+    return outcome.code if outcome.code is not None else 1 if outcome.failed else 0
 
 
 def choices() -> str:

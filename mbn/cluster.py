@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .errors import UserError
-from .launch import Child
+from .launch import Process
 from .plan import Run
 
 # Minutes: no limit on this machine.
@@ -88,25 +88,26 @@ def _submitit() -> Any:
 class Local:
     """Starts runs as jobs of submitit's own executor on this machine; takes the place of `launch.start_process`."""
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: Path, command: Callable[[Run], Sequence[str]]) -> None:
+        self.command = command
         self.executor = _submitit().LocalExecutor(results / "runs" / "jobs")
         self.executor.update_parameters(timeout_min=FOREVER, signal_delay_s=0)
 
-    def __call__(self, run: Run, command: Sequence[str], results: Path) -> "LocalChild":
+    def __call__(self, run: Run, results: Path) -> "LocalChild":
         log = run.folder(results) / "log.txt"
         # Its processes are in our session: Ctrl-C must not come to them but by way of us.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            return LocalChild(run, log, self.executor.submit(Job(command, str(log), local=True)))
+            return LocalChild(run, log, self.executor.submit(Job(self.command(run), str(log), local=True)))
         finally:
             signal.signal(signal.SIGINT, before)
 
 
-class LocalChild(Child):
+class LocalChild(Process):
     """A job; what it is told comes to train.py by way of submitit's two processes."""
 
     def __init__(self, run: Run, log: Path, job: Any) -> None:
-        super().__init__(run, job._process, log)
+        super().__init__(run, log, job._process)
         self.job = job
 
     def code(self) -> int | None:

@@ -1,5 +1,6 @@
 """Data sets on the device as uint8, and their augmentation, a batch at a time."""
 
+import copy
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +172,12 @@ class DeviceDataset:
         self.config = config
         self.seed = seed
         self.device = device
+
+    def with_seed(self, seed: int) -> "DeviceDataset":
+        """The same images, for another run."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def start_epoch(self, epoch: int) -> None:
         n = len(self.train_labels)

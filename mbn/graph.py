@@ -13,7 +13,7 @@ from torch import Tensor
 one_at_a_time = threading.RLock()
 
 
-def record(function: Callable[[], None]) -> Callable[[], None]:
+def record(function: Callable[[], object]) -> Callable[[], None]:
     """What function does on the GPU, as a CUDA graph: nothing is done now, and the same at each call of the result.
 
     Must be called on a stream of one's own (`own_stream`). Errors: whatever CUDA or torch object to.

@@ -51,6 +51,10 @@ LAYOUT = {
 }
 
 
+# The process has one hook for its threads' exceptions, and runs in threads take turns at it.
+_one_hook = threading.RLock()
+
+
 class Journal:
     """Rows of numbers: `kind` is "train" within an epoch and "epoch" at the end of one, `images` the axis.
 
@@ -132,19 +136,20 @@ class Journal:
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
         """Turn a failed write of TensorBoard's into a UserError; its thread's own traceback is not shown."""
-        show = threading.excepthook
+        with _one_hook:
+            show = threading.excepthook
 
-        def hook(args: threading.ExceptHookArgs) -> None:
-            if not isinstance(args.exc_value, OSError):
-                show(args)
+            def hook(args: threading.ExceptHookArgs) -> None:
+                if not isinstance(args.exc_value, OSError):
+                    show(args)
 
-        threading.excepthook = hook
-        try:
-            yield
-        except OSError as error:
-            raise cannot_write(error.filename or self.folder / "events.out.tfevents", error) from None
-        finally:
-            threading.excepthook = show
+            threading.excepthook = hook
+            try:
+                yield
+            except OSError as error:
+                raise cannot_write(error.filename or self.folder / "events.out.tfevents", error) from None
+            finally:
+                threading.excepthook = show
 
     def _show(self, row: dict[str, Any]) -> None:
         for key, tag in TAGS.items():

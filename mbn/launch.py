@@ -1,4 +1,4 @@
-"""Runs side by side, each a `train.py` of its own, that can be stopped together and go on later."""
+"""Runs side by side that can be stopped together and go on later, each a `train.py` of its own or a thread."""
 
 import contextlib
 import json
@@ -63,25 +63,50 @@ class Outcome:
 
 @dataclass
 class Child:
+    """A run that is being trained, in whatever form; told: it was asked to stop."""
+
     run: Run
-    process: subprocess.Popen[bytes]
     log: Path
-    told: bool = False
+    told: bool = field(default=False, init=False)
 
     def code(self) -> int | None:
         """The exit code of train.py, None while it runs."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Ask it to save and exit."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """Return when it has ended."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End it at once, with all that it started."""
+        raise NotImplementedError
+
+
+@dataclass
+class Process(Child):
+    """A `train.py` of its own."""
+
+    process: subprocess.Popen[bytes]
+
+    def code(self) -> int | None:
         return self.process.poll()
 
     def stop(self) -> None:
-        """Ask it once to save and exit: a second signal would end it without."""
+        """Ask it once: a second signal would end it without saving."""
         if not self.told:
             self.told = True
             with contextlib.suppress(ProcessLookupError):
                 # To the process, not its group: workers that read images must live until it has saved.
                 self.process.send_signal(signal.SIGTERM)
 
+    def wait(self) -> None:
+        self.process.wait()
+
     def kill(self) -> None:
-        """End it with all that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -89,8 +114,9 @@ class Child:
 class Pool:
     """Trains runs, `jobs` at a time, in their order.
 
-    command: the command line of a run. weights: each run's share of the whole, for the bar.
-    budget: seconds after which nothing runs any more, or None. start: how a command line becomes a child.
+    start: starts a run, given the results folder. weights: each run's share of the whole, for the bar.
+    budget: seconds after which nothing runs any more, or None. margin: seconds before that at which runs are stopped at
+    most, for the iteration under way, an evaluation, and the checkpoint.
     """
 
     def __init__(
@@ -98,21 +124,19 @@ class Pool:
         runs: Sequence[Run],
         results: Path,
         jobs: int,
-        command: Callable[[Run], list[str]],
+        start: Callable[[Run, Path], Child],
         weights: Sequence[float],
         budget: float | None = None,
-        start: Callable[[Run, Sequence[str], Path], Child] | None = None,
+        margin: float = 60.0,
     ) -> None:
-        self.start = start or start_process
-        self.results, self.jobs, self.command = results, jobs, command
+        self.results, self.jobs, self.start = results, jobs, start
         self.queue = deque(runs)
         self.elsewhere: list[Run] = []  # held by another process
         self.children: list[Child] = []
         self.outcome = Outcome()
         self.weights = {run.name: weight for run, weight in zip(runs, weights, strict=True)}
         self.deadline = None if budget is None else time.monotonic() + budget
-        # For the iteration under way, an evaluation, and the checkpoint.
-        self.margin = min(60.0, max(5.0, (budget or 0.0) / 10))
+        self.margin = min(margin, max(5.0, (budget or 0.0) / 10))
         self.waiting_told = False
 
     def work(self) -> Outcome:
@@ -135,13 +159,14 @@ class Pool:
                 for child in self.children:
                     child.stop()
                 for child in self.children:
-                    child.process.wait()
+                    child.wait()
             self.outcome.code = stop.code
         self.outcome.left += [run.name for run in (*self.elsewhere, *self.queue)]
         return self.outcome
 
     def kill(self) -> None:
-        for child in self.children:
+        # Processes first: a thread takes this process, and the rest of the list, with it.
+        for child in sorted(self.children, key=lambda c: not isinstance(c, Process)):
             child.kill()
 
     def _step(self, stop: Stop) -> bool:
@@ -183,7 +208,7 @@ class Pool:
             elif run.finished(self.results):  # by another process, since the start
                 self._finished(run, " (by another process)")
             else:
-                self.children.append(self.start(run, self.command(run), self.results))
+                self.children.append(self.start(run, self.results))
         if self.elsewhere and not self.children and not self.queue and not self.waiting_told:
             self.waiting_told = True
             self._say(f"waiting for {len(self.elsewhere)} that other processes train")
@@ -234,8 +259,8 @@ class Pool:
         return min(1.0, reached(run.folder(self.results) / "metrics.jsonl") / iterations(run.config))
 
 
-def start_process(run: Run, command: Sequence[str], results: Path) -> Child:
-    """Start a run with its output in log.txt of its folder. Errors: UserError."""
+def start_process(run: Run, command: Sequence[str], results: Path) -> Process:
+    """Start a run's command line with its output in log.txt of its folder. Errors: UserError."""
     log = run.folder(results) / "log.txt"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +271,7 @@ def start_process(run: Run, command: Sequence[str], results: Path) -> Child:
             )
     except OSError as error:
         raise UserError(f"cannot start {run.name} with its log in {log} ({error.strerror}).") from None
-    return Child(run, process, log)
+    return Process(run, log, process)
 
 
 def last_line(log: Path) -> str:

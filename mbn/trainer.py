@@ -43,19 +43,22 @@ SAVES_APART = 10.0
 
 
 def train(
-    config: Config, build: Callable[[Layers], nn.Module], stop: Told | None = None, data: Data | None = None
+    config: Config,
+    build: Callable[[Layers], nn.Module],
+    stop: Told | None = None,
+    load: Callable[[Config, torch.device], Data] | None = None,
 ) -> dict[str, Any]:
     """Train the run that config describes, from its last checkpoint if there is one, and return its record.
 
-    build: makes the network from its layers. stop: what tells it to stop; None is this process's signals. data: None
-    opens the configured data set. For threads side by side, which cannot answer signals, and share their images.
+    build: makes the network from its layers. For threads side by side, which cannot answer signals and share their
+    images, stop: what tells it to stop (None: this process's signals), and load: what opens its data set.
 
     Errors: UserError, with code 75 or 130 when a signal stopped the run; the same call goes on from where it was.
     """
     folder = Path(config.machine.results) / "runs" / run_name(config)
     with lock(folder / "lock"), _memory_is_enough(config):
         with one_at_a_time:  # seeds and generators are the process's
-            run = Run(config, build, folder, data)
+            run = Run(config, build, folder, load)
         for path in (*(folder / name for name in WRITTEN), record.path_of(run.results, run.name)):
             remove_partials(path)
         run.open_journal()
@@ -98,7 +101,11 @@ class Run:
     """The state of a run: network, optimiser, data, counters; what a checkpoint holds."""
 
     def __init__(
-        self, config: Config, build: Callable[[Layers], nn.Module], folder: Path, data: Data | None = None
+        self,
+        config: Config,
+        build: Callable[[Layers], nn.Module],
+        folder: Path,
+        open_data: Callable[[Config, torch.device], Data] | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -147,7 +154,7 @@ class Run:
             self._restore(state)
         # Without dropout training draws nothing: threads side by side must not read what others do to the generators.
         self.generators = None if draws(self.model) else self._generators()
-        self.data = load(config, self.device) if data is None else data
+        self.data = (open_data or load)(config, self.device)
         self.journal_lines = state["journal_lines"] if state else 0
 
     def open_journal(self) -> None:
@@ -498,7 +505,8 @@ def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> Non
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, and costs a launch a tensor
+    # Which finds bugs, and costs a launch a tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def choose_threads(wanted: int | None, earlier: int | None) -> int:

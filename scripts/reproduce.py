@@ -6,6 +6,7 @@ python scripts/reproduce.py table4 norm=bn,mbn batch_size=8  some of them
 python scripts/reproduce.py all --seeds 1 --dry-run          only print the commands, and how long they would take
 python scripts/reproduce.py table1 --scale 0.1 --budget 9m   a tenth of the length; stop after 9 minutes, to go on later
 python scripts/reproduce.py table6 --jobs 4 -- machine.data=/data evaluate.precise=true
+python scripts/reproduce.py table4 batch_size=8 --jobs 8     on a GPU: eight at a time, in one process
 python scripts/reproduce.py all --launcher slurm --slurm partition=gpu,time=8:00:00,gpus=1
 python scripts/reproduce.py --import results.tar.gz          take in records that were trained elsewhere
 
@@ -14,17 +15,19 @@ stopped by a signal, and 130 by Ctrl-C, after which the same command goes on.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
-from mbn.config import REPOSITORY, Config, ConfigError, cores
+from mbn.config import REPOSITORY, Config, ConfigError, cores, load
 from mbn.errors import UserError
 from mbn.gather import gather
 from mbn.plan import Estimate, Run, check_settings, duration, runs, work
@@ -86,6 +89,11 @@ def parser() -> Parser:
     p.add_argument("--scale", type=_scale, default=1.0, metavar="X", help="0.1: at a tenth of the length")
     p.add_argument(
         "--jobs", type=_jobs, default="auto", metavar="N", help="side by side; auto: 1 on CUDA, else one a core"
+    )
+    p.add_argument(
+        "--lanes",
+        action=argparse.BooleanOptionalAction,
+        help="train side by side in threads of one process instead of processes (default: on CUDA)",
     )
     p.add_argument("--budget", type=_seconds, metavar="9m", help="stop in time, saved, to go on later: s, m, h")
     p.add_argument("--launcher", choices=("slurm", "local"), help="hand the runs to a cluster by way of submitit")
@@ -187,16 +195,39 @@ def train(
     """Train the runs side by side on this machine."""
     from mbn.launch import Pool
 
-    start = None
-    if options.launcher == "local":
-        from mbn.cluster import Local
-
-        start = Local(results)
     seconds = [estimate.seconds(run.config) for run in missing]
     known = [s for s in seconds if s is not None]
     weights = known if len(known) == len(missing) else [work(run.config) for run in missing]
-    pool = Pool(missing, results, jobs, lambda run: command(run, settings), weights, options.budget, start)
-    return report(pool.work(), results, options.budget)
+    config = check_settings(missing[0], settings)
+    margin = 15.0 if _accelerated(config) else 60.0
+    with starter(settings, results, jobs, _accelerated(config), options) as start:
+        outcome = Pool(missing, results, jobs, start, weights, options.budget, margin).work()
+    return report(outcome, results, options.budget)
+
+
+@contextlib.contextmanager
+def starter(
+    settings: list[str], results: Path, jobs: int, accelerated: bool, options: argparse.Namespace
+) -> Iterator[Callable[[Run, Path], Any]]:
+    """What starts a run: as a process, a job of submitit's, or a thread of this process."""
+    from mbn.launch import start_process
+
+    def process(run: Run, results: Path) -> Any:
+        return start_process(run, command(run, settings), results)
+
+    in_lanes = options.lanes if options.lanes is not None else accelerated
+    if options.launcher == "local":
+        from mbn.cluster import Local
+
+        yield Local(results, lambda run: command(run, settings))
+    elif in_lanes and jobs > 1:
+        import train as script
+        from mbn.lanes import Lanes, fits
+
+        with Lanes(script.run, lambda run: load([*run.overrides, *settings]), jobs) as lanes:
+            yield lambda run, results: lanes(run, results) if fits(run.config) else process(run, results)
+    else:
+        yield process
 
 
 def command(run: Run, settings: list[str]) -> list[str]:

@@ -1,0 +1,220 @@
+"""Several trainings in one process: each as a process of its own would have trained it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import running
+import torch
+from running import TINY, Run, assert_same_run, run_here
+from tape import recording  # noqa: F401
+from torch import nn
+
+import models
+from mbn import lanes
+from mbn.config import REPOSITORY
+from mbn.update import Update
+
+
+class Still(nn.Module):
+    """A tiny network that draws nothing while it trains."""
+
+    def __init__(self, layers, classes):
+        super().__init__()
+        self.conv, self.norm, self.act = layers.conv(3, 8, 4, stride=4, bias=False), layers.norm(8), layers.act()
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.fc(self.act(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def build(*, layers, classes, **_):
+    return Still(layers, classes)
+
+
+LONGER = ("schedule.iterations=20",)
+NORMS = ("norm=bn", "norm=mbn", "norm=mbn norm.gradient=batch", "norm=brn", "norm=gn")
+
+
+@pytest.fixture
+def here(capsys, monkeypatch, tmp_path):
+    """A function that runs `train.py` with TINY and more, in this process."""
+    monkeypatch.setattr(running, "build_tiny", build)
+
+    def call(*more, folder="lanes"):
+        return run_here(capsys, monkeypatch, *TINY, *LONGER, f"machine.results={tmp_path / folder}", *more)
+
+    return call
+
+
+@pytest.fixture
+def left(tmp_path):
+    return lambda *more, folder="lanes": Run(tmp_path / folder, [*TINY, *LONGER, *more])
+
+
+def after(monkeypatch, iterations, action, name=""):
+    """Have an action done in one lane after so many iterations of it."""
+    original = Update.__call__
+    counts = {}
+
+    def call(self, images, labels):
+        original(self, images, labels)
+        lane = threading.current_thread().name
+        counts[lane] = counts.get(lane, 0) + 1
+        if name in lane and counts[lane] == iterations:
+            action()
+
+    monkeypatch.setattr(Update, "__call__", call)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph-eager"])
+@pytest.mark.parametrize("norms", [("norm=bn,mbn,brn,gn", "seed=0"), ("norm=mbn", "seed=0,1,2,3,4")], ids=" ".join)
+def test_lanes_leave_what_processes_would(here, left, recording, mode, norms):  # noqa: F811
+    done = here("-m", *norms, f"machine.mode={mode}", "machine.together=4")
+    assert (done.code, done.err) == (0, "")
+    assert len(re.findall(r"^digits/\S+: test error", done.out, re.MULTILINE)) == len(norms[0].split(",")) + len(
+        norms[1].split(",")
+    ) - 1
+    for norm in norms[0].removeprefix("norm=").split(","):
+        for seed in norms[1].removeprefix("seed=").split(","):
+            one = (f"norm={norm}", f"seed={seed}", f"machine.mode={mode}", "machine.together=4")
+            alone = here(*one, folder="alone")
+            assert alone.code == 0
+            assert_same_run(left(*one), left(*one, folder="alone"))
+            assert left(*one).record()["mode"] == mode
+            log = (left(*one).folder / "log.txt").read_text()
+            times = re.compile(r"[\d.]+ (images/)?s\b")
+            assert times.sub("", log) == times.sub("", alone.out).replace("/alone/", "/lanes/")
+    assert bool(recording) == (mode == "graph-eager")
+
+
+def test_one_lane_that_diverges_ends_alone(here, left, monkeypatch):
+    def spoil():
+        for update in updates:
+            if update.optimizer.param_groups[0]["lr"].item() > 1:
+                with torch.no_grad():
+                    update.model.fc.bias.fill_(float("nan"))
+
+    updates = []
+    original = Update.__init__
+    monkeypatch.setattr(Update, "__init__", lambda self, *a: updates.append(self) or original(self, *a))
+    after(monkeypatch, 3, spoil)
+    done = here("-m", "schedule.lr=[0.1,0.01,0.001],[9,9,9]", "machine.together=2")
+    assert done.code == 1
+    assert re.search(r"^error: \S+: training diverged: the loss was nan", done.err, re.MULTILINE)
+    assert left("schedule.lr=[0.1,0.01,0.001]").record_path.exists()
+    assert not left("schedule.lr=[9,9,9]").record_path.exists()
+
+
+def test_a_lack_of_memory_ends_one_lane_with_one_sentence(here, left, monkeypatch):
+    def lack():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    after(monkeypatch, 8, lack, name="bn-f1-b256-s1")
+    done = here("-m", "norm=bn", "seed=0,1,2", "machine.together=3")
+    assert done.code == 1
+    assert done.err.count("error:") == 1
+    assert "the device's memory is not enough: try a smaller batch_size than 256, machine.together" in done.err
+    assert [left("norm=bn", f"seed={s}").record_path.exists() for s in (0, 1, 2)] == [True, False, True]
+    monkeypatch.undo()
+
+
+def test_a_signal_stops_all_with_checkpoints_and_the_same_command_goes_on(here, left, monkeypatch):
+    with monkeypatch.context() as patch:
+        after(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM), name="s1")
+        stopped = here("-m", "norm=mbn", "seed=0,1,2", "machine.together=2")
+    assert stopped.code == 75
+    assert "runs are left, and the same command goes on with them" in stopped.err
+    assert 0 < left("norm=mbn", "seed=1").checkpoint()["iteration"] < 20
+    done = here("-m", "norm=mbn", "seed=0,1,2", "machine.together=2")
+    assert done.code == 0
+    for seed in (0, 1, 2):
+        one = ("norm=mbn", f"seed={seed}", "machine.together=2")
+        here(*one, folder="alone")
+        assert_same_run(left(*one), left(*one, folder="alone"))
+
+
+@pytest.mark.parametrize("key", ["threads=1,2", "deterministic=true,false", "tf32=true,false", "device=cpu,auto"])
+def test_what_belongs_to_the_process_must_be_the_same(here, key, tmp_path):
+    done = here("-m", f"machine.{key}", "machine.together=2")
+    assert done.code == 2
+    assert f"one machine.{key.partition('=')[0]}, not" in done.err
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "lanes").exists()
+
+
+def test_a_finished_run_is_shown_and_again_is_refused(here):
+    assert here("norm=bn").code == 0
+    done = here("-m", "norm=bn,gn", "machine.together=2")
+    assert done.code == 0
+    assert "The run is finished" in done.out
+    again = here("-m", "norm=bn,gn", "machine.together=2", "machine.again=true")
+    assert (again.code, again.err.count("\n")) == (2, 1)
+
+
+def test_networks_that_draw_and_data_with_loaders_are_no_lanes():
+    fitting = {
+        overrides: lanes.fits(running.compose(*overrides.split()))
+        for overrides in (
+            "model=resnet20",
+            "model=nin",
+            "model=nin model.dropout=0",
+            "dataset=imagenet model=resnet18",
+        )
+    }
+    assert list(fitting.values()) == [True, False, True, False]
+
+
+def test_images_are_opened_once_and_drawn_by_each_runs_own_seed():
+    shared = lanes.SharedData()
+    first, second = (shared(running.compose("dataset=digits", f"seed={s}"), torch.device("cpu")) for s in (0, 1))
+    assert first.train_images is second.train_images
+    assert not torch.equal(next(first.train_batches(0, 8))[1], next(second.train_batches(0, 8))[1])
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch, running, models, train
+import test_lanes
+models.build = test_lanes.build
+from mbn.update import Update
+import threading
+original, count = Update.__call__, dict()
+def call(self, images, labels):
+    original(self, images, labels)
+    lane = threading.current_thread().name
+    count[lane] = count.get(lane, 0) + 1
+    if "-s1-" in lane and count[lane] == 8:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+if {faulty}:
+    Update.__call__ = call
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_an_error_that_spoils_the_device_ends_the_process_and_every_lane_goes_on(tmp_path):
+    overrides = [*TINY, "schedule.iterations=60", f"machine.results={tmp_path}", "machine.checkpoint_seconds=0.01"]
+
+    def call(faulty, *more):
+        code = SCRIPT.format(tests=str(REPOSITORY / "tests"), root=str(REPOSITORY), faulty=faulty)
+        return subprocess.run(
+            [sys.executable, "-c", code, "-m", *overrides, "norm=bn", "seed=0,1,2", "machine.together=3", *more],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    ended = call(True)
+    assert ended.returncode == 1
+    assert re.search(r"error: digits/\S+-s1-\S+: CUDA error: an illegal memory access.*the same command", ended.stderr)
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "records").exists()
+    ended = call(False)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((tmp_path / "records").rglob("*.json"))) == 3
+    assert any("resuming at iteration" in log.read_text() for log in tmp_path.rglob("log.txt"))
