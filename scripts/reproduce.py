@@ -171,7 +171,7 @@ def reproduce(options: argparse.Namespace, settings: list[str]) -> int:
     print(estimate.sentence(missing, min(jobs, len(missing))), file=sys.stderr)
     if options.launcher == "slurm":
         return hand_over(missing, results, settings, options.slurm)
-    return train(missing, results, jobs, settings, estimate, options)
+    return train(missing, results, jobs, settings, _accelerated(config), estimate, options)
 
 
 def hand_over(missing: list[Run], results: Path, settings: list[str], text: str) -> int:
@@ -189,6 +189,7 @@ def train(
     results: Path,
     jobs: int,
     settings: list[str],
+    accelerated: bool,
     estimate: Estimate,
     options: argparse.Namespace,
 ) -> int:
@@ -198,9 +199,8 @@ def train(
     seconds = [estimate.seconds(run.config) for run in missing]
     known = [s for s in seconds if s is not None]
     weights = known if len(known) == len(missing) else [work(run.config) for run in missing]
-    config = check_settings(missing[0], settings)
-    margin = 15.0 if _accelerated(config) else 60.0
-    with starter(settings, results, jobs, _accelerated(config), options) as start:
+    margin = 15.0 if accelerated else 60.0
+    with starter(settings, results, jobs, accelerated, options) as start:
         outcome = Pool(missing, results, jobs, start, weights, options.budget, margin).work()
     return report(outcome, results, options.budget)
 
