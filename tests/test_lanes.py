@@ -14,7 +14,6 @@ from running import TINY, Run, assert_same_run, run_here
 from tape import recording  # noqa: F401
 from torch import nn
 
-import models
 from mbn import lanes
 from mbn.config import REPOSITORY
 from mbn.update import Update
