@@ -149,6 +149,22 @@ def test_batches_go_on_from_any_iteration():
             assert torch.equal(b, d)
 
 
+@pytest.mark.parametrize("block", [1, 3, 8, 1000])
+def test_batches_are_the_same_however_many_images_are_augmented_at_once(monkeypatch, block):
+    """On a GPU thousands are; from the middle of an epoch too, and into the next one."""
+    one_by_one = []
+    dataset = small()
+    for epoch in (0, 1):
+        dataset.start_epoch(epoch)
+        one_by_one += [dataset.train_batch(start, 4) for start in range(0, len(dataset.train_labels), 4)]
+    monkeypatch.setattr(data, "BLOCK_ELSEWHERE", block)
+    for start in (0, 1, 2):
+        for (a, b), (c, d) in zip(small().train_batches(start, 4), one_by_one[start:], strict=False):
+            assert torch.equal(a, c)
+            assert torch.equal(b, d)
+            assert a.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_each_image_is_cropped_by_its_own_draw_and_keeps_its_label():
     dataset = small()
     ((images, labels),) = epoch_of(dataset, 1, 11)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import train
 from mbn import checkpoint, config, record
 from mbn.config import REPOSITORY
-from mbn.evaluate import evaluate
+from mbn.evaluate import batch_size_for, evaluate
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 RESULT = re.compile(r"(.*): loss (\d+\.\d{4}), top-1 error (\d+\.\d\d) %, top-5 error (\d+\.\d\d) %")
@@ -430,6 +430,21 @@ def test_loss_and_errors_by_hand():
 def test_top_5_of_few_classes_is_never_wrong(classes):
     logits = torch.randn(6, classes)
     assert evaluate(lambda x: x, [(logits, torch.zeros(6, dtype=torch.int64))]).error_top5 == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "size"),
+    [
+        ("dataset=cifar10", "cpu", 1000),
+        ("dataset=cifar10", "cuda", 5000),
+        ("dataset=imagenet model=resnet50", "cpu", 20),
+        ("dataset=imagenet model=resnet50", "cuda", 102),
+        ("dataset=imagenet model=resnet50 evaluate.batch_size=7", "cuda", 7),
+        ("dataset=imagenet model=resnet50 dataset.image_size=4000", "cpu", 1),
+    ],
+)
+def test_how_many_images_are_tested_at_once_follows_their_size_and_the_device(overrides, device, size):
+    assert batch_size_for(config.load(overrides.split()), torch.device(device)) == size
 
 
 def test_the_name_of_a_run_does_not_depend_on_what_is_evaluated():

@@ -182,6 +182,24 @@ def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypa
     torch.testing.assert_close(played, eager, rtol=0, atol=0)
 
 
+def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypatch, recording):  # noqa: F811
+    cpu = torch.device("cpu")
+    assert graph.fault(cpu) is None
+
+    def does_it_at_once(function):
+        function()
+        return function
+
+    monkeypatch.setattr(graph, "record", does_it_at_once)
+    assert graph.fault(cpu) is not None
+
+    def cannot(function):
+        raise RuntimeError("an old driver\nand more")
+
+    monkeypatch.setattr(graph, "record", cannot)
+    assert graph.fault(cpu) == "RuntimeError: an old driver"
+
+
 # All layers together.
 
 

@@ -20,6 +20,7 @@ from mbn import (
     set_lambda,
 )
 from mbn.norm.base import norm_layers
+from mbn.norm.together import Together
 
 BUFFERS = {"memory_mean", "memory_var", "memory_count", "memory_weight", "running_mean", "running_var"}
 LAYERS = {2: MemorizedBatchNorm1d, 3: MemorizedBatchNorm1d, 4: MemorizedBatchNorm2d, 5: MemorizedBatchNorm3d}
@@ -473,6 +474,23 @@ def test_a_deep_copy_shares_no_memory():
     before = snapshot(layer)
     second_forward(copy.deepcopy(layer), inputs(4, 3, 2, 2, dtype=torch.float32))
     assert equal(before, layer.state_dict())
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_memory_weight_of_either_shape_loads(together):
+    """() in the state dicts of older versions, (1,) now."""
+    layer, other = MemorizedBatchNorm2d(3), MemorizedBatchNorm2d(3)
+    second_forward(layer, torch.randn(4, 3, 2, 2))
+    state = layer.state_dict()
+    assert state["memory_weight"].shape == (1,)
+    state["memory_weight"] = state["memory_weight"][0].clone()
+    if together:
+        Together([other])
+    other.load_state_dict(state)
+    assert state["memory_weight"].shape == ()
+    assert other.memory_weight.tolist() == [16]
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(layer(x), other(x))
 
 
 def test_the_state_dict_holds_the_memory_and_not_lambda():

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from running import TINY, Run, assert_same_run, run_here
+from test_update import batch, prepare
 
 import models
 from mbn import config, mode
 from mbn.errors import UserError
-from mbn.layers import from_config
+from mbn.layers import bn, from_config
 from mbn.mode import choose_mode, operations
 
 CPU = torch.device("cpu")
@@ -19,10 +20,10 @@ def compiler(monkeypatch):
     monkeypatch.setattr(mode, "compiler_fault", lambda device: None)
 
 
-def chosen(*overrides, wanted="auto", earlier=None, threads=2):
+def chosen(*overrides, wanted="auto", earlier=None, threads=2, device=CPU):
     run = config.load(list(overrides))
     model = models.build(layers=from_config(run), **config.network(run))
-    return choose_mode(wanted, earlier, run, model, CPU, threads)
+    return choose_mode(wanted, earlier, run, model, device, threads)
 
 
 def test_auto_compiles_long_runs_only():
@@ -53,13 +54,67 @@ def test_without_a_compiler_auto_warns_once_and_trains_eagerly(monkeypatch, caps
         chosen("model=resnet20", wanted="compile")
 
 
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A GPU on which something can be recorded."""
+    monkeypatch.setattr(mode.graph, "fault", lambda device: None)
+
+
+def test_auto_on_cuda_is_a_graph_and_compiled_where_that_pays(cuda):
+    assert chosen("model=resnet20", "norm=mbn", device=CUDA) == "graph"
+    assert chosen("model=resnet20", "norm=brn", device=CUDA) == "graph"
+    assert chosen("model=resnet20", "norm=bn", device=CUDA) == "graph-eager"
+    assert chosen("experiment=quickstart", device=CUDA) == "graph-eager"
+    assert chosen("experiment=quickstart", wanted="graph", device=CUDA) == "graph"
+    assert chosen("model=resnet20", wanted="eager", device=CUDA) == "eager"
+    assert chosen("model=resnet20", earlier="eager", device=CUDA) == "eager"
+
+
+def test_a_run_begun_as_a_graph_goes_on_without_one_elsewhere(cuda):
+    assert chosen("experiment=quickstart", earlier="graph") == "eager"
+    assert chosen("experiment=quickstart", earlier="graph", device=CUDA) == "graph"
+
+
+@pytest.mark.parametrize("wanted", ["graph", "graph-eager"])
+def test_a_graph_is_refused_where_there_is_no_cuda(wanted):
+    with pytest.raises(UserError, match=rf"machine\.mode={wanted} needs a CUDA device, not cpu"):
+        chosen("model=resnet20", wanted=wanted)
+
+
+def test_where_nothing_can_be_recorded_or_compiled_one_line_says_so(monkeypatch, capsys, cuda):
+    monkeypatch.setattr(mode, "compiler_fault", lambda device: "no g++")
+    assert chosen("model=resnet20", device=CUDA) == "graph-eager"
+    assert capsys.readouterr().err == "warning: torch.compile does not work here (no g++): recording without it.\n"
+    monkeypatch.setattr(mode.graph, "fault", lambda device: "an old driver")
+    assert chosen("model=resnet20", device=CUDA) == "eager"
+    assert capsys.readouterr().err == (
+        "warning: iterations cannot be recorded here (an old driver): training in eager mode.\n"
+    )
+
+
+def test_many_runs_in_one_process_compile_each_its_own(monkeypatch):
+    """torch compiles one code object for eight different objects at most."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: compiler(f, backend="aot_eager", **settings))
+    for _ in range(10):
+        _, _, update = prepare(bn(1), 1, "compile", batch_size=8)
+        for _ in range(2):
+            update(*batch())
+        assert len(update.drain()) == 2
+
+
 def test_a_broken_tool_chain_is_found_out(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("InvalidCxxCompiler: g++ not found\nand more")
 
     monkeypatch.undo()
+    mode.compiler_fault.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function: broken)
     assert mode.compiler_fault(CPU) == "RuntimeError: InvalidCxxCompiler: g++ not found"
+    mode.compiler_fault.cache_clear()
 
 
 @pytest.mark.parametrize(("network", "millions"), [("resnet20", 40.55), ("vgg16", 313.2)])

@@ -136,6 +136,27 @@ def test_checkpoints_in_mid_epoch_are_written_every_so_many_seconds(here, left, 
     assert_same_run(left(), whole())
 
 
+@pytest.mark.parametrize("iteration", [7, 8])
+def test_short_epochs_do_not_each_leave_a_checkpoint_but_the_end_does(here, left, whole, after, monkeypatch, iteration):
+    monkeypatch.setattr(trainer, "SAVES_APART", 3600)
+    after(iteration, cut)
+    with pytest.raises(PowerCutError):
+        here()
+    assert not left().checkpoint_path.exists()
+    assert here().code == 0
+    assert left().checkpoint()["iteration"] == 8
+    assert not checkpoint.previous(left().checkpoint_path).exists()
+    assert_same_run(left(), whole())
+
+
+def test_checkpoints_that_are_wanted_more_often_are_written_at_the_ends_of_epochs_too(here, left, after, monkeypatch):
+    monkeypatch.setattr(trainer, "SAVES_APART", 3600)
+    after(7, cut)
+    with pytest.raises(PowerCutError):
+        here("machine.checkpoint_seconds=1e-9")
+    assert left().checkpoint()["iteration"] == 6
+
+
 def test_no_checkpoint_in_mid_epoch_before_its_time(here, left, after):
     after(5, cut)
     with pytest.raises(PowerCutError):

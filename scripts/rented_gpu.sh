@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Train on a GPU that is rented for minutes and has no network: everything comes in one folder and goes home in one.
+#
+#   rented_gpu.sh check LOAD OUT [...]                the first command of a rental: check_gpu.py (165 s)
+#   rented_gpu.sh benchmark LOAD OUT [...]            or, in a later one: benchmark.py
+#   rented_gpu.sh train LOAD OUT BUDGET TABLE [...]   the second: what reproduce.py takes, for so long (490s, 9m)
+#   rented_gpu.sh home OUT                            on one's own machine: records in, checkpoints to results/runs
+#
+# LOAD may hold: wheels/ (packages that the machine lacks), data/ (a folder of data, or restore.py that writes one),
+# inductor.* (an earlier rental's compiled kernels). OUT gets at most 8 files of 16 MB: logs, results, checkpoints and
+# compiled kernels. Checkpoints of unfinished runs in results/unfinished/ are gone on with.
+#
+# WORK (default /tmp/mbn) lasts from one command to the next while the machine is held. git does not come along: set
+# MBN_COMMIT to what `git describe --always --dirty --abbrev=40 --exclude '*'` prints at home.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=${WORK:-/tmp/mbn}
+export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
+# As many streams as lanes may reach the device at a time.
+export CUDA_DEVICE_MAX_CONNECTIONS=32
+
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+unpack() { # LOAD
+  mkdir -p "$work/site" "$work/inductor"
+  cp -r "$1/." "$work/"
+  if compgen -G "$work/wheels/*.whl" >/dev/null; then
+    python3 -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --upgrade \
+      --target "$work/site" "$work"/wheels/*.whl
+  fi
+  if compgen -G "$work/inductor.??" >/dev/null; then
+    cat "$work"/inductor.?? | tar xz -C "$work/inductor"
+    rm "$work"/inductor.??
+  fi
+}
+
+data_folder() {
+  if [ -f "$work/data/restore.py" ]; then
+    (cd "$work/data" && python3 restore.py "$work/restored" cifar*) >&2
+    echo "$work/restored"
+  else
+    echo "$work/data"
+  fi
+}
+
+pack() { # OUT: 1 log and 1 of results, and 6 of the rest
+  local results="$work/results" names=() finished=() unfinished=()
+  cd "$results"
+  mapfile -t names < <(find records runs -name '*.json' -o -name metrics.jsonl -o -name log.txt)
+  tar czf "$1/results.tgz" "${names[@]}"
+  while IFS= read -r path; do
+    local run=${path#runs/}
+    if [ -f "records/${run%/checkpoint.pt}.json" ]; then finished+=("$path"); else unfinished+=("$path"); fi
+  done < <(find runs -name checkpoint.pt)
+  # Unfinished runs first: without their checkpoints they are lost; of finished ones what there is room for.
+  split_up "$1" unfinished 4 "${unfinished[@]}"
+  tar cz -C "$work/inductor" . | split -b 15M - "$1/inductor."
+  remove_beyond "$1" inductor 1
+  split_up "$1" finished "$((8 - $(find "$1" -type f | wc -l)))" "${finished[@]}"
+}
+
+split_up() { # OUT NAME MOST PATH...
+  local out=$1 name=$2 most=$3
+  shift 3
+  [ "$#" -gt 0 ] && [ "$most" -gt 0 ] || return 0
+  tar c "$@" | split -b 15M - "$out/$name."
+  remove_beyond "$out" "$name" "$most"
+}
+
+remove_beyond() { # OUT NAME MOST: half an archive is none, but a tar's first files can be read
+  mapfile -t parts < <(find "$1" -name "$2.??" | sort)
+  if [ "${#parts[@]}" -gt "$3" ]; then
+    echo "$2: ${#parts[@]} parts of 15 MB, of which $3 fit"
+    rm "${parts[@]:$3}"
+  fi
+}
+
+[ "$#" -ge 2 ] || usage
+command=$1
+shift
+[ "$command" = home ] || [ "$#" -ge 2 ] || usage
+case $command in
+check | benchmark)
+  load=$1 out=$2
+  shift 2
+  unpack "$load"
+  cd "$here"
+  (nvidia-smi -L || true; command -v nvidia-cuda-mps-control || echo "no nvidia-cuda-mps-control") 2>&1 | tee "$out/log"
+  if [ "$command" = check ]; then
+    python3 scripts/check_gpu.py --out "$out/check.json" "$@" 2>&1 | tee -a "$out/log" || true
+  else
+    mkdir -p "$work/results"
+    python3 scripts/benchmark.py --results "$work/results" "$@" 2>&1 | tee -a "$out/log" || true
+    tar czf "$out/benchmarks.tgz" -C "$work/results" benchmarks
+  fi
+  ;;
+train)
+  [ "$#" -ge 4 ] || usage
+  load=$1 out=$2 budget=$3
+  shift 3
+  began=$SECONDS
+  unpack "$load"
+  data=$(data_folder)
+  cd "$here"
+  mkdir -p "$work/results/runs" "$work/results/records"
+  if [ -d results/unfinished ]; then cp -r results/unfinished/. "$work/results/runs/"; fi
+  cp -r results/records/. "$work/results/records/"
+  find "$work/results/records" -name '*.json' >"$work/known"
+  seconds=$(python3 - "$budget" "$((SECONDS - began))" <<'PYTHON'
+import re, sys
+parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", sys.argv[1])
+print(sum(float(n) * {"s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts) - float(sys.argv[2]))
+PYTHON
+)
+  # What reproduce.py is given, and behind -- what every run is.
+  options=() settings=()
+  while [ "$#" -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
+  [ "$#" -eq 0 ] || { shift; settings=("$@"); }
+  code=0
+  python3 scripts/reproduce.py "${options[@]}" --budget "${seconds}s" --results "$work/results" \
+    -- "machine.data=$data" machine.checkpoint_seconds=60 "${settings[@]}" 2>&1 | tee "$out/log" || code=$?
+  # Records that came along go home no second time.
+  xargs -r rm -f <"$work/known"
+  pack "$out"
+  exit "$code"
+  ;;
+home)
+  out=$1
+  cd "$here"
+  unpacked=$(mktemp -d)
+  trap 'rm -rf "$unpacked"' EXIT
+  for archive in "$out"/*.tgz; do tar xzf "$archive" -C "$unpacked"; done
+  for name in unfinished finished; do
+    if compgen -G "$out/$name.??" >/dev/null; then
+      # Its end may be missing where not all fitted: what is whole is taken.
+      cat "$out/$name".?? | tar x --ignore-zeros -C "$unpacked" || echo "$name: not all checkpoints came home"
+    fi
+  done
+  if [ -d "$unpacked/records" ] && [ -n "$(find "$unpacked/records" -name '*.json')" ]; then
+    python3 scripts/reproduce.py --import "$unpacked/records" --results "${RESULTS:-results}"
+  fi
+  mkdir -p "${RESULTS:-results}/runs"
+  if [ -d "$unpacked/runs" ]; then cp -rn "$unpacked/runs/." "${RESULTS:-results}/runs/"; fi
+  if [ -d "$unpacked/benchmarks" ]; then cp -r "$unpacked/benchmarks" "${RESULTS:-results}/"; fi
+  ;;
+*) usage ;;
+esac

@@ -1,0 +1,96 @@
+"""A rental from the first command to the records at home, on the CPU."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from running import COMMIT
+
+from mbn import record
+from mbn.config import REPOSITORY
+
+SCRIPT = REPOSITORY / "scripts" / "rented_gpu.sh"
+TOY = """
+title: Toy
+about: Toy.
+base: [dataset=digits, model=resnet20, batch_size=64, schedule.iterations={iterations}]
+rows:
+  BN: [norm=bn]
+  MBN: [norm=mbn]
+columns:
+  ResNet-20: []
+"""
+
+
+@pytest.fixture
+def rental(tmp_path):
+    """A function that gives rented_gpu.sh a command, with this Python and folders of its own."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
+    for folder in ("load", "out", "grids", "home"):
+        (tmp_path / folder).mkdir()
+
+    def call(*arguments, code=0):
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "WORK": str(tmp_path / "work"),
+            "RESULTS": str(tmp_path / "home"),
+            "GIT_DIR": os.devnull,
+            "MBN_COMMIT": COMMIT,
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        done = subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return call
+
+
+@pytest.mark.timeout(600)
+def test_runs_are_trained_brought_home_and_gone_on_with(rental, tmp_path):
+    """One run ends, the other is stopped by the budget: its checkpoint comes home too."""
+    (tmp_path / "load" / "data").mkdir()
+    (tmp_path / "grids" / "short.yaml").write_text(TOY.format(iterations=4))
+    (tmp_path / "grids" / "long.yaml").write_text(TOY.format(iterations=100_000))
+    load, out = str(tmp_path / "load"), str(tmp_path / "out")
+    grids = ["--grids", str(tmp_path / "grids"), "--seeds", "1", "--jobs", "2"]
+    machine = ["--", "machine.device=cpu", "machine.mode=eager"]
+    rental("train", load, out, "9m", "short", *grids, *machine)
+    with tarfile.open(Path(out) / "results.tgz") as archive:
+        names = archive.getnames()
+    assert sum(name.endswith(".json") for name in names) == 2  # not those that the checkout brought along
+    said = rental("home", out)
+    assert "2 records imported" in said
+    taken = [record.read(path) for path in (tmp_path / "home" / "records").rglob("*.json")]
+    assert [r["iterations"] for r in taken] == [4, 4]
+    assert all((tmp_path / "home" / "runs" / r["name"] / "metrics.jsonl").exists() for r in taken)
+
+    for file in Path(out).iterdir():
+        file.unlink()
+    rental("train", load, out, "60s", "long", *grids, *machine)
+    assert len(list(Path(out).iterdir())) <= 8
+    rental("home", out)
+    begun = [path for path in (tmp_path / "home" / "runs").rglob("checkpoint.pt") if "s0" in str(path)]
+    assert len(begun) >= 3  # two ended, and at least one that goes on
+
+
+def test_a_package_and_compiled_kernels_come_along(rental, tmp_path):
+    """check, with no GPU here, still unpacks, says so in one sentence, and brings its log home."""
+    load, out = tmp_path / "load", tmp_path / "out"
+    (load / "kernels").mkdir()
+    (load / "kernels" / "one.py").write_text("x = 1\n")
+    with tarfile.open(load / "inductor.aa", "w:gz") as archive:
+        archive.add(load / "kernels", "kernels")
+    said = rental("check", str(load), str(out))
+    assert (tmp_path / "work" / "inductor" / "kernels" / "one.py").exists()
+    assert "error:" in said
+    assert "error:" in (out / "log").read_text()
+
+
+@pytest.mark.parametrize("arguments", [(), ("train", "a", "b"), ("check", "a"), ("fly", "a", "b")], ids=" ".join)
+def test_mistakes_show_how_it_is_used(rental, arguments):
+    assert "rented_gpu.sh train LOAD OUT" in rental(*arguments, code=2)
