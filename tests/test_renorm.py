@@ -197,7 +197,7 @@ def test_sigma_starts_at_1_and_the_first_update_copies(path):
 
 
 def test_the_standard_deviation_is_averaged_and_not_the_variance(path):
-    layer = BatchRenorm1d(1, eps=0.0, momentum=0.25).double()
+    layer = BatchRenorm1d(1, eps=1e-12, momentum=0.25).double()
     one = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     layer(one)
     layer(5 * one)
@@ -205,7 +205,7 @@ def test_the_standard_deviation_is_averaged_and_not_the_variance(path):
 
 
 def test_r_and_d_are_applied_before_gamma_and_beta(path):
-    layer = BatchRenorm1d(1, r_max=2.0, d_max=0.5, eps=0.0).double()
+    layer = BatchRenorm1d(1, r_max=2.0, d_max=0.5, eps=1e-12).double()
     one = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     layer(one)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_the_gradient_flows_through_the_batchs_mean_and_deviation(path):
 
 
 def test_r_and_d_use_the_averages_from_before_the_update(path):
-    layer = BatchRenorm1d(1, momentum=0.5, r_max=10, d_max=10, eps=0.0).double()
+    layer = BatchRenorm1d(1, momentum=0.5, r_max=10, d_max=10, eps=1e-12).double()
     one = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     layer(one)
     y = layer(3 * one + 2)
