@@ -314,7 +314,7 @@ class Run:
         for offset, (loss, errors) in enumerate(self.update.drain()):
             iteration = self.iteration - pending + offset
             if loss != loss or loss in (float("inf"), float("-inf")):
-                name = self.update.watch.first_bad(offset)
+                name = self.update.watch.first_bad(pending - offset)
                 blame = f" with the norm of {name} not finite before it" if name else ""
                 raise self._diverged(f"the loss was {loss} at iteration {iteration}{blame}", iteration)
             images = self._images_at(iteration + 1) - self._images_at(iteration)

@@ -13,7 +13,7 @@ from .norm.base import norm_layers, phase
 from .norm.functional import statistics_dtype
 from .norm.propagation import project_unit_rows, unit_layers
 from .norm.together import Together
-from .watch import Watch
+from .watch import Watch, push
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -76,8 +76,7 @@ class Update:
         # One for each size of batch.
         self.recorded: dict[int, Recorded] = {}
         self.watch = Watch(model, WINDOW)
-        self.window = torch.zeros(2, WINDOW, device=device)
-        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self.window = torch.zeros(WINDOW, 2, device=device)
         self.pending = 0
 
     def _first(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +103,7 @@ class Update:
 
     def _iterate(self, images: Tensor, labels: Tensor) -> None:
         """One iteration, all that depends on the host left out: it may be recorded."""
-        self.watch(images, self.cursor)
+        self.watch(images)
         whole = self.batch_size in (None, len(images))
         first, second = (self.first, self.second) if whole else (self._first, self._second)
         loss, measured = first(images, labels)
@@ -117,8 +116,7 @@ class Update:
             with torch.no_grad(), autocast(self.device, self.precision), phase(self.layers, "second"):
                 second(images)
         self.together.enter()
-        self.window.index_copy_(1, self.cursor, measured[:, None].to(self.window.dtype))
-        self.cursor.add_(1).remainder_(WINDOW)
+        push(self.window, measured)
 
     def _not_recorded(self, error: Exception) -> None:
         """Go on in eager mode: nothing was done yet of the iteration that could not be recorded."""
@@ -133,8 +131,6 @@ class Update:
         Must be called at least every WINDOW iterations.
         """
         assert self.pending <= WINDOW
-        losses, errors = self.window.tolist()
-        measured = [(losses[i], int(errors[i]) if errors[i] == errors[i] else 0) for i in range(self.pending)]
-        self.cursor.zero_()
+        rows = self.window.tolist()[WINDOW - self.pending :]
         self.pending = 0
-        return measured
+        return [(loss, int(errors) if errors == errors else 0) for loss, errors in rows]

@@ -6,12 +6,16 @@ from torch import Tensor, nn
 from .norm.base import BatchStatisticsNorm
 
 
+def push(rows: Tensor, row: Tensor) -> None:
+    """Let the oldest, first row leave, and row enter as the last one: in place, and with no index from the host."""
+    rows.copy_(torch.cat([rows[1:], row[None].to(rows.dtype)]))
+
+
 class Watch:
     """Notes before each iteration which tensors are finite: the images, the parameters, the layers' statistics.
 
     One iteration later a NaN is everywhere, so that its origin must be known from before. A NaN in a memory shows in
-    the pooled statistics, before these normalise anything. What is noted stays on the device, in rows that the next
-    iterations overwrite.
+    the pooled statistics, before these normalise anything. What is noted of the last iterations stays on the device.
     """
 
     def __init__(self, model: nn.Module, rows: int) -> None:
@@ -28,13 +32,12 @@ class Watch:
         self.norms = torch.zeros(rows, len(self.names), device=self.tensors[0].device, dtype=self.tensors[0].dtype)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, row: Tensor) -> None:
-        """Take note before an iteration, in this row (1,)."""
+    def __call__(self, images: Tensor) -> None:
+        """Take note before an iteration."""
         # A norm is finite only if every value is.
-        norms = torch.stack(torch._foreach_norm([images, *self.tensors]))
-        self.norms.index_copy_(0, row, norms[None])
+        push(self.norms, torch.stack(torch._foreach_norm([images, *self.tensors])))
 
-    def first_bad(self, row: int) -> str | None:
-        """The first tensor that was not finite before the iteration of this row."""
-        bad = (~self.norms[row].isfinite()).nonzero()
+    def first_bad(self, back: int) -> str | None:
+        """The first tensor that was not finite before an iteration; back: 1 for the last one, 2 for the one before."""
+        bad = (~self.norms[-back].isfinite()).nonzero()
         return self.names[int(bad[0].item())] if len(bad) else None

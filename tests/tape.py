@@ -48,11 +48,13 @@ def record(function):
 
     made = set()
     tape = Kept()
-    with tape:
-        function()
-    with torch.no_grad():
-        for tensor, value in reversed(before.values()):  # the first seen last: some are views of others
-            tensor.copy_(value)
+    try:
+        with tape:
+            function()
+    finally:
+        with torch.no_grad():
+            for tensor, value in reversed(before.values()):  # the first seen last: some are views of others
+                tensor.copy_(value)
     return tape.play
 
 

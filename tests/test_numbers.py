@@ -63,11 +63,11 @@ def test_a_nan_is_named_by_where_it_was_first_and_stops_the_run(capsys, monkeypa
         calls.append(1)
         original(self, images, labels)
 
-    def look(self, images, row):
+    def look(self, images):
         """Spoiled just before it is looked at, as memory that fails would be."""
         if len(calls) == AT + 1:
             images.copy_(spoil(updates[0], images))
-        watch(self, images, row)
+        watch(self, images)
 
     updates = []
     initialise = Update.__init__
