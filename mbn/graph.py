@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 # A process records one graph at a time, and compiles one function at a time: for runs side by side in threads.
 one_at_a_time = threading.RLock()
 
@@ -37,11 +39,31 @@ def own_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    stream = _free_stream(device)
+    try:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # also where it fails: what was made outside may be freed there, and is still in use here
+        torch.cuda.current_stream(device).wait_stream(stream)
+        _streams.remove(stream.cuda_stream)
+
+
+# Handles of the streams in use. torch has a few tens, and hands them out in turns whether they are in use or not.
+_streams: set[int] = set()
+STREAMS = 32
+
+
+def _free_stream(device: torch.device) -> "torch.cuda.Stream":
+    with one_at_a_time:
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream(device)
+            if stream.cuda_stream not in _streams:
+                _streams.add(stream.cuda_stream)
+                return stream
+    raise UserError(
+        f"a process trains at most {STREAMS} runs at a time: lower --jobs or machine.together."
+    )
 
 
 class Recorded:
@@ -75,6 +97,8 @@ class Recorded:
             if self.calls > self.AS_IT_IS:
                 try:
                     self.play = record(lambda: self.function(*self.inputs))
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception as error:  # whatever cannot be recorded: torch has no type for it
                     self.failed(error)
                     self.play = lambda: self.function(*self.inputs)

@@ -1,6 +1,7 @@
 """Several trainings at the same time in one process, each in a thread: one alone leaves most of a GPU idle."""
 
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -101,6 +102,8 @@ class Lane(Child):
                 _end_process(self.run, error, log)
             except BaseException:
                 traceback.print_exc()
+        with one_at_a_time:
+            gc.collect()  # a run is full of reference cycles, and holds the device's memory until they are found
 
     def code(self) -> int | None:
         return None if self.thread.is_alive() else self.result

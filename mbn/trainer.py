@@ -63,9 +63,12 @@ def train(
             remove_partials(path)
         run.open_journal()
         with own_stream(run.device):
-            with run.journal, contextlib.nullcontext(stop) if stop is not None else Stop() as told:
-                run.train(told)
-            return run.finish()
+            try:
+                with run.journal, contextlib.nullcontext(stop) if stop is not None else Stop() as told:
+                    run.train(told)
+                return run.finish()
+            finally:
+                run.update.recorded.clear()  # and the memory that recordings hold
 
 
 @contextlib.contextmanager

@@ -75,9 +75,10 @@ def after(monkeypatch, iterations, action, name=""):
 def test_lanes_leave_what_processes_would(here, left, recording, mode, norms):  # noqa: F811
     done = here("-m", *norms, f"machine.mode={mode}", "machine.together=4")
     assert (done.code, done.err) == (0, "")
-    assert len(re.findall(r"^digits/\S+: test error", done.out, re.MULTILINE)) == len(norms[0].split(",")) + len(
-        norms[1].split(",")
-    ) - 1
+    assert (
+        len(re.findall(r"^digits/\S+: test error", done.out, re.MULTILINE))
+        == len(norms[0].split(",")) + len(norms[1].split(",")) - 1
+    )
     for norm in norms[0].removeprefix("norm=").split(","):
         for seed in norms[1].removeprefix("seed=").split(","):
             one = (f"norm={norm}", f"seed={seed}", f"machine.mode={mode}", "machine.together=4")

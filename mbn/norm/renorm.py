@@ -160,6 +160,6 @@ def set_renorm(module: nn.Module, r_max: float, d_max: float) -> None:
     layers = [layer for layer in norm_layers(module) if isinstance(layer, _BatchRenorm)]
     for layer in layers:
         layer.r_max, layer.d_max = float(r_max), float(d_max)
-    if layers:  # all in one go: the schedule changes them at every iteration
-        bounds = [layer.bounds for layer in layers]
-        torch._foreach_copy_(bounds, [bounds[0].new_tensor([r_max, d_max])] * len(bounds))
+    if layers:  # with three launches, and nothing copied from the host: the schedule changes them at every iteration
+        layers[0].set_bounds(r_max, d_max)
+        torch._foreach_copy_([layer.bounds for layer in layers], [layers[0].bounds] * len(layers))

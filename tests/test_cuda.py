@@ -1,0 +1,192 @@
+"""On a CUDA device: the equalities of scripts/check_gpu.py, and whole runs, alone and side by side."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import running
+import test_lanes
+import torch
+from running import TINY, Run, assert_same_run, run_here
+from test_check_gpu import check
+
+from mbn import graph
+from mbn.graph import own_stream
+from mbn.update import Update
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+DEVICE = "cuda"
+SHORT = dataclasses.replace(
+    check.FULL,
+    networks={"resnet20": check.FULL.networks["resnet20"]},
+    plays=10,
+    lanes=((1, 2), (1, 2)),
+    seconds=0.2,
+)
+# Three epochs and a half of 6 batches, the last one smaller; on whatever device.
+RUN = [o for o in TINY if o != "machine.device=cpu"] + [
+    f"machine.device={DEVICE}",
+    "machine.deterministic=true",
+    "schedule.iterations=20",
+]
+
+
+@pytest.fixture(autouse=True)
+def _settings_as_they_were():
+    """Arithmetic is the process's, and a recording that a test leaves behind holds memory."""
+    cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = cudnn.benchmark, cudnn.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32 = before
+    torch.set_float32_matmul_precision(matmul)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _cublas_as_determinism_wants_it(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture
+def here(capsys, monkeypatch, tmp_path):
+    """A function that runs `train.py` with RUN and more, in this process, with a network that draws nothing."""
+    monkeypatch.setattr(running, "build_tiny", test_lanes.build)
+
+    def call(*more, folder="run"):
+        return run_here(capsys, monkeypatch, *RUN, f"machine.results={tmp_path / folder}", *more)
+
+    return call
+
+
+@pytest.fixture
+def left(tmp_path):
+    return lambda *more, folder="run": Run(tmp_path / folder, [*RUN, *more])
+
+
+# Compilers remark on float32 without TF32, which an equality needs, and on parts of torch 2.11.
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", check.STEPS)
+def test_what_a_person_would_run_first_is_ok(name):
+    step = check.run_step(name, 240, torch.device(DEVICE), SHORT)
+    assert (step.state, [row for row in step.rows if row["ok"] is False]) == ("ok", [])
+
+
+# Recording.
+
+
+def test_a_stream_in_use_is_nobody_elses():
+    """torch hands out 32 streams in turn: two threads on one would record each other's work."""
+    device = torch.device(DEVICE)
+    with own_stream(device):
+        mine = torch.cuda.current_stream(device).cuda_stream
+        for _ in range(40):
+            with own_stream(device):
+                assert torch.cuda.current_stream(device).cuda_stream != mine
+
+
+def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others_are_recorded(monkeypatch, capsys):
+    device = torch.device(DEVICE)
+    check.set_arithmetic(device, False, True)
+    network, batches = SHORT.networks["resnet20"], check.random_batches([8] * 7, 32, device)
+    original = Update._iterate
+    with own_stream(device):
+        eager = check.Training(network, "MBN-2", "eager", device, 8)
+        eager.train(batches)
+        with monkeypatch.context() as patch:
+            patch.setattr(Update, "_iterate", lambda self, x, y: (original(self, x, y), self.window.sum().item()))
+            waits = check.Training(network, "MBN-2", "graph-eager", device, 8)
+            waits.train(batches)
+        assert waits.update.mode == "eager"
+        assert capsys.readouterr().err.count("warning: iterations cannot be recorded here") == 1
+        assert check.same_bits(waits.tensors(), eager.tensors())
+        recorded = check.Training(network, "MBN-2", "graph-eager", device, 8)
+        recorded.train(batches)
+        assert recorded.recorded
+        assert check.same_bits(recorded.tensors(), eager.tensors())
+
+
+def test_recording_works_here():
+    assert graph.fault(torch.device(DEVICE)) is None
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize("norm", ["bn", "mbn", "brn", "gn"])
+def test_a_run_in_mode_auto_is_recorded_and_ends_with_the_same_bits_after_a_stop(here, left, monkeypatch, norm):
+    assert here(f"norm={norm}").code == 0
+    assert left(f"norm={norm}").record()["mode"] == "graph-eager"
+    with monkeypatch.context() as patch:
+        test_lanes.after(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = here(f"norm={norm}", folder="stopped")
+    assert stopped.code == 75
+    assert left(f"norm={norm}", folder="stopped").checkpoint()["iteration"] == 9
+    assert here(f"norm={norm}", folder="stopped").code == 0
+    assert_same_run(left(f"norm={norm}"), left(f"norm={norm}", folder="stopped"))
+
+
+def test_a_run_with_dropout_is_recorded_and_ends_with_the_same_bits_after_a_stop(here, left, monkeypatch):
+    """Its masks come from the generator, whose state a recording moves on as eager iterations do."""
+    monkeypatch.setattr(running, "build_tiny", DROPS)
+    for folder, mode in (("run", "auto"), ("eager", "eager")):
+        assert here(f"machine.mode={mode}", folder=folder).code == 0
+    assert_same_state(left(), left("machine.mode=eager", folder="eager"))
+    with monkeypatch.context() as patch:
+        test_lanes.after(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert here(folder="stopped").code == 75
+    assert here(folder="stopped").code == 0
+    assert_same_run(left(), left(folder="stopped"))
+
+
+DROPS = running.build_tiny
+
+
+def assert_same_state(one, other):
+    for key in ("model", "optimizer", "generators"):
+        running.assert_same_bits(one.checkpoint()[key], other.checkpoint()[key], key)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph-eager"])
+def test_three_lanes_leave_what_each_run_alone_would(here, left, mode):
+    together = (f"machine.mode={mode}", "machine.together=3")
+    done = here("-m", "norm=mbn", "seed=0,1,2", *together)
+    assert (done.code, done.err) == (0, "")
+    for seed in (0, 1, 2):
+        one = ("norm=mbn", f"seed={seed}", *together)
+        assert here(*one, folder="alone").code == 0
+        assert_same_run(left(*one), left(*one, folder="alone"))
+        assert left(*one).record()["mode"] == mode
+
+
+# Memory.
+
+
+def ask_for_too_much():
+    torch.empty(2**45, dtype=torch.uint8, device=DEVICE)
+
+
+SENTENCE = "the device's memory is not enough: try a smaller batch_size than 256"
+
+
+def test_too_little_memory_is_one_sentence(here, left, monkeypatch):
+    with monkeypatch.context() as patch:
+        test_lanes.after(patch, 8, ask_for_too_much)
+        ended = here("norm=mbn")
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert ended.err.startswith(f"error: {SENTENCE}")
+    assert here("norm=mbn").code == 0
+    assert left("norm=mbn").record_path.exists()
+
+
+def test_a_lane_without_memory_ends_alone(here, left, monkeypatch):
+    together = "machine.together=3"
+    with monkeypatch.context() as patch:
+        test_lanes.after(patch, 8, ask_for_too_much, name="bn-f1-b256-s1")
+        ended = here("-m", "norm=bn", "seed=0,1,2", together)
+    assert ended.code == 1
+    assert ended.err.count("error:") == 1
+    assert f"{SENTENCE}, machine.together" in ended.err
+    done = [left("norm=bn", f"seed={seed}", together).record_path.exists() for seed in (0, 1, 2)]
+    assert done == [True, False, True]
