@@ -1,5 +1,6 @@
 """Measure what an iteration costs: arms side by side in one process, their counts of work, and the machine's rates."""
 
+import functools
 import re
 import statistics
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,7 +23,7 @@ from . import config as configuration
 from . import data
 from .layers import Layers, from_config
 from .norm.memorized import set_lambda
-from .update import WINDOW, Update
+from .update import WINDOW, Update, autocast
 
 Build = Callable[..., nn.Module]
 # The plain loop's loader has this many batches ready before it is needed; they must not count as its speed.
@@ -30,11 +32,12 @@ WORKERS, PREFETCHED = 2, 4
 
 @dataclass(frozen=True)
 class Case:
-    """One network at one batch size, on so many threads."""
+    """One network at one batch size, on so many threads; dataset: for the images' size and the number of classes."""
 
     model: str
     batch_size: int
     threads: int
+    dataset: str = "cifar10"
 
     @property
     def title(self) -> str:
@@ -43,13 +46,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train (or, with evaluates, to test): norm with one or two forwards, in a mode."""
+    """One way to train (or, with evaluates, to test): norm with one or two forwards, in a mode and a precision."""
 
     norm: str
     forwards: int = 1
     mode: str = "eager"
     gradient: str = "paper"
     evaluates: bool = False
+    precision: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -57,7 +61,7 @@ class Arm:
             return "plain loop"
         what = "test" if self.evaluates else f"{self.forwards} forward{'s' * (self.forwards > 1)}"
         gradient = ", gradient batch" if self.gradient == "batch" else ""
-        return f"{self.norm.upper()} {what}, {self.mode}{gradient}"
+        return f"{self.norm.upper()} {what}, {self.mode}{gradient}{', bf16' * (self.precision == 'bf16')}"
 
 
 PLAIN = Arm("plain", mode="plain")
@@ -76,20 +80,39 @@ def arms(quick: bool) -> list[Arm]:
 
 
 def settings(case: Case, arm: Arm, folder: Path) -> configuration.Config:
+    """The configuration that an arm has in training."""
     overrides = [f"model={case.model}", f"batch_size={case.batch_size}", f"machine.data={folder}", f"norm={arm.norm}"]
     if arm.gradient == "batch":
         overrides.append("norm.gradient=batch")
-    return configuration.load([*overrides, f"forwards={arm.forwards}"])
+    return _composed(*overrides, f"forwards={arm.forwards}", f"dataset={case.dataset}", f"precision={arm.precision}")
+
+
+@functools.cache
+def _composed(*overrides: str) -> configuration.Config:
+    """Composed once: that takes longer than building a network, of which lanes are many."""
+    return configuration.load(list(overrides))
 
 
 class Measured:
-    """An arm made ready: `step()` is one iteration."""
+    """An arm made ready: `step()` is one iteration.
 
-    def __init__(self, case: Case, arm: Arm, dataset: data.Data, folder: Path, device: torch.device, build: Build):
+    arrays: what the plain loop reads where folder holds no CIFAR-10; the other arms take their batches from dataset.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        arm: Arm,
+        dataset: data.Data,
+        folder: Path,
+        device: torch.device,
+        build: Build,
+        arrays: data.Arrays | None = None,
+    ):
         self.arm, self.device = arm, device
         torch.manual_seed(0)
         if arm == PLAIN:
-            self.loop = plain_loop(settings(case, BASE, folder), device, build)
+            self.loop = plain_loop(settings(case, BASE, folder), device, build, arrays)
             return
         config = settings(case, arm, folder)
         network = build(layers=from_config(config), **configuration.network(config))
@@ -104,13 +127,13 @@ class Measured:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=torch.tensor(0.01, device=device), momentum=0.9, weight_decay=1e-4, fused=True
         )
-        self.update = Update(self.model, self.optimizer, arm.forwards, arm.mode, "fp32", device, case.batch_size)
+        self.update = Update(self.model, self.optimizer, arm.forwards, arm.mode, arm.precision, device, case.batch_size)
 
     def step(self) -> None:
         if self.arm == PLAIN:
             next(self.loop)
         elif self.arm.evaluates:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.device, self.arm.precision):
                 self.model(next(self.batches)[0])
         else:
             self.update(*next(self.batches))
@@ -130,8 +153,8 @@ class Measured:
         return (time.perf_counter() - start) / iterations
 
     def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":  # this thread's stream alone: another thread may be recording on its own
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def _repeated(make: Callable[[], Iterator[data.Batch]]) -> Iterator[data.Batch]:
@@ -139,8 +162,26 @@ def _repeated(make: Callable[[], Iterator[data.Batch]]) -> Iterator[data.Batch]:
         yield from make()
 
 
-def plain_loop(config: configuration.Config, device: torch.device, build: Build) -> Iterator[None]:
-    """What one would write today: torchvision's data set and transforms, a DataLoader, nn.BatchNorm2d, SGD, eager."""
+class Pictures(torch.utils.data.Dataset):
+    """Images in memory, handed out as torchvision's CIFAR10 does: as PIL images, then transformed."""
+
+    def __init__(self, arrays: data.Arrays, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.labels, self.transform = arrays.train_images, arrays.train_labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def plain_loop(
+    config: configuration.Config, device: torch.device, build: Build, arrays: data.Arrays | None = None
+) -> Iterator[None]:
+    """What one would write today: torchvision's data set and transforms, a DataLoader, nn.BatchNorm2d, SGD, eager.
+
+    arrays: images in the place of CIFAR-10's.
+    """
     transform = v2.Compose(
         [
             v2.ToImage(),
@@ -150,7 +191,11 @@ def plain_loop(config: configuration.Config, device: torch.device, build: Build)
             v2.Normalize(config.dataset.mean, config.dataset.std),
         ]
     )
-    images = torchvision.datasets.CIFAR10(config.machine.data, train=True, transform=transform)
+    images: Any = (
+        Pictures(arrays, transform)
+        if arrays is not None
+        else torchvision.datasets.CIFAR10(config.machine.data, train=True, transform=transform)
+    )
     loader = torch.utils.data.DataLoader(
         images, config.batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True
     )
@@ -338,21 +383,38 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def table(result: Result) -> str:
-    """A case as markdown: milliseconds, images a second, and ratios to eager BN with one forward."""
+def table(result: Result, chosen: list[Arm] | None = None, base: Arm = BASE, digits: int = 1) -> str:
+    """A case as markdown: milliseconds, images a second, and ratios to eager BN with one forward.
+
+    chosen: the arms to show, where they are not those of a CPU; base: what the ratios are to; digits: of milliseconds.
+    """
+    to = "eager BN, 1 forward" if base == BASE else base.name
     lines = [
-        "| arm | ms an iteration (quartiles) | images/s | / eager BN, 1 forward (quartiles) | start, s |",
+        f"| arm | ms an iteration (quartiles) | images/s | / {to} (quartiles) | start, s |",
         "|---|---|---|---|---|",
     ]
-    base = [arm for arm in _known() if arm.name in result.seconds]
-    for arm in base:
+    for arm in chosen or _known():
+        if arm.name not in result.seconds:
+            continue
         middle, low, high = (1e3 * s for s in quantiles(result.seconds[arm.name]))
-        ratio = quantiles(result.ratio(arm, BASE))
+        shown = "-"
+        if base.name in result.seconds:
+            ratio = quantiles(result.ratio(arm, base))
+            shown = f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
         lines.append(
-            f"| {arm.name} | {middle:.1f} ({low:.1f} to {high:.1f}) | {result.case.batch_size / middle * 1e3:.0f} "
-            f"| {ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f}) | {result.starts[arm.name]:.1f} |"
+            f"| {arm.name} | {middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}) "
+            f"| {result.case.batch_size / middle * 1e3:.0f} | {shown} | {result.starts[arm.name]:.1f} |"
         )
     return "\n".join(lines)
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to five digits, and keys as text, at any depth: what is written as JSON."""
+    if isinstance(value, dict):
+        return {str(key): rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def count_table(result: Result) -> str:

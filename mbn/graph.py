@@ -61,9 +61,7 @@ def _free_stream(device: torch.device) -> "torch.cuda.Stream":
             if stream.cuda_stream not in _streams:
                 _streams.add(stream.cuda_stream)
                 return stream
-    raise UserError(
-        f"a process trains at most {STREAMS} runs at a time: lower --jobs or machine.together."
-    )
+    raise UserError(f"a process trains at most {STREAMS} runs at a time: lower --jobs or machine.together.")
 
 
 class Recorded:

@@ -57,6 +57,8 @@ class Lanes:
     def __init__(self, train: Train, configure: Callable[[Run], Config], jobs: int) -> None:
         self.train, self.configure, self.jobs = train, configure, jobs
         self.load = SharedData()
+        # How many streams reach a GPU at a time; read when CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
     def __enter__(self) -> "Lanes":
         self.usual = sys.stdout, sys.stderr, sys.getswitchinterval()

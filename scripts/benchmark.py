@@ -3,6 +3,9 @@
 
 python scripts/benchmark.py --quick      # ResNet-20 at batch 128 without a compiler, under a minute
 python scripts/benchmark.py              # also compiled, batch 8, memory, runs side by side; writes results/benchmarks
+
+On CUDA the second one measures recorded iterations, many networks at once and ImageNet's loader, in at most --limit
+seconds; --only 'r20-*,lanes-r20-b8-*' and --skip loader choose among its cases.
 """
 
 import argparse
@@ -10,6 +13,7 @@ import dataclasses
 import datetime
 import json
 import multiprocessing
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -21,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import models
-from mbn import benchmark, record
+from mbn import benchmark, benchmark_cuda, record
 from mbn.benchmark import BASE, PLAIN, Arm, Case, Result
 from mbn.config import REPOSITORY, ConfigError, cores
 from mbn.errors import UserError
 from mbn.files import write_atomically
+from mbn.graph import own_stream
 
 COMPILED = Arm("bn", mode="compile")
 ROUNDS = 12
@@ -39,13 +44,35 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", type=Path, default=REPOSITORY / "data", help="holds CIFAR-10; default: data")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results", help="default: results")
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one, else the CPU")
+    cuda = parser.add_argument_group("on CUDA")
+    cuda.add_argument("--limit", type=float, metavar="SECONDS", help="seconds for all cases together; default: 300")
+    cuda.add_argument("--only", help="cases to run, by name or pattern, with commas: 'r20-*,loader'")
+    cuda.add_argument("--skip", help="cases to leave out, likewise")
+    cuda.add_argument("--random", action="store_true", help="random images; also where --data holds no CIFAR-10")
     options = parser.parse_args(arguments)
+    # As many launch queues as there are lanes; read when CUDA is first used.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda" and (options.limit is not None or options.only or options.skip or options.random):
+        parser.error(f"--limit, --only, --skip and --random are for CUDA, not for {device.type}")
     try:
         if options.quick:
+            benchmark_cuda.prepare(device)
             case = Case("resnet20", 128, cores())
-            result = benchmark.measure(case, benchmark.arms(quick=True), options.data, device, models.build, 3, say)
+            with own_stream(device):
+                result = benchmark.measure(case, benchmark.arms(quick=True), options.data, device, models.build, 3, say)
             print(benchmark.table(result))
+        elif device.type == "cuda":
+            benchmark_cuda.run(
+                options.data,
+                options.results / "benchmarks",
+                device,
+                models.build,
+                limit=300.0 if options.limit is None else options.limit,
+                only=(options.only or "*").split(","),
+                skip=(options.skip or "").split(","),
+                random=options.random,
+            )
         else:
             run(options.data, options.results / "benchmarks", device)
     except (ConfigError, UserError) as error:
@@ -90,7 +117,7 @@ def run(folder: Path, target: Path, device: torch.device) -> None:
     }
     stem = benchmark.file_stem(device)
     text = page(report, results)
-    write_atomically(target / f"{stem}.json", (json.dumps(rounded(report), indent=1) + "\n").encode())
+    write_atomically(target / f"{stem}.json", (json.dumps(benchmark.rounded(report), indent=1) + "\n").encode())
     write_atomically(target / f"{stem}.md", text.encode())
     print(text)
     print(f"wrote {target / stem}.json and .md")
@@ -185,14 +212,6 @@ def page(report: dict[str, Any], results: dict[str, Result]) -> str:
             shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
             lines.append(f"Batch {size}, iterations a second: {shown}.")
     return "\n".join(lines) + "\n"
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -48,10 +48,12 @@ def record(function):
 
     made = set()
     tape = Kept()
+    generator = torch.get_rng_state()
     try:
         with tape:
             function()
     finally:
+        torch.set_rng_state(generator)
         with torch.no_grad():
             for tensor, value in reversed(before.values()):  # the first seen last: some are views of others
                 tensor.copy_(value)

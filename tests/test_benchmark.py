@@ -95,6 +95,15 @@ def test_an_arm_that_tests_changes_nothing(tmp_path):
     torch.testing.assert_close(measured.model.state_dict(), before, rtol=0, atol=0)
 
 
+def test_the_plain_loop_takes_images_in_memory_in_the_place_of_cifar(tmp_path):
+    """The folder is empty. Images are handed out as torchvision's CIFAR10 does: PIL images, transformed."""
+    measured = benchmark.Measured(CASE, PLAIN, None, tmp_path, CPU, build_tiny, digits())
+    measured.step()
+    pictures = benchmark.Pictures(digits(), lambda image: (type(image).__name__, image.size, image.getpixel((9, 9))))
+    assert pictures[3] == (("Image", (32, 32), tuple(digits().train_images[3, 9, 9])), digits().train_labels[3])
+    assert len(pictures) == len(digits().train_labels)
+
+
 def test_peak_memory_is_the_allocators(tmp_path):
     """A layer that keeps a large tensor for its backward pass shows, byte for byte."""
 
@@ -149,4 +158,9 @@ def test_arms_are_configurations_that_exist(tmp_path):
             settings = benchmark.settings(CASE, arm, tmp_path)
             assert (settings.norm.name, settings.forwards) == (arm.norm, arm.forwards)
     assert len({arm.name for arm in benchmark.arms(quick=False)}) == len(benchmark.arms(quick=False))
+    half = Arm("mbn", 2, "graph", precision="bf16")
+    assert half.name == "MBN 2 forwards, graph, bf16"
+    assert benchmark.settings(CASE, half, tmp_path).precision == "bf16"
+    large = Case("resnet50", 64, 1, "imagenet")
+    assert benchmark.settings(large, BASE, tmp_path).dataset.image_size == 224
     assert config.network(benchmark.settings(CASE, BASE, tmp_path))["name"] == "resnet20"

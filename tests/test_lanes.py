@@ -10,7 +10,7 @@ import threading
 import pytest
 import running
 import torch
-from running import TINY, Run, assert_same_run, run_here
+from running import TIMES, TINY, Run, assert_same_bits, assert_same_run, run_here, without
 from tape import recording  # noqa: F401
 from torch import nn
 
@@ -35,6 +35,7 @@ def build(*, layers, classes, **_):
     return Still(layers, classes)
 
 
+BUILD_TINY = running.build_tiny
 LONGER = ("schedule.iterations=20",)
 NORMS = ("norm=bn", "norm=mbn", "norm=mbn norm.gradient=batch", "norm=brn", "norm=gn")
 
@@ -90,6 +91,34 @@ def test_lanes_leave_what_processes_would(here, left, recording, mode, norms):  
             times = re.compile(r"[\d.]+ (images/)?s\b")
             assert times.sub("", log) == times.sub("", alone.out).replace("/alone/", "/lanes/")
     assert bool(recording) == (mode == "graph-eager")
+
+
+@pytest.mark.parametrize("network", ["without dropout", "with dropout"])
+@pytest.mark.parametrize("norm", ["norm=bn", "norm=mbn", "norm=brn"])
+def test_a_run_played_back_is_an_eager_one_and_goes_on_from_any_iteration(
+    here,
+    left,
+    monkeypatch,
+    recording,
+    norm,
+    network,  # noqa: F811
+):
+    """Stopped in the warm-up, right after a recording, and where iterations are played."""
+    if network == "with dropout":
+        monkeypatch.setattr(running, "build_tiny", BUILD_TINY)
+    eager, played = ("machine.mode=eager", norm), ("machine.mode=graph-eager", norm)
+    assert here(*eager, folder="eager").code == 0
+    for stop in (2, 4, 5):
+        with monkeypatch.context() as patch:
+            after(patch, stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert here(*played).code == 75
+    assert here(*played).code == 0
+    assert recording
+    one, other = left(*eager, folder="eager"), left(*played)
+    for key in ("model", "optimizer", "generators", "iteration"):
+        assert_same_bits(one.checkpoint()[key], other.checkpoint()[key], key)
+    assert [without(row, TIMES) for row in one.rows()] == [without(row, TIMES) for row in other.rows()]
+    assert (one.record()["mode"], other.record()["mode"]) == ("eager", "graph-eager")
 
 
 def test_one_lane_that_diverges_ends_alone(here, left, monkeypatch):

@@ -52,7 +52,7 @@ def rental(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_runs_are_trained_brought_home_and_gone_on_with(rental, tmp_path):
-    """One run ends, the other is stopped by the budget: its checkpoint comes home too."""
+    """Two runs end, two in one process are stopped by the budget: their checkpoints come home too."""
     (tmp_path / "load" / "data").mkdir()
     (tmp_path / "grids" / "short.yaml").write_text(TOY.format(iterations=4))
     (tmp_path / "grids" / "long.yaml").write_text(TOY.format(iterations=100_000))
@@ -71,7 +71,7 @@ def test_runs_are_trained_brought_home_and_gone_on_with(rental, tmp_path):
 
     for file in Path(out).iterdir():
         file.unlink()
-    rental("train", load, out, "60s", "long", *grids, *machine)
+    rental("train", load, out, "60s", "long", "--lanes", *grids, *machine)
     assert len(list(Path(out).iterdir())) <= 8
     rental("home", out)
     begun = [path for path in (tmp_path / "home" / "runs").rglob("checkpoint.pt") if "s0" in str(path)]
