@@ -48,7 +48,7 @@ pack() { # OUT: 1 log and 1 of results, and 6 of the rest
   local results="$work/results" names=() finished=() unfinished=()
   cd "$results"
   mapfile -t names < <(find records runs -name '*.json' -o -name metrics.jsonl -o -name log.txt)
-  tar czf "$1/results.tgz" "${names[@]}"
+  [ "${#names[@]}" -eq 0 ] || tar czf "$1/results.tgz" "${names[@]}"
   while IFS= read -r path; do
     local run=${path#runs/}
     if [ -f "records/${run%/checkpoint.pt}.json" ]; then finished+=("$path"); else unfinished+=("$path"); fi

@@ -71,7 +71,7 @@ def test_runs_are_trained_brought_home_and_gone_on_with(rental, tmp_path):
 
     for file in Path(out).iterdir():
         file.unlink()
-    rental("train", load, out, "60s", "long", "--lanes", *grids, *machine)
+    rental("train", load, out, "40s", "long", "--lanes", *grids, *machine)
     assert len(list(Path(out).iterdir())) <= 8
     rental("home", out)
     begun = [path for path in (tmp_path / "home" / "runs").rglob("checkpoint.pt") if "s0" in str(path)]
