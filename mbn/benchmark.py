@@ -347,7 +347,7 @@ def peak_memory(case: Case, arm: Arm, folder: Path, device: torch.device, build:
 
 def _allocated(measured: Measured) -> int:
     """Peak of the CPU allocator's bytes during one iteration, from the profiler's events."""
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         measured.step()
     now = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
