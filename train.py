@@ -95,11 +95,16 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
 
 def sweep(overrides: list[str]) -> int:
-    """Run after run, all of them checked before the first begins; one that fails does not stop the rest."""
+    """The runs of a sweep, all of them checked before the first begins."""
     lines = configuration.sweep(overrides)
     configs = [configuration.load(line) for line in lines]
     if configs[0].machine.together > 1:
         return sweep_together(lines, configs)
+    return one_after_another(configs)
+
+
+def one_after_another(configs: list[configuration.Config]) -> int:
+    """Run after run; one that fails does not stop the rest."""
     code = 0
     for config in configs:
         try:
@@ -128,10 +133,7 @@ def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) 
     for line, config in zip(lines, configs, strict=True):
         member = plan.Run(configuration.run_name(config), config, tuple(line))
         (alone if member.finished(results) or not fits(config) else runs).append(member)
-    for member in alone:
-        run(member.config)
-    if not runs:
-        return 0
+    code = one_after_another([member.config for member in alone])
     with Lanes(run, lambda member: member.config, together) as lanes:
         outcome = Pool(runs, results, together, lanes, [plan.work(member.config) for member in runs]).work()
     for name, reason in outcome.failed.items():
@@ -139,7 +141,7 @@ def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) 
     if outcome.left:
         left = len(outcome.left)
         print(f"error: stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)
-    return outcome.code if outcome.code is not None else 1 if outcome.failed else 0
+    return outcome.code if outcome.code is not None else 1 if outcome.failed else code
 
 
 def choices() -> str:

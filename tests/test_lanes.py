@@ -16,6 +16,7 @@ from torch import nn
 
 from mbn import lanes
 from mbn.config import REPOSITORY
+from mbn.errors import UserError
 from mbn.update import Update
 
 
@@ -196,6 +197,18 @@ def test_networks_that_draw_and_data_with_loaders_are_no_lanes():
         )
     }
     assert list(fitting.values()) == [True, False, True, False]
+
+
+def test_a_run_that_is_no_lane_comes_first_and_stops_nobody_where_it_fails(here, left, monkeypatch):
+    def fail():
+        raise UserError("a fault of its own")
+
+    after(monkeypatch, 3, fail, name="MainThread")
+    done = here("-m", "norm=bn", "model=nin,resnet20", "machine.together=2")
+    assert done.code == 1
+    assert done.err.count("a fault of its own") == 1
+    assert not left("norm=bn", "model=nin").record_path.exists()
+    assert left("norm=bn", "model=resnet20").record_path.exists()
 
 
 def test_images_are_opened_once_and_drawn_by_each_runs_own_seed():
