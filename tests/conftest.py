@@ -5,6 +5,7 @@ import killing
 import pytest
 import reliability
 import torch
+from tape import recording  # noqa: F401
 
 from mbn import trainer
 

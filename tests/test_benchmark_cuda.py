@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from running import build_small
-from tape import recording  # noqa: F401
 
 from mbn import benchmark, benchmark_cuda, graph, update
 from mbn.benchmark import BASE, PLAIN, Arm, Case
@@ -68,7 +67,7 @@ def not_a_number(text):
     raise AssertionError(f"{text} is not JSON")
 
 
-def test_all_cases_run_and_are_on_file_one_by_one(tmp_path, monkeypatch, capsys, recording):  # noqa: F811
+def test_all_cases_run_and_are_on_file_one_by_one(tmp_path, monkeypatch, capsys, recording):
     files = []
     write = benchmark_cuda.write_atomically
 
@@ -113,7 +112,7 @@ def graph_modes():
     return "graph-eager", "graph"
 
 
-def test_what_is_not_asked_for_and_what_has_no_time_is_said(tmp_path, capsys, recording):  # noqa: F811
+def test_what_is_not_asked_for_and_what_has_no_time_is_said(tmp_path, capsys, recording):
     report = run(tmp_path, only=["lanes-*", "loader"], skip=["*-bn", ""], limit=300)
     status = {name: case["status"] for name, case in report["cases"].items()}
     assert status == dict.fromkeys(NAMES, "skipped: not asked for") | {"lanes-r20-b8-mbn": "done", "loader": "done"}
@@ -187,7 +186,7 @@ def test_arms_that_the_limit_leaves_no_time_for_are_named(monkeypatch, place):
     assert (found.rates, found.missing) == ({}, {"1 lanes and more": NO_TIME})
 
 
-def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, recording):  # noqa: F811
+def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, recording):
     """Memory that is not enough for ResNet-50, a compiler that is missing, and a loader that breaks."""
 
     def build(*, name, **rest):
@@ -263,7 +262,7 @@ def test_a_lane_that_ends_late_counts_with_the_time_it_took(monkeypatch, place):
     assert 2 < rate <= 1 / 0.3
 
 
-def test_lanes_are_networks_of_their_own(monkeypatch, place, recording):  # noqa: F811
+def test_lanes_are_networks_of_their_own(monkeypatch, place, recording):
     made, switch = [], set()
 
     class Kept(benchmark.Measured):
@@ -287,7 +286,7 @@ def test_lanes_are_networks_of_their_own(monkeypatch, place, recording):  # noqa
     assert images.train_images.data_ptr() == other_images.train_images.data_ptr()
 
 
-def test_lanes_are_all_that_holds_streams(tmp_path, monkeypatch, recording):  # noqa: F811
+def test_lanes_are_all_that_holds_streams(tmp_path, monkeypatch, recording):
     """torch has 32 streams, and there are cases of 32 lanes."""
     inside, most = [], []
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tape import record, recording  # noqa: F401
+from tape import record
 from test_graph import plant
 from test_update import Small
 
@@ -25,7 +25,7 @@ TINY = check.Scale({"small": Small}, (4, 6), 3, image=6, plays=2, lanes=((1, 2),
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch, recording):  # noqa: F811
+def _as_on_a_gpu(monkeypatch, recording):
     """Graphs; a compiler that takes no time; and afterwards the process's settings as they were."""
     monkeypatch.setattr(update, "compiled", lambda method: method)
     yield
@@ -41,7 +41,7 @@ def failed(step):
 
 
 @pytest.mark.parametrize("name", check.STEPS)
-def test_every_step_is_ok_where_nothing_is_wrong(name, recording):  # noqa: F811
+def test_every_step_is_ok_where_nothing_is_wrong(name, recording):
     step = run(name)
     assert (step.state, failed(step)) == ("ok", [])
     assert step.rows

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from tape import record, recording  # noqa: F401
+from tape import record
 from test_update import METHODS, batch, prepare, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,7 +41,7 @@ def train(layers, forwards, mode, dtype, given):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("method", ALL)
-def test_recorded_iterations_are_eager_ones_to_the_bit(method, dtype, recording):  # noqa: F811
+def test_recorded_iterations_are_eager_ones_to_the_bit(method, dtype, recording):
     layers, forwards = ALL[method]
     given = batches(dtype)
     _, eager = train(layers, forwards, "eager", dtype, given)
@@ -51,7 +51,7 @@ def test_recorded_iterations_are_eager_ones_to_the_bit(method, dtype, recording)
     torch.testing.assert_close(played, eager, rtol=0, atol=0)
 
 
-def test_unit_rows_are_projected_in_the_recording_too(recording):  # noqa: F811
+def test_unit_rows_are_projected_in_the_recording_too(recording):
     class Unit(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -116,7 +116,7 @@ def plant(monkeypatch, fault):
 
 
 @pytest.mark.parametrize("fault", ["none", "learning rate", "lambda", "labels", "bounds"])
-def test_a_value_taken_from_the_host_is_found_out(fault, monkeypatch, recording):  # noqa: F811
+def test_a_value_taken_from_the_host_is_found_out(fault, monkeypatch, recording):
     plant(monkeypatch, fault)
     given = batches(torch.float64)
     layers = brn(2) if fault == "bounds" else mbn(2, 0.1, memory=3)
@@ -129,7 +129,7 @@ def test_a_value_taken_from_the_host_is_found_out(fault, monkeypatch, recording)
 # The order of things.
 
 
-def test_the_first_three_iterations_of_a_size_run_as_they_are_and_train(recording):  # noqa: F811
+def test_the_first_three_iterations_of_a_size_run_as_they_are_and_train(recording):
     model, _, update = prepare(mbn(2, 0.1), 2, "graph-eager")
     runs = []
     model.register_forward_hook(lambda *_: runs.append(1))
@@ -145,7 +145,7 @@ def test_the_first_three_iterations_of_a_size_run_as_they_are_and_train(recordin
     assert len(recording) == 1
 
 
-def test_a_batch_that_is_changed_after_the_call_does_not_matter(recording):  # noqa: F811
+def test_a_batch_that_is_changed_after_the_call_does_not_matter(recording):
     """The iteration works on its own copy, so that the images may lie anywhere."""
     results = []
     for spoil in (False, True):
@@ -160,7 +160,7 @@ def test_a_batch_that_is_changed_after_the_call_does_not_matter(recording):  # n
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypatch, capsys, recording):  # noqa: F811
+def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypatch, capsys, recording):
     """Half an iteration is recorded before it fails: nothing of it may stay."""
     given = batches(torch.float64)
     _, eager = train(mbn(2, 0.1, memory=3), 2, "eager", torch.float64, given)
@@ -182,7 +182,7 @@ def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypa
     torch.testing.assert_close(played, eager, rtol=0, atol=0)
 
 
-def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypatch, recording):  # noqa: F811
+def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypatch, recording):
     cpu = torch.device("cpu")
     assert graph.fault(cpu) is None
 

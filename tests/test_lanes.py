@@ -11,7 +11,6 @@ import pytest
 import running
 import torch
 from running import TIMES, TINY, Run, assert_same_bits, assert_same_run, run_here, without
-from tape import recording  # noqa: F401
 from torch import nn
 
 from mbn import lanes
@@ -74,7 +73,7 @@ def after(monkeypatch, iterations, action, name=""):
 
 @pytest.mark.parametrize("mode", ["eager", "graph-eager"])
 @pytest.mark.parametrize("norms", [("norm=bn,mbn,brn,gn", "seed=0"), ("norm=mbn", "seed=0,1,2,3,4")], ids=" ".join)
-def test_lanes_leave_what_processes_would(here, left, recording, mode, norms):  # noqa: F811
+def test_lanes_leave_what_processes_would(here, left, recording, mode, norms):
     done = here("-m", *norms, f"machine.mode={mode}", "machine.together=4")
     assert (done.code, done.err) == (0, "")
     assert (
@@ -102,7 +101,7 @@ def test_a_run_played_back_is_an_eager_one_and_goes_on_from_any_iteration(
     monkeypatch,
     recording,
     norm,
-    network,  # noqa: F811
+    network,
 ):
     """Stopped in the warm-up, right after a recording, and where iterations are played."""
     if network == "with dropout":
