@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .graph import Recorded, first_line, one_at_a_time, warn
+from .mode import GRAPHS
 from .norm.base import norm_layers, phase
 from .norm.functional import statistics_dtype
 from .norm.propagation import project_unit_rows, unit_layers
@@ -92,7 +93,7 @@ class Update:
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode."""
-        if self.mode in ("graph", "graph-eager"):
+        if self.mode in GRAPHS:
             if len(labels) not in self.recorded:
                 self.recorded[len(labels)] = Recorded(self._iterate, self._not_recorded)
             self.recorded[len(labels)](images, labels)

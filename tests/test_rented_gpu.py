@@ -8,21 +8,12 @@ from pathlib import Path
 
 import pytest
 from running import COMMIT
+from test_reproduce import TOY
 
 from mbn import record
 from mbn.config import REPOSITORY
 
 SCRIPT = REPOSITORY / "scripts" / "rented_gpu.sh"
-TOY = """
-title: Toy
-about: Toy.
-base: [dataset=digits, model=resnet20, batch_size=64, schedule.iterations={iterations}]
-rows:
-  BN: [norm=bn]
-  MBN: [norm=mbn]
-columns:
-  ResNet-20: []
-"""
 
 
 @pytest.fixture
