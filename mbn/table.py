@@ -263,9 +263,12 @@ def _cost(measured: Measured) -> str:
     }
     if not runs:
         return "Nothing has run yet."
-    gpu = sum(r["seconds"] for r in runs.values() if not r["device"].startswith("cpu"))
-    cpu = sum(r["seconds"] * (r["threads"] or 1) for r in runs.values() if r["device"].startswith("cpu"))
-    hours = [f"{s / 3600:.1f} {kind}" for s, kind in ((gpu, "GPU hours"), (cpu, "CPU hours (time x threads)")) if s]
+    several = sum(r["seconds"] for r in runs.values() if ", then " in r["device"])
+    alone = [r for r in runs.values() if ", then " not in r["device"]]
+    gpu = sum(r["seconds"] for r in alone if not r["device"].startswith("cpu"))
+    cpu = sum(r["seconds"] * (r["threads"] or 1) for r in alone if r["device"].startswith("cpu"))
+    kinds = ((gpu, "GPU hours"), (cpu, "CPU hours (time x threads)"), (several, "hours on one after the other"))
+    hours = [f"{s / 3600:.1f} {kind}" for s, kind in kinds if s]
     devices = sorted({r["device"] for r in runs.values()})
     commits = sorted({(r["commit"] or "unknown")[:7] for r in runs.values()})
     dirty = sum(bool(r["dirty"]) for r in runs.values())

@@ -123,6 +123,7 @@ class Run:
         torch.set_num_threads(self.threads)
         set_arithmetic(self.device, config.machine.tf32, config.machine.deterministic)
         self.commit, self.dirty = record.commit_and_dirty()
+        self.devices = devices_so_far(state, self.device)
 
         self.length = iterations(config)
         self.per_epoch = iterations_per_epoch(config)
@@ -209,6 +210,7 @@ class Run:
             "seconds": self.seconds,
             "training_seconds": self.training_seconds,
             "machine": {"device": str(self.device), "mode": self.update.mode, "threads": self.threads},
+            "devices": self.devices,
             "commit": self.commit,
             "dirty": self.dirty,
             "anew": self.anew,
@@ -441,7 +443,7 @@ class Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seconds": round(self.seconds, 1),
             "images_per_second": round(self.images_per_second(), 1),
-            "device": record.device_name(self.device),
+            "device": ", then ".join(self.devices),
             "mode": self.update.mode,
             "threads": self.threads,
             "commit": self.commit,
@@ -497,6 +499,15 @@ def choose_device(wanted: str, earlier: str | None) -> torch.device:
             file=sys.stderr,
         )
     return torch.device(name)
+
+
+def devices_so_far(state: dict[str, Any] | None, device: torch.device) -> list[str]:
+    """The names of the devices that a run has used, in their order, device as the last one."""
+    name = record.device_name(device)
+    earlier: list[str] = state.get("devices", []) if state else []
+    if state and not earlier and state["machine"]["device"] != str(device):
+        earlier = [state["machine"]["device"]]  # before names were kept
+    return earlier if earlier[-1:] == [name] else [*earlier, name]
 
 
 def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:

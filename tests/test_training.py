@@ -371,6 +371,30 @@ def test_what_auto_chose_is_kept_for_a_resume(here, left, after, monkeypatch):
     assert (result["device"][:5], result["mode"], result["threads"]) == ("cpu: ", "eager", 1)
 
 
+@pytest.mark.parametrize(
+    ("state", "devices"),
+    [
+        (None, ["H100"]),
+        ({"devices": ["EPYC", "H100"]}, ["EPYC", "H100"]),
+        ({"devices": ["EPYC"]}, ["EPYC", "H100"]),
+        ({"machine": {"device": "cpu"}}, ["cpu", "H100"]),  # a checkpoint from before names were kept
+        ({"machine": {"device": "cuda"}}, ["H100"]),
+    ],
+)
+def test_a_record_names_every_device_that_its_run_has_used(monkeypatch, state, devices):
+    monkeypatch.setattr(trainer.record, "device_name", lambda device: "H100")
+    assert trainer.devices_so_far(state, torch.device("cuda")) == devices
+
+
+def test_a_run_that_went_on_elsewhere_names_both_devices(here, left, after, monkeypatch):
+    after(3, send("SIGTERM"))
+    here()
+    monkeypatch.setattr(trainer.record, "device_name", lambda device: "another CPU")
+    here()
+    first, second = left().record()["device"].split(", then ")
+    assert (first[:5], second) == ("cpu: ", "another CPU")
+
+
 def test_another_number_of_threads_at_a_resume_warns(here, left, after):
     after(3, send("SIGTERM"))
     here()
