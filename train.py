@@ -81,7 +81,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
             if config.norm.name in ("bn", "brn", "mbn"):
                 from mbn.trainer import add_precise_error
 
-                result = add_precise_error(config, build)
+                result = add_precise_error(config, build, stop)
             else:
                 print(f"warning: norm={config.norm.name} has no statistics to take anew.", file=sys.stderr)
         print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it anew.")

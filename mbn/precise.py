@@ -4,46 +4,48 @@ It separates what a method gains in training from what it gains at test time. So
 'Batch' in BatchNorm", 2021, section 3.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from .gap import named_norm_layers
-from .norm.base import held
+from .graph import Recorded, first_line, warn
+from .norm.base import BatchStatisticsNorm, held
 from .norm.functional import batch_moments, values_per_channel
 
 
 class Moments:
-    """Running mean and biased variance of all values seen, in float64 (Chan et al. 1979)."""
+    """Running mean and biased variance of all values seen, (C,) in float64 (Chan et al. 1979), changed in place."""
 
-    def __init__(self) -> None:
-        self.n = 0
-        self.mean: Tensor | float = 0.0
-        self.variance: Tensor | float = 0.0
+    def __init__(self, layer: BatchStatisticsNorm) -> None:
+        where = layer.running_mean.device
+        self.n = torch.zeros((), dtype=torch.float64, device=where)
+        self.mean = torch.zeros(layer.num_features, dtype=torch.float64, device=where)
+        self.variance = self.mean.clone()
 
     def add(self, mean: Tensor, variance: Tensor, n: int) -> None:
         """Take in the moments of n more values."""
-        mean, variance = mean.double(), variance.double()
-        share = n / (self.n + n)
-        distance = mean - self.mean
-        self.mean = self.mean + share * distance
-        self.variance = (1 - share) * self.variance + share * variance + share * (1 - share) * distance.square()
         self.n += n
+        share = n / self.n
+        distance = mean - self.mean
+        self.mean += share * distance
+        self.variance.mul_(1 - share).add_(share * variance).add_(share * (1 - share) * distance.square())
 
 
 @torch.no_grad()
-def set_precise_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def set_precise_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recorded: bool = False) -> None:
     """Replace each layer's test statistics by those of its inputs over batches, every image with equal weight.
 
-    batches: images as training augments them, and labels, which are not used.
+    batches: images as training augments them, and labels, which are not used. recorded: play the forward of each size
+    of batch back from a recording, on a CUDA stream of one's own.
 
     The batches go through training-mode forwards with memories and averages frozen and dropout off. Which batches
     images come in matters little, as each layer pools their moments exactly, but the run's batch size is what the
     layers before it were normalised with. The model is in eval mode afterwards.
     """
     layers = named_norm_layers(model)
-    moments = {name: Moments() for name in layers}
+    moments = {name: Moments(layer) for name, layer in layers.items()}
 
     def note(name: str):
         def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -55,14 +57,17 @@ def set_precise_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
+    forwards: dict[int, Callable[[Tensor], object]] = {}
     hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
     try:
         with held(model):
             for images, _ in batches:
-                model(images)
+                if recorded and len(images) not in forwards:
+                    forwards[len(images)] = Recorded(model, lambda error: warn(first_line(error)))
+                forwards.get(len(images), model)(images)
     finally:
         for hook in hooks:
             hook.remove()
     model.eval()
     for name, layer in layers.items():
-        layer.set_test_statistics(torch.as_tensor(moments[name].mean), torch.as_tensor(moments[name].variance))
+        layer.set_test_statistics(moments[name].mean, moments[name].variance)

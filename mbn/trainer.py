@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import checkpoint, record
 from .config import MBN, Config, distinction, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
 from .curves import curves, last_epoch
-from .data import Data, load
+from .data import Batch, Data, load
 from .errors import UserError
 from .evaluate import Measured, batch_size_for, evaluate
 from .files import lock, remove_partials, write_atomically
@@ -25,7 +25,7 @@ from .gap import Statistics, draws, epoch_statistics, training_statistics
 from .graph import one_at_a_time, own_stream
 from .journal import Journal
 from .layers import Layers, from_config
-from .mode import choose_mode
+from .mode import GRAPHS, choose_mode
 from .norm.base import norm_layers
 from .norm.memorized import set_lambda
 from .norm.renorm import set_renorm
@@ -64,11 +64,16 @@ def train(
         run.open_journal()
         with own_stream(run.device):
             try:
-                with run.journal, contextlib.nullcontext(stop) if stop is not None else Stop() as told:
-                    run.train(told)
-                return run.finish()
+                with _signals(stop) as told:
+                    with run.journal:
+                        run.train(told)
+                    return run.finish(told)
             finally:
                 run.update.recorded.clear()  # and the memory that recordings hold
+
+
+def _signals(stop: Told | None) -> contextlib.AbstractContextManager[Told]:
+    return Stop() if stop is None else contextlib.nullcontext(stop)
 
 
 @contextlib.contextmanager
@@ -83,10 +88,11 @@ def _memory_is_enough(config: Config) -> Iterator[None]:
         ) from None
 
 
-def add_precise_error(config: Config, build: Callable[[Layers], nn.Module]) -> dict[str, Any]:
+def add_precise_error(config: Config, build: Callable[[Layers], nn.Module], stop: Told | None = None) -> dict[str, Any]:
     """Measure `test_error_precise` from a finished run's final checkpoint, add it to its record, and return that.
 
-    Nothing else in the record changes but its checksum. Errors: UserError where the checkpoint is not there any more.
+    Nothing else in the record changes but its checksum. stop: as for `train`. Errors: UserError where the checkpoint is
+    not there any more, or when a signal stopped it.
     """
     path = record.path_of(Path(config.machine.results), run_name(config))
     folder = Path(config.machine.results) / "runs" / run_name(config)
@@ -97,7 +103,8 @@ def add_precise_error(config: Config, build: Callable[[Layers], nn.Module]) -> d
                 f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise=true measures: "
                 "machine.again=true trains it anew."
             )
-        return record.read(record.rewrite(path, test_error_precise=run.precise_error()))
+        with own_stream(run.device), _signals(stop) as told:
+            return record.read(record.rewrite(path, test_error_precise=run.precise_error(told)))
 
 
 class Run:
@@ -285,11 +292,14 @@ class Run:
                     if self.saved != self.iteration:  # else both generations would be this one
                         self.drain()
                         self.save()
-                    raise UserError(
-                        f"stopped at iteration {self.iteration} of {self.length}, saved in {self.checkpoint_path}: the "
-                        "same command goes on from there.",
-                        code=stop.code,
-                    )
+                    raise self._stopped(stop.code)
+
+    def _stopped(self, code: int) -> UserError:
+        return UserError(
+            f"stopped at iteration {self.iteration} of {self.length}, saved in {self.checkpoint_path}: the same "
+            "command goes on from there.",
+            code=code,
+        )
 
     def _training_statistics(self, images: Tensor) -> Statistics:
         with autocast(self.device, self.config.precision):
@@ -374,7 +384,7 @@ class Run:
         with autocast(self.device, self.config.precision):
             return evaluate(self.model, self.data.test_batches(batch_size_for(self.config, self.device)))
 
-    def precise_error(self) -> float | None:
+    def precise_error(self, stop: Told) -> float | None:
         """Test error in percent with statistics taken anew over an epoch of training, which are then put back.
 
         The images are augmented as in training: it is their statistics that the weights were trained with. Those of
@@ -384,13 +394,20 @@ class Run:
             print(f"warning: norm={self.config.norm.name} has no statistics to take anew.", file=sys.stderr)
             return None
         self.set_schedule(self.length - 1)  # lambda, r_max and d_max as training ended with
-        batches = self.data.train_batches(0, self.config.batch_size)
+        batches = self._until(stop, self.data.train_batches(0, self.config.batch_size))
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with autocast(self.device, self.config.precision):
-            set_precise_statistics(self.model, islice(batches, self.per_epoch))
+            set_precise_statistics(self.model, islice(batches, self.per_epoch), self.update.mode in GRAPHS)
         error = self._evaluate().error
         self.model.load_state_dict(kept)
         return error
+
+    def _until(self, stop: Told, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches, but UserError once a signal has come."""
+        for batch in batches:
+            if stop.code is not None:
+                raise self._stopped(stop.code)
+            yield batch
 
     def _row(self, kind: str, sums: "Sums", extra: dict[str, Any] | None = None) -> None:
         """Write a row of the journal: what sums hold, the schedule, and more."""
@@ -422,8 +439,8 @@ class Run:
 
     # The end.
 
-    def finish(self) -> dict[str, Any]:
-        """Write the record of a run that has reached its end, and return it."""
+    def finish(self, stop: Told) -> dict[str, Any]:
+        """Write the record of a run that has reached its end, and return it. Errors: UserError after a signal."""
         rows = list(self.journal.rows())
         epochs = [row for row in rows if row["kind"] == "epoch"]
         last = epochs[-1]
@@ -435,7 +452,7 @@ class Run:
             "test_error_best": min(row["test_error"] for row in epochs),
             "train_error": train_error,
             "test_error_top5": last["test_error_top5"],
-            "test_error_precise": self.precise_error() if self.config.evaluate.precise else None,
+            "test_error_precise": self.precise_error(stop) if self.config.evaluate.precise else None,
             "test_loss": last["test_loss"],
             "train_loss": train_loss,
             "iterations": self.length,

@@ -1,8 +1,10 @@
 """One iteration of training (Algorithm 1 of the paper)."""
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +24,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def compiled(method: Callable) -> Callable:
-    """torch.compile of a bound method, under a code object of its own.
+# What torch.compile has made, by function and kind of network.
+_compiled: dict[tuple[Callable, Any], Callable] = {}
 
-    torch compiles a code object for at most eight different objects: the ninth run of a process would be refused.
+
+def compiled(method: Callable, kind: Any) -> Callable:
+    """torch.compile of a bound method, made once for all objects of a kind: runs side by side, one run after another.
+
+    kind: hashable. Objects of one kind differ in their tensors' values alone, which compiled code takes as arguments;
+    where they differ in more torch notices and compiles again, for up to eight of them. So each kind has a code object
+    of its own.
     """
-    function = method.__func__  # type: ignore[attr-defined]
-    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(types.MethodType(own, method.__self__), fullgraph=True, dynamic=False)  # type: ignore[attr-defined]
+    key = (method.__func__, kind)  # type: ignore[attr-defined]
+    if key not in _compiled:
+        function = key[0]
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        _compiled[key] = torch.compile(own, fullgraph=True, dynamic=False)
+    return functools.partial(_compiled[key], method.__self__)  # type: ignore[attr-defined]
 
 
 # Losses stay on the device for this many iterations, and are then read at once.
@@ -73,7 +84,8 @@ class Update:
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
         self.second: Callable[..., None] = self._second
         if mode in ("compile", "graph"):
-            self.first, self.second = compiled(self._first), compiled(self._second)
+            kind = (repr(model), forwards, precision, device, batch_size)
+            self.first, self.second = compiled(self._first, kind), compiled(self._second, kind)
         # One for each size of batch.
         self.recorded: dict[int, Recorded] = {}
         self.watch = Watch(model, WINDOW)

@@ -84,7 +84,7 @@ class Scale:
     smaller: int = 5  # than the small one, as an epoch's last batch is
     image: int = 32
     plays: int = 100
-    lanes: tuple[tuple[int, ...], tuple[int, ...]] = ((1, 2, 4, 8, 16, 32), (1, 2, 4, 8))
+    lanes: tuple[tuple[int, ...], tuple[int, ...]] = ((1, 4, 16), (1, 4))
     seconds: float = 0.7
 
 

@@ -10,6 +10,9 @@
 # inductor.* (an earlier rental's compiled kernels). OUT gets at most 8 files of 16 MB: logs, results, checkpoints and
 # compiled kernels. Checkpoints of unfinished runs in results/unfinished/ are gone on with.
 #
+# MPS=1 in front of train: runs are processes that share the GPU by way of NVIDIA's server for that, which is started
+# and ended here, instead of threads of one process.
+#
 # WORK (default /tmp/mbn) lasts from one command to the next while the machine is held. git does not come along: set
 # MBN_COMMIT to what `git describe --always --dirty --abbrev=40 --exclude '*'` prints at home.
 set -euo pipefail
@@ -20,7 +23,18 @@ export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${
 # As many streams as lanes may reach the device at a time.
 export CUDA_DEVICE_MAX_CONNECTIONS=32
 
-usage() { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+start_mps() {
+  if ! command -v nvidia-cuda-mps-control >/dev/null; then
+    echo "error: there is no nvidia-cuda-mps-control here: leave MPS=1 out." >&2
+    exit 2
+  fi
+  export CUDA_MPS_PIPE_DIRECTORY="$work/mps" CUDA_MPS_LOG_DIRECTORY="$work/mps"
+  mkdir -p "$work/mps"
+  nvidia-cuda-mps-control -d
+  trap 'echo quit | nvidia-cuda-mps-control' EXIT
+}
 
 unpack() { # LOAD
   mkdir -p "$work/site" "$work/inductor"
@@ -117,6 +131,7 @@ PYTHON
   options=() settings=()
   while [ "$#" -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
   [ "$#" -eq 0 ] || { shift; settings=("$@"); }
+  [ -z "${MPS:-}" ] || { start_mps; options+=(--no-lanes); }
   code=0
   python3 scripts/reproduce.py "${options[@]}" --budget "${seconds}s" --results "$work/results" \
     -- "machine.data=$data" machine.checkpoint_seconds=60 "${settings[@]}" 2>&1 | tee "$out/log" || code=$?

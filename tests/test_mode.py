@@ -1,14 +1,17 @@
 """Which runs are compiled, and what happens where nothing can be."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from running import TINY, Run, assert_same_run, run_here
-from test_update import batch, prepare
+from test_update import batch, prepare, state
 
 import models
-from mbn import config, mode
+from mbn import config, layers, mode, update
 from mbn.errors import UserError
-from mbn.layers import bn, from_config
+from mbn.layers import from_config
 from mbn.mode import choose_mode, operations
 
 CPU = torch.device("cpu")
@@ -65,8 +68,8 @@ def cuda(monkeypatch):
 
 def test_auto_on_cuda_is_a_graph_and_compiled_where_that_pays(cuda):
     assert chosen("model=resnet20", "norm=mbn", device=CUDA) == "graph"
-    assert chosen("model=resnet20", "norm=brn", device=CUDA) == "graph"
-    assert chosen("model=resnet20", "norm=bn", device=CUDA) == "graph-eager"
+    assert chosen("model=resnet20", "norm=bn", device=CUDA) == "graph"
+    assert chosen("model=resnet20", "schedule.iterations=29999", device=CUDA) == "graph-eager"
     assert chosen("experiment=quickstart", device=CUDA) == "graph-eager"
     assert chosen("experiment=quickstart", wanted="graph", device=CUDA) == "graph"
     assert chosen("model=resnet20", wanted="eager", device=CUDA) == "eager"
@@ -95,15 +98,36 @@ def test_where_nothing_can_be_recorded_or_compiled_one_line_says_so(monkeypatch,
     )
 
 
-def test_many_runs_in_one_process_compile_each_its_own(monkeypatch):
-    """torch compiles one code object for eight different objects at most."""
+def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monkeypatch):
+    """One run after another, or lanes: only the first of a kind waits for the compiler."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: compiler(f, backend="aot_eager", **settings))
-    for _ in range(10):
-        _, _, update = prepare(bn(1), 1, "compile", batch_size=8)
-        for _ in range(2):
-            update(*batch())
-        assert len(update.drain()) == 2
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: compiler(f, backend=backend, **settings))
+    monkeypatch.setattr(update, "_compiled", {})
+    kept = []
+    for i in range(10):  # torch compiles a code object eight times at most
+        torch.manual_seed(i)
+        model, _, compiled = prepare(layers.mbn(2, 0.1), 2, "compile", batch_size=8)
+        torch.manual_seed(i)
+        twin, _, eager = prepare(layers.mbn(2, 0.1), 2, "eager", batch_size=8)
+        for images, labels in (batch(), batch()):
+            compiled(images, labels)
+            eager(images, labels)
+        torch.testing.assert_close(compiled.drain(), eager.drain())
+        torch.testing.assert_close(state(model), state(twin))
+        kept.append(weakref.ref(model))
+        assert len(graphs) == 2  # a first and a second forward
+    del model, compiled
+    gc.collect()
+    assert [alive() for alive in kept] == [None] * 10
+    _, _, other = prepare(layers.mbn(2, 0.1, memory=3), 2, "compile", batch_size=8)
+    other(*batch())
+    assert len(graphs) == 4
 
 
 def test_a_broken_tool_chain_is_found_out(monkeypatch):

@@ -1,7 +1,9 @@
 """PreciseBN: the statistics of all training images with the final weights, and the error measured with them."""
 
 import itertools
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from mbn.norm.base import norm_layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
 from mbn.precise import set_precise_statistics
+from mbn.signals import Told
 from mbn.trainer import Run
 
 EPS = 1e-5
@@ -138,6 +141,20 @@ def test_the_batch_size_matters_to_the_second_layer_and_not_to_the_first():
         statistics.append([layer.test_statistics() for layer in norm_layers(model)])
     close(statistics[0][0], statistics[1][0])
     assert (statistics[0][1][1] - statistics[1][1][1]).abs().max() > 1e-3
+
+
+@every_norm
+def test_played_back_from_a_recording_it_has_the_same_bits(norm, recording):
+    """Six whole batches, four of which are played, and a smaller last one."""
+    batches = image_batches(n=27)
+    statistics = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model = remembering(TwoLayers(LAYERS[norm]), 6, 4)
+        set_precise_statistics(model, batches, recorded)
+        statistics.append([layer.test_statistics() for layer in norm_layers(model)])
+    assert len(recording) == 1
+    torch.testing.assert_close(*statistics, rtol=0, atol=0)
 
 
 @every_norm
@@ -283,7 +300,7 @@ def test_measured_later_layers_normalise_as_at_the_end_of_training(norm, tmp_pat
     """lambda, r_max and d_max are no part of a checkpoint, and the statistics depend on them."""
     seen = []
 
-    def spy(model, batches):
+    def spy(model, batches, recorded):
         batches = list(batches)
         settings = {(layer.lam,) if norm == "mbn" else (layer.r_max, layer.d_max) for layer in norm_layers(model)}
         seen.append((settings, [len(labels) for _, labels in batches]))
@@ -308,6 +325,27 @@ def test_asked_for_when_a_run_that_ended_without_its_record_is_taken_up(tmp_path
     assert again["test_error"] == whole["test_error"]
 
 
+@pytest.mark.parametrize("finished_before", [False, True])
+def test_a_signal_stops_it_and_the_same_command_goes_on(finished_before, tmp_path, capsys, monkeypatch):
+    """A budget's end, or Ctrl-C: at batch 8 it takes as long as an epoch."""
+    _, _, whole = finished(tmp_path / "whole", capsys, "mbn", "evaluate.precise=true")
+    results = tmp_path / "stopped"
+    if finished_before:
+        finished(results, capsys, "mbn")
+
+    def signalled(model, batches, recorded):
+        os.kill(os.getpid(), signal.SIGTERM)
+        set_precise_statistics(model, batches, recorded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mbn.trainer.set_precise_statistics", signalled)
+        assert train.main(command(results, "mbn", "evaluate.precise=true")) == 75
+    assert "stopped at iteration" in capsys.readouterr().err
+    assert record.path_of(results, whole["name"]).exists() == finished_before
+    again = finished(results, capsys, "mbn", "evaluate.precise=true")[2]
+    assert again["test_error_precise"] == whole["test_error_precise"]
+
+
 @pytest.mark.parametrize("norm", ["bn", "brn", "mbn"])
 def test_the_trainer_puts_memory_and_averages_back(norm, tmp_path, monkeypatch):
     settings = config.load(command(tmp_path, norm, "schedule.iterations=3"))
@@ -320,12 +358,12 @@ def test_the_trainer_puts_memory_and_averages_back(norm, tmp_path, monkeypatch):
     before = snapshot(run.model)
     inside = []
 
-    def spy(model, batches):
+    def spy(model, batches, recorded):
         set_precise_statistics(model, batches)
         inside.append(snapshot(model))
 
     monkeypatch.setattr("mbn.trainer.set_precise_statistics", spy)
-    error = run.precise_error()
+    error = run.precise_error(Told())
     assert 0 <= error <= 100
     assert not torch.equal(inside[0]["norm1.running_mean"], before["norm1.running_mean"])
     after = run.model.state_dict()

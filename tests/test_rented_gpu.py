@@ -19,12 +19,10 @@ SCRIPT = REPOSITORY / "scripts" / "rented_gpu.sh"
 @pytest.fixture
 def rental(tmp_path):
     """A function that gives rented_gpu.sh a command, with this Python and folders of its own."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
-    for folder in ("load", "out", "grids", "home"):
+    for folder in ("bin", "load", "out", "grids", "home"):
         (tmp_path / folder).mkdir()
 
-    def call(*arguments, code=0):
+    def call(*arguments, code=0, **more):
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -33,6 +31,7 @@ def rental(tmp_path):
             "GIT_DIR": os.devnull,
             "MBN_COMMIT": COMMIT,
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            **more,
         }
         done = subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
@@ -67,6 +66,28 @@ def test_runs_are_trained_brought_home_and_gone_on_with(rental, tmp_path):
     rental("home", out)
     begun = [path for path in (tmp_path / "home" / "runs").rglob("checkpoint.pt") if "s0" in str(path)]
     assert len(begun) >= 3  # two ended, and at least one that goes on
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, installed):
+    server = tmp_path / "bin" / "nvidia-cuda-mps-control"
+    if installed:
+        server.write_text(f'#!/bin/sh\n[ "$1" = -d ] || read said\necho "$1$said" >>{tmp_path}/told\n')
+        server.chmod(0o755)
+    (tmp_path / "load" / "data").mkdir()
+    (tmp_path / "grids" / "short.yaml").write_text(TOY.format(iterations=4))
+    said = rental(
+        *("train", str(tmp_path / "load"), str(tmp_path / "out"), "9m", "short", "--seeds", "1", "--jobs", "2"),
+        *("--grids", str(tmp_path / "grids"), "--", "machine.device=cpu", "machine.mode=eager"),
+        code=0 if installed else 2,
+        MPS="1",
+        PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    if installed:
+        assert "2 of 2 runs are done." in said
+        assert (tmp_path / "told").read_text() == "-d\nquit\n"
+    else:
+        assert "error: there is no nvidia-cuda-mps-control here" in said
 
 
 def test_a_package_and_compiled_kernels_come_along(rental, tmp_path):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mbn import update as update_module
 from mbn.layers import bn, brn, gn, mbn
 from mbn.norm.base import norm_layers
 from mbn.norm.memorized import set_lambda
@@ -254,6 +255,7 @@ def test_compiled_iterations_equal_eager_ones(method, monkeypatch):
     At a learning rate of 0.1 rounding errors grow tenfold an iteration, so that the last digits say nothing.
     """
     layers, forwards = METHODS[method]
+    monkeypatch.setattr(update_module, "_compiled", {})
     if method not in QUICK:
         compiler = torch.compile
         monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend="aot_eager"))
