@@ -46,7 +46,7 @@ NAMES = [
 @pytest.fixture(autouse=True)
 def without_a_compiler(monkeypatch):
     """What a compiler makes is not an operation that the stand-in could note."""
-    monkeypatch.setattr(update, "compiled", lambda method: method)
+    monkeypatch.setattr(update, "compiled", lambda method, kind: method)
 
 
 # Holds no CIFAR-10; the same in all tests, as configurations are composed once for each folder.
@@ -194,7 +194,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, 
             raise torch.OutOfMemoryError("it is full")
         return build_small(**rest)
 
-    def no_compiler(method):
+    def no_compiler(method, kind):
         raise RuntimeError("no compiler\nat all")
 
     def broken(place, deadline):

@@ -27,7 +27,7 @@ TINY = check.Scale({"small": Small}, (4, 6), 3, image=6, plays=2, lanes=((1, 2),
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch, recording):
     """Graphs; a compiler that takes no time; and afterwards the process's settings as they were."""
-    monkeypatch.setattr(update, "compiled", lambda method: method)
+    monkeypatch.setattr(update, "compiled", lambda method, kind: method)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -120,7 +120,7 @@ def not_deterministic(monkeypatch):
 
 
 def compiler_off(monkeypatch):
-    def compiled(method):
+    def compiled(method, kind):
         def first(*batch):
             loss, measured = method(*batch)
             return 1.1 * loss, measured
