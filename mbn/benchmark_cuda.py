@@ -33,6 +33,7 @@ from .errors import UserError
 from .files import write_atomically
 from .graph import Recorded, first_line, one_at_a_time, own_stream
 from .imagenet import ImageFolders
+from .kernels import Kernels, kernels
 from .lanes import SWITCH
 from .mode import GRAPHS
 from .trainer import set_arithmetic
@@ -54,8 +55,10 @@ class Sizes:
     rounds: int = 6
     round_seconds: float = 0.12  # of each arm
     lanes: dict[int, tuple[int, ...]] = field(default_factory=lambda: {8: (1, 2, 4, 8, 16, 32), 128: (1, 2, 4, 8)})
-    compiled_lanes: dict[int, tuple[int, ...]] = field(default_factory=lambda: {8: (1, 2, 4, 8), 128: (1, 2, 4)})
+    compiled_lanes: dict[int, tuple[int, ...]] = field(default_factory=lambda: {8: (1, 2, 4, 8, 16), 128: (1, 2, 4)})
     lane_seconds: float = 0.8
+    profile_seconds: float = 0.05
+    profile_lanes: int = 8
     compiling: float = 20.0  # with less time left than this no compiling begins
     workers: int = 16
     pictures: int = 512
@@ -260,11 +263,19 @@ class Lanes:
 
     def rate(self, seconds: float) -> float:
         """Iterations a second of all lanes together, counted over seconds and until the last one is done."""
+        count, took = self._iterate(seconds)
+        return count / took
+
+    def count(self, seconds: float) -> int:
+        """Iterate for so long; the number of iterations of all lanes together."""
+        return self._iterate(seconds)[0]
+
+    def _iterate(self, seconds: float) -> tuple[int, float]:
         starts: list[float] = []
         barrier = threading.Barrier(len(self.lanes), action=lambda: starts.append(time.perf_counter()))
         futures = [lane.thread.submit(lane.iterate, barrier, seconds) for lane in self.lanes]
         results = [future.result() for future in futures]
-        return sum(count for count, _ in results) / (max(end for _, end in results) - starts[0])
+        return sum(count for count, _ in results), max(end for _, end in results) - starts[0]
 
 
 def networks(
@@ -304,18 +315,75 @@ class Many:
 def many(case: Case, arm: Arm, numbers: tuple[int, ...], place: Place, deadline: float) -> Many:
     """Measure more and more lanes (numbers ascend), for as long as the clock allows."""
     result, sizes = Many(case, arm), place.sizes
-    needed = sizes.compiling if arm.mode == "graph" else sizes.lane_seconds
     with (
         _noted(result.missing, "more lanes"),
         networks(case, arm, place.dataset, place.folder, place.device, place.build) as lanes,
     ):
         for n in numbers:
-            while len(lanes.lanes) < n and left(deadline) > needed:
+            while len(lanes.lanes) < n:
+                compiles = arm.mode == "graph" and not lanes.lanes  # the first one, for all
+                if left(deadline) <= (sizes.compiling if compiles else sizes.lane_seconds):
+                    break
                 lanes.add()
             if len(lanes.lanes) < n or left(deadline) <= 0:
                 result.missing[f"{n} lanes and more"] = NO_TIME
                 break
             result.rates[n] = lanes.rate(sizes.lane_seconds)
+    return result
+
+
+# Where the time goes.
+
+
+@dataclass
+class Profiled:
+    """Kernels of a case's iterations, of several lanes together; or what is missing, with the reason."""
+
+    case: Case
+    arm: Arm
+    lanes: int
+    iterations: int = 0
+    kernels: Kernels | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        if self.kernels is None:
+            return "not measured"
+        found, n = self.kernels, max(1, self.iterations)
+        return (
+            f"{self.arm.name}, lanes {self.lanes}: {1e3 * found.span / n:.3f} ms an iteration, of which "
+            f"{1e3 * found.busy / n:.3f} ms with a kernel running; {found.number / n:.0f} kernels, "
+            f"{1e3 * found.total / n:.3f} ms added up"
+        )
+
+    def rows(self, most: int = 15) -> list[str]:
+        """A table of the kernels that take most time."""
+        if self.kernels is None:
+            return []
+        lines = ["| kernel | an iteration | us each | us an iteration |", "|---|---|---|---|"]
+        for name in self.kernels.longest(most):
+            number, seconds = self.kernels.by_name[name]
+            n = max(1, self.iterations)
+            short = name.replace("|", "/")[:100]
+            lines.append(f"| {short} | {number / n:.1f} | {1e6 * seconds / number:.1f} | {1e6 * seconds / n:.0f} |")
+        return lines
+
+
+def profiled(case: Case, arm: Arm, n: int, place: Place, deadline: float) -> Profiled:
+    """Profile n lanes for a moment, once they are recorded."""
+    result = Profiled(case, arm, n)
+    with (
+        _noted(result.missing, "profile"),
+        networks(case, arm, place.dataset, place.folder, place.device, place.build) as lanes,
+    ):
+        while len(lanes.lanes) < n:
+            if left(deadline) <= (0 if lanes.lanes else place.sizes.compiling):
+                result.missing["profile"] = NO_TIME
+                return result
+            lanes.add()
+        counts: list[int] = []
+        result.kernels = kernels(lambda: counts.append(lanes.count(place.sizes.profile_seconds)), place.device)
+        result.iterations = counts[0]
     return result
 
 
@@ -388,7 +456,7 @@ def make_pictures(root: Path, n: int) -> None:
 
 # All cases.
 
-Outcome = Timed | Many | Loaded
+Outcome = Timed | Many | Loaded | Profiled
 
 
 class Job(NamedTuple):
@@ -423,6 +491,13 @@ def jobs(place: Place) -> list[Job]:
             for arm in arms(PAIR, (mode,))
         ]
 
+    def profiles(prefix: str, cases: dict[str, Case], n: int) -> list[Job]:
+        return [
+            Job(f"{prefix}{name}-{arm.norm}", 60, partial(profiled, case, arm, n, place))
+            for name, case in cases.items()
+            for arm in arms(PAIR, ("graph",))
+        ]
+
     return [
         *times("", 30, [*arms(METHODS, ("graph-eager", "eager")), PLAIN]),
         *lanes("lanes-", 30, "graph-eager", sizes.lanes),
@@ -431,6 +506,10 @@ def jobs(place: Place) -> list[Job]:
         *lanes("compiled-lanes-", 60, "graph", sizes.compiled_lanes),
         Job("resnet50", 30, partial(large, place)),
         Job("loader", 30, partial(loader, place)),
+        *profiles("profile-", cases, 1),
+        *profiles(
+            "profile-lanes-", {n: case for n, case in cases.items() if case.batch_size == 8}, sizes.profile_lanes
+        ),
     ]
 
 
@@ -644,6 +723,8 @@ def page(report: dict[str, Any], outcomes: dict[str, Outcome]) -> str:
             lines += [
                 f"| {n} | {rate:.1f} | {f'{rate / one:.2f}' if one else '-'} |" for n, rate in outcome.rates.items()
             ]
+        elif isinstance(outcome, Profiled):
+            lines += [f"{outcome.line()}.", "", *outcome.rows()]
         else:
             trained = outcomes.get("resnet50")
             lines.append(f"{outcome.line()}.")

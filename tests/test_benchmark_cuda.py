@@ -17,6 +17,7 @@ from mbn.benchmark import BASE, PLAIN, Arm, Case
 from mbn.benchmark_cuda import NO_TIME, RECORDED, Many, Place, Sizes, Timed, bars
 from mbn.config import REPOSITORY
 from mbn.errors import UserError
+from mbn.kernels import Kernels
 from mbn.lanes import SWITCH
 
 CPU = torch.device("cpu")
@@ -36,10 +37,13 @@ SIZES = Sizes(
     pictures=16,
     large_batch=8,
     loader_seconds=0.1,
+    profile_seconds=0.05,
+    profile_lanes=2,
 )
 NAMES = [
     *("r20-b8", "lanes-r20-b8-bn", "lanes-r20-b8-mbn", "compiled-r20-b8", "bf16-r20-b8"),
     *("compiled-lanes-r20-b8-bn", "compiled-lanes-r20-b8-mbn", "resnet50", "loader"),
+    *("profile-r20-b8-bn", "profile-r20-b8-mbn", "profile-lanes-r20-b8-bn", "profile-lanes-r20-b8-mbn"),
 ]
 
 
@@ -47,6 +51,17 @@ NAMES = [
 def without_a_compiler(monkeypatch):
     """What a compiler makes is not an operation that the stand-in could note."""
     monkeypatch.setattr(update, "compiled", lambda method, kind: method)
+
+
+@pytest.fixture(autouse=True)
+def profiler(monkeypatch):
+    """A profiler that sees two kernels: on a CPU the real one sees nothing of other threads."""
+
+    def seen(work, device):
+        work()
+        return Kernels(0.5, 0.25, 0.375, {"convolution": (10, 0.25), "sum": (40, 0.125)})
+
+    monkeypatch.setattr(benchmark_cuda, "kernels", seen)
 
 
 # Holds no CIFAR-10; the same in all tests, as configurations are composed once for each folder.
@@ -95,7 +110,10 @@ def test_all_cases_run_and_are_on_file_one_by_one(tmp_path, monkeypatch, capsys,
     }
     assert all(len(s) == 2 and min(s) > 0 for name in NAMES for s in cases[name].get("seconds", {}).values())
     for name in NAMES:
-        if "lanes" in name:
+        if name.startswith("profile"):
+            assert cases[name]["kernels"]["busy"] == 0.25
+            assert cases[name]["iterations"] >= cases[name]["lanes"] == 1 + ("lanes" in name)
+        elif "lanes" in name:
             assert list(cases[name]["rates"]) == ["1", "2"]
             assert min(cases[name]["rates"].values()) > 0
     assert cases["loader"]["rate"] > 0
@@ -106,6 +124,16 @@ def test_all_cases_run_and_are_on_file_one_by_one(tmp_path, monkeypatch, capsys,
     assert page.read_text() in printed
     assert all(f"\n## {name}\n" in page.read_text() for name in NAMES)
     assert "ResNet-50 trains on this many a second: BN 1 forward, graph-eager, bf16 " in page.read_text()
+
+
+def test_a_profile_is_told_by_the_iteration():
+    found = Kernels(0.5, 0.25, 0.375, {"convolution": (10, 0.25), "sum": (40, 0.125)})
+    outcome = benchmark_cuda.Profiled(CASE, MBN2, 2, iterations=10, kernels=found)
+    assert outcome.line() == (
+        "MBN 2 forwards, graph-eager, lanes 2: 50.000 ms an iteration, of which 25.000 ms with a kernel running; "
+        "5 kernels, 37.500 ms added up"
+    )
+    assert outcome.rows()[2:] == ["| convolution | 1.0 | 25000.0 | 25000 |", "| sum | 4.0 | 3125.0 | 12500 |"]
 
 
 def graph_modes():
