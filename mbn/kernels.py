@@ -35,7 +35,8 @@ def kernels(work: Callable[[], object], device: torch.device) -> Kernels:
     Errors: RuntimeError where the profiler sees nothing.
     """
     cuda = device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profile:
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
         work()
         if cuda:
             torch.cuda.synchronize(device)
