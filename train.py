@@ -9,9 +9,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mbn import config as configuration
-from mbn import signals
-from mbn.errors import UserError
-from mbn.files import cannot_write, is_full
+from mbn.system import signals
+from mbn.system.errors import UserError
+from mbn.system.files import cannot_write, is_full
 
 HELP = """Train one network and write its record.
 
@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
 
 
 def run(config: configuration.Config, stop: Any = None, load: Any = None) -> None:
-    """Train, or show what is trained already. stop, load: of a run in a thread, as `mbn.trainer.train` takes them."""
-    from mbn import record
+    """Train, or show what is trained already. stop, load: of a run in a thread, see `mbn.training.run`."""
+    from mbn.records import record
 
     path = record.path_of(Path(config.machine.results), configuration.run_name(config))
     runs = Path(config.machine.results) / "runs"
@@ -79,14 +79,14 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
         result = record.read(path)
         if config.evaluate.precise and result["test_error_precise"] is None:
             if config.norm.name in ("bn", "brn", "mbn"):
-                from mbn.trainer import add_precise_error
+                from mbn.training.run import add_precise_error
 
                 result = add_precise_error(config, build, stop)
             else:
                 print(f"warning: norm={config.norm.name} has no statistics to take anew.", file=sys.stderr)
         print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it anew.")
     else:
-        from mbn.trainer import train
+        from mbn.training.run import train
 
         print(f"{configuration.run_name(config)}: {configuration.iterations(config)} iterations", flush=True)
         result = train(config, build, stop, load)
@@ -119,23 +119,23 @@ def one_after_another(configs: list[configuration.Config]) -> int:
 
 def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) -> int:
     """Several runs at a time in this process: those of a sweep that can be; others one after another before them."""
-    from mbn import plan
-    from mbn.lanes import Lanes, check_alike, fits
-    from mbn.launch import Pool
+    from mbn.launch import missing_runs
+    from mbn.launch.lanes import Lanes, check_alike, fits
+    from mbn.launch.pool import Pool
 
     together = configs[0].machine.together
     if any(config.machine.again for config in configs):
         raise UserError("machine.again=true trains one run after another: leave machine.together out.", code=2)
     check_alike(configs)
     results = Path(configs[0].machine.results)
-    runs: list[plan.Run] = []
-    alone: list[plan.Run] = []
+    runs: list[missing_runs.Run] = []
+    alone: list[missing_runs.Run] = []
     for line, config in zip(lines, configs, strict=True):
-        member = plan.Run(configuration.run_name(config), config, tuple(line))
+        member = missing_runs.Run(configuration.run_name(config), config, tuple(line))
         (alone if member.finished(results) or not fits(config) else runs).append(member)
     code = one_after_another([member.config for member in alone])
     with Lanes(run, lambda member: member.config, together) as lanes:
-        outcome = Pool(runs, results, together, lanes, [plan.work(member.config) for member in runs]).work()
+        outcome = Pool(runs, results, together, lanes, [missing_runs.work(member.config) for member in runs]).work()
     for name, reason in outcome.failed.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     if outcome.left:

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from .config import REPOSITORY, Config, checked, compose, groups, run_name
-from .errors import UserError
+from mbn.config import REPOSITORY, Config, checked, compose, groups, run_name
+from mbn.system.errors import UserError
 
 GRIDS = REPOSITORY / "scripts" / "grids"
 

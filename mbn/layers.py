@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .config import Config
-from .norm.batch import BatchNorm2d
-from .norm.memorized import MemorizedBatchNorm2d
-from .norm.propagation import StandardReLU, UnitConv2d
-from .norm.renorm import BatchRenorm2d
+from mbn.config import Config
+from mbn.norm.batch import BatchNorm2d
+from mbn.norm.memorized import MemorizedBatchNorm2d
+from mbn.norm.propagation import StandardReLU, UnitConv2d
+from mbn.norm.renorm import BatchRenorm2d
 
 
 class Layers(NamedTuple):

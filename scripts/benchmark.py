@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import models
-from mbn import benchmark, benchmark_cuda, record
-from mbn.benchmark import BASE, PLAIN, Arm, Case, Result
+from mbn.benchmark import cpu as benchmark
+from mbn.benchmark import cuda as benchmark_cuda
+from mbn.benchmark.cpu import BASE, PLAIN, Arm, Case, Result
 from mbn.config import REPOSITORY, ConfigError, cores
-from mbn.errors import UserError
-from mbn.files import write_atomically
-from mbn.graph import own_stream
+from mbn.records import record
+from mbn.system.cuda_graph import own_stream
+from mbn.system.errors import UserError
+from mbn.system.files import write_atomically
 
 COMPILED = Arm("bn", mode="compile")
 ROUNDS = 12

@@ -35,18 +35,19 @@ import torch
 from torch import Tensor, nn
 
 import models
-from mbn import graph, record
-from mbn.files import write_atomically
-from mbn.graph import own_stream
-from mbn.lanes import SWITCH
+from mbn.launch.lanes import SWITCH
 from mbn.layers import Layers, bn, brn, gn, mbn
 from mbn.norm import functional
 from mbn.norm.base import second_forward
 from mbn.norm.batch import BatchNorm2d
 from mbn.norm.memorized import MemorizedBatchNorm2d, set_lambda
 from mbn.norm.renorm import BatchRenorm2d, set_renorm
-from mbn.trainer import set_arithmetic
-from mbn.update import WINDOW, Update
+from mbn.records import record
+from mbn.system import cuda_graph
+from mbn.system.cuda_graph import own_stream
+from mbn.system.files import write_atomically
+from mbn.training.iteration import WINDOW, Update
+from mbn.training.run import set_arithmetic
 
 # A method's layers and its number of forwards.
 METHODS: dict[str, tuple[Layers, int]] = {
@@ -72,7 +73,7 @@ SMALLEST = 1e-4
 # Lanes are enough when they do this share of the most iterations a second.
 ENOUGH = 0.95
 # Real iterations and one recorded, after which an Update only plays.
-START = graph.Recorded.AS_IT_IS + 1
+START = cuda_graph.Recorded.AS_IT_IS + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -566,7 +567,7 @@ def run_step(name: str, seconds: float, device: torch.device, scale: Scale) -> S
         step.note(f"not finished in {seconds:.0f} s", ok=False)
     except Exception as error:
         traceback.print_exc()
-        step.note(graph.first_line(error), ok=False)
+        step.note(cuda_graph.first_line(error), ok=False)
     gc.collect()  # recordings hold memory, and are part of reference cycles
     step.seconds = time.monotonic() - step.began
     print(f"{name}: {step.state} in {step.seconds:.1f} s", flush=True)
@@ -587,7 +588,7 @@ def main(arguments: list[str], scale: Scale = FULL) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(1)  # what is left to the CPU here is small
     device = torch.device(options.device)
-    if not graph.supported(device) or (device.type == "cuda" and not torch.cuda.is_available()):
+    if not cuda_graph.supported(device) or (device.type == "cuda" and not torch.cuda.is_available()):
         print(f"error: this checks a CUDA device, and {options.device} is none or not there.", file=sys.stderr)
         return 2
     began = time.monotonic()

@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import config as configuration
-from mbn.errors import UserError
+from mbn.system.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
@@ -52,11 +52,11 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     import torch
 
     import models
-    from mbn.data import load
-    from mbn.evaluate import batch_size_for, evaluate
+    from mbn.data.datasets import load
     from mbn.layers import from_config
-    from mbn.trainer import choose_device
-    from mbn.update import autocast
+    from mbn.measure.test_error import batch_size_for, evaluate
+    from mbn.training.iteration import autocast
+    from mbn.training.run import choose_device
 
     state, described = read_weights(path)
     config = configuration.load(command_line(described, overrides) if described else overrides)
@@ -101,7 +101,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
     import torch
 
-    from mbn import checkpoint
+    from mbn.training import checkpoint
 
     if not path.is_file():
         raise UserError(f"{path} is not a file: name a checkpoint or a file of weights.")

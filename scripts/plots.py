@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mbn import table
 from mbn.config import REPOSITORY, ConfigError
-from mbn.errors import UserError
+from mbn.system.errors import UserError
+from mbn.tables import page
 
 
 def main(arguments: list[str]) -> int:
@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> int:
 
 
 def run(results: Path, scale: float, seeds: int) -> None:
-    from mbn import plot
+    from mbn.tables import figures as plot
 
-    figures = plot.draw(table.load(results), scale, seeds)
+    figures = plot.draw(page.load(results), scale, seeds)
     for path in plot.write(figures, results / "figures", scale):
         print(f"wrote {path}")
     for name, figure in figures.items():

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
 from mbn.config import REPOSITORY, Config, ConfigError, cores, load
-from mbn.errors import UserError
-from mbn.gather import gather
-from mbn.plan import Estimate, Run, check_settings, duration, runs, work
+from mbn.launch.missing_runs import Estimate, Run, check_settings, duration, runs, work
+from mbn.records.import_records import gather
+from mbn.system.errors import UserError
 
 RESULTS = REPOSITORY / "results"
 
@@ -176,7 +176,7 @@ def reproduce(options: argparse.Namespace, settings: list[str]) -> int:
 
 def hand_over(missing: list[Run], results: Path, settings: list[str], text: str) -> int:
     """Give the runs to Slurm, and leave them to it."""
-    from mbn.cluster import slurm_options, submit
+    from mbn.launch.slurm import slurm_options, submit
 
     jobs = submit([(run, command(run, settings)) for run in missing], results, slurm_options(text))
     for run, job in zip(missing, jobs, strict=True):
@@ -194,7 +194,7 @@ def train(
     options: argparse.Namespace,
 ) -> int:
     """Train the runs side by side on this machine."""
-    from mbn.launch import Pool
+    from mbn.launch.pool import Pool
 
     seconds = [estimate.seconds(run.config) for run in missing]
     known = [s for s in seconds if s is not None]
@@ -210,19 +210,19 @@ def starter(
     settings: list[str], results: Path, jobs: int, accelerated: bool, options: argparse.Namespace
 ) -> Iterator[Callable[[Run, Path], Any]]:
     """What starts a run: as a process, a job of submitit's, or a thread of this process."""
-    from mbn.launch import start_process
+    from mbn.launch.pool import start_process
 
     def process(run: Run, results: Path) -> Any:
         return start_process(run, command(run, settings), results)
 
     in_lanes = options.lanes if options.lanes is not None else accelerated
     if options.launcher == "local":
-        from mbn.cluster import Local
+        from mbn.launch.slurm import Local
 
         yield Local(results, lambda run: command(run, settings))
     elif in_lanes and jobs > 1:
         import train as script
-        from mbn.lanes import Lanes, fits
+        from mbn.launch.lanes import Lanes, fits
 
         with Lanes(script.run, lambda run: load([*run.overrides, *settings]), jobs) as lanes:
             yield lambda run, results: lanes(run, results) if fits(run.config) else process(run, results)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mbn import table
 from mbn.config import REPOSITORY, ConfigError
-from mbn.errors import UserError
-from mbn.files import write_atomically
+from mbn.system.errors import UserError
+from mbn.system.files import write_atomically
+from mbn.tables import page as table
 
 RESULTS = REPOSITORY / "results"
 README = REPOSITORY / "README.md"

@@ -7,7 +7,7 @@ import reliability
 import torch
 from tape import recording  # noqa: F401
 
-from mbn import trainer
+from mbn.training import run
 
 # These tensors are small: a second thread costs more than it gives, four times as much on a busy machine.
 torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def _same_random_numbers():
 @pytest.fixture(autouse=True)
 def _a_checkpoint_at_the_end_of_every_epoch(monkeypatch):
     """However short the epochs of these tests are."""
-    monkeypatch.setattr(trainer, "SAVES_APART", 0)
+    monkeypatch.setattr(run, "SAVES_APART", 0)
 
 
 @pytest.fixture(params=["native", "formula"])

@@ -99,7 +99,7 @@ def serve() -> None:
     import torch.utils.tensorboard
 
     import train  # noqa: F401
-    from mbn import config, trainer  # noqa: F401
+    from mbn import config
 
     torch.set_num_threads(1)
     config.load(["dataset=digits"])  # which imports Hydra
@@ -154,7 +154,7 @@ def soak_job(job: dict) -> int:
     """As `train_job`; what this process holds is written to `samples` every so many iterations."""
     import itertools
 
-    from mbn.update import Update
+    from mbn.training.iteration import Update
 
     numbers = itertools.count(1)
     call = Update.__call__
@@ -174,7 +174,7 @@ def soak_job(job: dict) -> int:
 
 def save_job(job: dict) -> int:
     """Save states of one iteration after another for ever; killed inside the one that follows `at`, or from outside."""
-    from mbn import checkpoint
+    from mbn.training import checkpoint
 
     path = Path(job["path"])
     iteration = job["at"]
@@ -222,7 +222,10 @@ PLACES = (
 
 def aim(place: str, at: int, number: int, draw: random.Random) -> None:
     """Have this process killed when it comes to a place at or after an iteration."""
-    from mbn import checkpoint, files, journal, record, trainer
+    from mbn.records import record
+    from mbn.system import files
+    from mbn.training import checkpoint, journal
+    from mbn.training import run as trainer
 
     now = -1
 

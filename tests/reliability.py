@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from mbn import record
 from mbn.config import REPOSITORY
-from mbn.files import write_atomically
+from mbn.records import record
+from mbn.system.files import write_atomically
 
 # When the tests began: they put another in its place for their runs.
 COMMIT = record.commit_and_dirty()

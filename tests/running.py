@@ -17,8 +17,11 @@ from torch import nn
 
 import models
 import train
-from mbn import checkpoint, config, data, record
+from mbn import config
 from mbn.config import REPOSITORY
+from mbn.data import datasets
+from mbn.records import record
+from mbn.training import checkpoint
 
 
 class Tiny(nn.Module):
@@ -80,7 +83,7 @@ class Outcome(NamedTuple):
 
 _load = config.load  # before a test puts load_quickly in its place
 compose = functools.cache(lambda *overrides: _load(list(overrides)))
-digits = functools.cache(data.load_digits)
+digits = functools.cache(datasets.load_digits)
 
 
 def load_quickly(overrides):
@@ -197,7 +200,7 @@ def run_here(capsys, monkeypatch, *overrides) -> Outcome:
     threads = torch.get_num_threads()
     monkeypatch.setattr(models, "build", build_tiny)
     monkeypatch.setattr(train.configuration, "load", load_quickly)
-    monkeypatch.setattr(data, "load_digits", digits)
+    monkeypatch.setattr(datasets, "load_digits", digits)
     # Not the working tree's, which may change while the tests run.
     monkeypatch.setattr(record, "commit_and_dirty", lambda: (COMMIT, False))
     capsys.readouterr()

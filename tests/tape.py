@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mbn import graph
+from mbn.system import cuda_graph
 
 
 class Tape(TorchDispatchMode):
@@ -34,7 +34,7 @@ class Tape(TorchDispatchMode):
 
 
 def record(function):
-    """In the place of `mbn.graph.record`. Recording does nothing: here what it did is put back."""
+    """In the place of `mbn.system.cuda_graph.record`. Recording does nothing: here what it did is put back."""
     before = {}
 
     class Kept(Tape):
@@ -69,6 +69,6 @@ def recording(monkeypatch):
         recordings.append(function)
         return record(function)
 
-    monkeypatch.setattr(graph, "record", counted)
-    monkeypatch.setattr(graph, "supported", lambda device: True)
+    monkeypatch.setattr(cuda_graph, "record", counted)
+    monkeypatch.setattr(cuda_graph, "supported", lambda device: True)
     return recordings

@@ -8,10 +8,11 @@ import torch
 from running import build_tiny, digits
 from torch import nn
 
-from mbn import benchmark, config
-from mbn.benchmark import BASE, PLAIN, Arm, Case, Result
+from mbn import config
+from mbn.benchmark import cpu as benchmark
+from mbn.benchmark.cpu import BASE, PLAIN, Arm, Case, Result
 from mbn.config import REPOSITORY
-from mbn.data import DeviceDataset
+from mbn.data.in_memory import DeviceDataset
 
 CPU = torch.device("cpu")
 CASE = Case("resnet20", 64, 1)

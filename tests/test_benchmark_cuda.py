@@ -12,13 +12,16 @@ import pytest
 import torch
 from running import build_small
 
-from mbn import benchmark, benchmark_cuda, graph, update
-from mbn.benchmark import BASE, PLAIN, Arm, Case
-from mbn.benchmark_cuda import NO_TIME, RECORDED, Many, Place, Sizes, Timed, bars
+from mbn.benchmark import cpu as benchmark
+from mbn.benchmark import cuda as benchmark_cuda
+from mbn.benchmark.cpu import BASE, PLAIN, Arm, Case
+from mbn.benchmark.cuda import NO_TIME, RECORDED, Many, Place, Sizes, Timed, bars
+from mbn.benchmark.kernels import Kernels
 from mbn.config import REPOSITORY
-from mbn.errors import UserError
-from mbn.kernels import Kernels
-from mbn.lanes import SWITCH
+from mbn.launch.lanes import SWITCH
+from mbn.system import cuda_graph
+from mbn.system.errors import UserError
+from mbn.training import iteration as update
 
 CPU = torch.device("cpu")
 CASE = Case("resnet20", 8, 1)
@@ -262,7 +265,7 @@ def test_iterations_that_are_not_recorded_are_not_taken_for_recorded_ones(monkey
     def record(function):
         raise RuntimeError("not here")
 
-    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "record", record)
     result = benchmark_cuda.timed(CASE, [BASE, RECORDED], place, time.monotonic() + 100)
     assert list(result.seconds) == [BASE.name]
     assert result.missing == {RECORDED.name: "failed: RuntimeError: iterations cannot be recorded"}

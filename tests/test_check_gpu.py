@@ -11,10 +11,11 @@ from tape import record
 from test_graph import plant
 from test_update import Small
 
-from mbn import graph, update
 from mbn.config import REPOSITORY
 from mbn.norm import functional
 from mbn.norm.together import Memories
+from mbn.system import cuda_graph
+from mbn.training import iteration
 
 spec = importlib.util.spec_from_file_location("check_gpu", REPOSITORY / "scripts" / "check_gpu.py")
 check = importlib.util.module_from_spec(spec)
@@ -27,7 +28,7 @@ TINY = check.Scale({"small": Small}, (4, 6), 3, image=6, plays=2, lanes=((1, 2),
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch, recording):
     """Graphs; a compiler that takes no time; and afterwards the process's settings as they were."""
-    monkeypatch.setattr(update, "compiled", lambda method, kind: method)
+    monkeypatch.setattr(iteration, "compiled", lambda method, kind: method)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -91,7 +92,7 @@ def memory_off(monkeypatch):
             recorded_now.clear()
 
     monkeypatch.setattr(Memories, "enter", enter)
-    monkeypatch.setattr(graph, "record", recorder)
+    monkeypatch.setattr(cuda_graph, "record", recorder)
 
 
 def formula_off(monkeypatch):
@@ -105,18 +106,18 @@ def not_recorded(monkeypatch):
     def record(function):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "record", record)
 
 
 def not_deterministic(monkeypatch):
-    original = update.Update._iterate
+    original = iteration.Update._iterate
 
     def iterate(self, images, labels):
         original(self, images, labels)
         with torch.no_grad():
             self.model.fc.bias.add_(time.monotonic() % 1)
 
-    monkeypatch.setattr(update.Update, "_iterate", iterate)
+    monkeypatch.setattr(iteration.Update, "_iterate", iterate)
 
 
 def compiler_off(monkeypatch):
@@ -127,7 +128,7 @@ def compiler_off(monkeypatch):
 
         return first if method.__name__ == "_first" else method
 
-    monkeypatch.setattr(update, "compiled", compiled)
+    monkeypatch.setattr(iteration, "compiled", compiled)
 
 
 FAULTS = {

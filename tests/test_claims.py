@@ -4,8 +4,9 @@ import pytest
 import yaml
 from scipy import stats
 
-from mbn import claims, grid
-from mbn.errors import UserError
+from mbn import grid
+from mbn.system.errors import UserError
+from mbn.tables import claims
 
 A, B = [6.1, 6.3, 6.2, 6.6], [6.5, 6.9, 6.4, 7.1]
 GRID = grid.read("figure1")

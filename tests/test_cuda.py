@@ -11,9 +11,9 @@ import torch
 from running import TINY, Run, assert_same_run, run_here
 from test_check_gpu import check
 
-from mbn import graph
-from mbn.graph import own_stream
-from mbn.update import Update
+from mbn.system import cuda_graph
+from mbn.system.cuda_graph import own_stream
+from mbn.training.iteration import Update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -108,7 +108,7 @@ def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others
 
 
 def test_recording_works_here():
-    assert graph.fault(torch.device(DEVICE)) is None
+    assert cuda_graph.fault(torch.device(DEVICE)) is None
 
 
 # Whole runs.

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mbn import curves as module
-from mbn.curves import curves, last_epoch
+from mbn.records import curves as module
+from mbn.records.curves import curves, last_epoch
 
 PER_EPOCH, BATCH = 40, 8
 

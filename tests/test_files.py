@@ -9,10 +9,11 @@ import signal
 import pytest
 import torch
 
-from mbn import checkpoint, files
-from mbn.errors import UserError
-from mbn.files import write_atomically
-from mbn.journal import LAYER_TAGS, TAGS, Journal
+from mbn.system import files
+from mbn.system.errors import UserError
+from mbn.system.files import write_atomically
+from mbn.training import checkpoint
+from mbn.training.journal import LAYER_TAGS, TAGS, Journal
 
 
 @contextlib.contextmanager

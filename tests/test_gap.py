@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mbn.evaluate import evaluate
-from mbn.gap import epoch_statistics, training_statistics
 from mbn.layers import bn, brn, gn, mbn
+from mbn.measure.statistics_gap import epoch_statistics, training_statistics
+from mbn.measure.test_error import evaluate
 from mbn.norm import base
 from mbn.norm.base import second_forward
 

@@ -15,8 +15,8 @@ from running import Tiny
 from mbn import layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
-from mbn.schedule import renorm_bounds, value_at
-from mbn.update import Update
+from mbn.training.iteration import Update
+from mbn.training.schedule import renorm_bounds, value_at
 
 PATH = Path(__file__).with_name("golden.json")
 METHODS = {

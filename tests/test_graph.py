@@ -9,13 +9,13 @@ from tape import record
 from test_update import METHODS, batch, prepare, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mbn import graph
 from mbn.layers import bn, brn, gn, mbn, normprop
 from mbn.norm import memorized
 from mbn.norm.base import norm_layers, second_forward
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import _BatchRenorm, set_renorm
-from mbn.update import Update
+from mbn.system import cuda_graph
+from mbn.training.iteration import Update
 
 ITERATIONS = 40
 ALL = METHODS | {"gn": (gn(1, groups=2, channels=1), 1)}
@@ -173,7 +173,7 @@ def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypa
 
         return record(half)
 
-    monkeypatch.setattr(graph, "record", fails)
+    monkeypatch.setattr(cuda_graph, "record", fails)
     update, played = train(mbn(2, 0.1, memory=3), 2, "graph-eager", torch.float64, given)
     assert update.mode == "eager"
     assert capsys.readouterr().err == (
@@ -184,20 +184,20 @@ def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypa
 
 def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypatch, recording):
     cpu = torch.device("cpu")
-    assert graph.fault(cpu) is None
+    assert cuda_graph.fault(cpu) is None
 
     def does_it_at_once(function):
         function()
         return function
 
-    monkeypatch.setattr(graph, "record", does_it_at_once)
-    assert graph.fault(cpu) is not None
+    monkeypatch.setattr(cuda_graph, "record", does_it_at_once)
+    assert cuda_graph.fault(cpu) is not None
 
     def cannot(function):
         raise RuntimeError("an old driver\nand more")
 
-    monkeypatch.setattr(graph, "record", cannot)
-    assert graph.fault(cpu) == "RuntimeError: an old driver"
+    monkeypatch.setattr(cuda_graph, "record", cannot)
+    assert cuda_graph.fault(cpu) == "RuntimeError: an old driver"
 
 
 # All layers together.

@@ -26,13 +26,15 @@ from PIL import Image
 from torchvision.datasets import imagenet
 
 import train
-from mbn import config, draws, record
+from mbn import config
 from mbn.config import REPOSITORY
 from mbn.config import Dataset as DatasetConfig
-from mbn.data import load
-from mbn.errors import UserError
-from mbn.files import lock
-from mbn.imagenet import Decoder, Files, ImageFolders, list_images, open_folders
+from mbn.data import random_streams
+from mbn.data.datasets import load
+from mbn.data.image_folder import Decoder, Files, ImageFolders, list_images, open_folders
+from mbn.records import record
+from mbn.system.errors import UserError
+from mbn.system.files import lock
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -142,7 +144,7 @@ def test_an_epoch_holds_each_image_once_in_an_order_of_its_own(tree):
     assert epochs[0] != epochs[1]
     for epoch, labels in enumerate(epochs):
         assert sorted(labels) == list(range(24))
-        assert labels == draws.order(0, epoch, 24).tolist()
+        assert labels == random_streams.order(0, epoch, 24).tolist()
 
 
 def test_each_training_image_is_cut_as_torchvision_cuts_it_with_its_own_draw(tree):
@@ -151,10 +153,10 @@ def test_each_training_image_is_cut_as_torchvision_cuts_it_with_its_own_draw(tre
     (images, labels), *_ = batches_of(data, 24, 1, 1) + batches_of(data, 1, 24, 1)
     images, labels = batches_of(data, 1, 24, 1)[0]
     flips = 0
-    for image, label, index in zip(images, labels.tolist(), draws.order(3, 1, 24).tolist(), strict=True):
+    for image, label, index in zip(images, labels.tolist(), random_streams.order(3, 1, 24).tolist(), strict=True):
         assert label == files[index][0]
         source = original(tree, "train", files[index][1])
-        top, left, height, width, flip = draws.resized_crop(3, 1, index, source.height, source.width)
+        top, left, height, width, flip = random_streams.resized_crop(3, 1, index, source.height, source.width)
         expected = TF.resized_crop(source, top, left, height, width, [64, 64], antialias=True)
         flips += flip
         expected = TF.hflip(expected) if flip else expected
@@ -164,7 +166,7 @@ def test_each_training_image_is_cut_as_torchvision_cuts_it_with_its_own_draw(tre
 
 def test_without_flip_images_are_only_cropped(tree):
     flipped, straight = opened(tree), opened(tree, flip=False)
-    drawn = [draws.resized_crop(0, 0, i, 100, 100)[4] for i in draws.order(0, 0, 24).tolist()]
+    drawn = [random_streams.resized_crop(0, 0, i, 100, 100)[4] for i in random_streams.order(0, 0, 24).tolist()]
     differ = [
         not torch.equal(a, b)
         for a, b in zip(batches_of(flipped, 0, 24, 1)[0][0], batches_of(straight, 0, 24, 1)[0][0], strict=True)
@@ -196,7 +198,7 @@ class Stream:
     """What get_params wants of torch, out of the numpy stream of one image."""
 
     def __init__(self, *key):
-        self.stream = draws._stream(*key)
+        self.stream = random_streams._stream(*key)
         self.flip = bool(self.stream.randint(0, 2))
 
     def as_torch(self):
@@ -216,10 +218,10 @@ class Stream:
 )
 def test_crops_are_torchvisions_when_it_is_given_the_same_draws(height, width, monkeypatch):
     image = torch.empty(3, height, width, device="meta")
-    ours = [draws.resized_crop(7, 2, i, height, width) for i in range(200)]
+    ours = [random_streams.resized_crop(7, 2, i, height, width) for i in range(200)]
     theirs = []
     for i in range(200):
-        stream = Stream(7, 2, draws.AUGMENTATION, i)
+        stream = Stream(7, 2, random_streams.AUGMENTATION, i)
         with monkeypatch.context() as patch:
             patch.setattr("torchvision.transforms.transforms.torch", stream.as_torch())
             crop = torchvision.transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
@@ -233,7 +235,7 @@ def test_crops_have_the_distribution_of_torchvisions():
     image = torch.empty(3, height, width, device="meta")
     random_crop = torchvision.transforms.RandomResizedCrop
     theirs = np.array([random_crop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)], float)
-    ours = np.array([draws.resized_crop(0, 0, i, height, width) for i in range(n)], float)
+    ours = np.array([random_streams.resized_crop(0, 0, i, height, width) for i in range(n)], float)
     for column in range(4):
         a, b = ours[:, column], theirs[:, column]
         assert abs(a.mean() - b.mean()) < 5 * b.std() * (2 / n) ** 0.5
@@ -251,7 +253,7 @@ def test_crops_have_the_distribution_of_torchvisions():
 def test_a_crop_lies_inside_the_image():
     for i in range(500):
         height, width = 1 + i % 37, 1 + (i * 7) % 53
-        top, left, h, w, _ = draws.resized_crop(0, 0, i, height, width)
+        top, left, h, w, _ = random_streams.resized_crop(0, 0, i, height, width)
         assert top >= 0
         assert left >= 0
         assert 1 <= h <= height - top
@@ -263,9 +265,9 @@ def test_a_crop_lies_inside_the_image():
     [(1000, 4, (497, 0, 5, 4)), (4, 1000, (0, 497, 4, 5)), (90, 1, (44, 0, 1, 1))],
 )
 def test_an_extreme_image_gives_the_largest_central_crop_of_a_possible_shape(height, width, expected):
-    crops = {draws.resized_crop(0, 0, i, height, width)[:4] for i in range(300)}
+    crops = {random_streams.resized_crop(0, 0, i, height, width)[:4] for i in range(300)}
     assert expected in crops
-    flips = {draws.resized_crop(0, 0, i, height, width)[4] for i in range(300)}
+    flips = {random_streams.resized_crop(0, 0, i, height, width)[4] for i in range(300)}
     assert flips == {True, False}
 
 
@@ -277,31 +279,33 @@ def test_after_ten_misses_an_image_of_a_possible_shape_is_taken_whole(monkeypatc
             asked.append((low, high))
             return high  # the whole area at 4/3, which is too wide for all images but one of 4/3
 
-    monkeypatch.setattr(draws, "_stream", lambda *key: Largest(0))
-    assert draws.resized_crop(0, 0, 0, 100, 100)[:4] == (0, 0, 100, 100)
+    monkeypatch.setattr(random_streams, "_stream", lambda *key: Largest(0))
+    assert random_streams.resized_crop(0, 0, 0, 100, 100)[:4] == (0, 0, 100, 100)
     assert asked == [(0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))] * 10
-    assert draws.resized_crop(0, 0, 0, 100, 80)[:4] == (0, 0, 100, 80)
-    assert draws.resized_crop(0, 0, 0, 100, 60)[:4] == (10, 0, 80, 60)
-    assert draws.resized_crop(0, 0, 0, 60, 100)[:4] == (0, 10, 60, 80)
+    assert random_streams.resized_crop(0, 0, 0, 100, 80)[:4] == (0, 0, 100, 80)
+    assert random_streams.resized_crop(0, 0, 0, 100, 60)[:4] == (10, 0, 80, 60)
+    assert random_streams.resized_crop(0, 0, 0, 60, 100)[:4] == (0, 10, 60, 80)
 
 
 def test_a_draw_is_a_function_of_seed_epoch_and_index_only():
-    first = draws.resized_crop(1, 2, 3, 300, 400)
+    first = random_streams.resized_crop(1, 2, 3, 300, 400)
     np.random.seed(1)
-    draws.resized_crop(1, 2, 4, 300, 400)
-    assert draws.resized_crop(1, 2, 3, 300, 400) == first
-    others = [draws.resized_crop(*key, 300, 400) for key in ((0, 2, 3), (1, 0, 3), (1, 2, 0), (2, 1, 3), (1, 3, 2))]
+    random_streams.resized_crop(1, 2, 4, 300, 400)
+    assert random_streams.resized_crop(1, 2, 3, 300, 400) == first
+    others = [
+        random_streams.resized_crop(*key, 300, 400) for key in ((0, 2, 3), (1, 0, 3), (1, 2, 0), (2, 1, 3), (1, 3, 2))
+    ]
     assert len({first, *others}) == 6
 
 
 def test_draws_are_these_for_ever():
     """Literal values: a run of last year must be repeatable."""
-    assert [draws.resized_crop(0, 0, i, 300, 400) for i in range(3)] == [
+    assert [random_streams.resized_crop(0, 0, i, 300, 400) for i in range(3)] == [
         (11, 29, 274, 337, True),
         (136, 54, 147, 180, False),
         (6, 7, 252, 207, False),
     ]
-    assert draws.resized_crop(12, 3, 1_281_166, 500, 375) == (220, 111, 168, 200, False)
+    assert random_streams.resized_crop(12, 3, 1_281_166, 500, 375) == (220, 111, 168, 200, False)
 
 
 # Evaluation.
@@ -679,9 +683,9 @@ TWO_EPOCHS = ("norm=mbn", "batch_size=5", "schedule.epochs=2")
 WAITING = """
 import pathlib, sys, time
 sys.path[:0] = [".", "tests"]
-import jpegs, mbn.update, models, train
+import jpegs, mbn.training.iteration, models, train
 models.build = jpegs.build_tiny
-call = mbn.update.Update.__call__
+call = mbn.training.iteration.Update.__call__
 when = int(sys.argv[1])
 def counted(self, images, labels):
     global when
@@ -690,7 +694,7 @@ def counted(self, images, labels):
     if when == 0:
         pathlib.Path(sys.argv[2]).touch()
         time.sleep(3)
-mbn.update.Update.__call__ = counted
+mbn.training.iteration.Update.__call__ = counted
 sys.exit(train.main(sys.argv[3:]))
 """
 

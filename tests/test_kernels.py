@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbn.kernels import _summed, kernels
+from mbn.benchmark.kernels import _summed, kernels
 
 
 def test_time_with_a_kernel_running_counts_once_what_runs_side_by_side():

@@ -11,7 +11,7 @@ import pytest
 from killing import PLACES, state
 from running import Run, fingerprint
 
-from mbn import checkpoint
+from mbn.training import checkpoint
 
 # Real images; 23 iterations an epoch, the last one smaller; two epochs and a half.
 BASE = ["dataset=digits", "batch_size=64", "machine.threads=1", "machine.device=cpu", "evaluate.batch_size=100"]

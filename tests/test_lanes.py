@@ -13,10 +13,10 @@ import torch
 from running import TIMES, TINY, Run, assert_same_bits, assert_same_run, run_here, without
 from torch import nn
 
-from mbn import lanes
 from mbn.config import REPOSITORY
-from mbn.errors import UserError
-from mbn.update import Update
+from mbn.launch import lanes
+from mbn.system.errors import UserError
+from mbn.training.iteration import Update
 
 
 class Still(nn.Module):

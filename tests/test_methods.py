@@ -17,8 +17,8 @@ from mbn.layers import from_config, gn
 from mbn.norm.base import norm_layers
 from mbn.norm.propagation import unit_layers
 from mbn.norm.renorm import set_renorm
-from mbn.trainer import Run
-from mbn.update import Update
+from mbn.training.iteration import Update
+from mbn.training.run import Run
 
 CPU = torch.device("cpu")
 # What networks are built for, the least that gives an ImageNet network, and what they are fed, which may be less.

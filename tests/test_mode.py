@@ -9,10 +9,11 @@ from running import TINY, Run, assert_same_run, run_here
 from test_update import batch, prepare, state
 
 import models
-from mbn import config, layers, mode, update
-from mbn.errors import UserError
+from mbn import config, layers
 from mbn.layers import from_config
-from mbn.mode import choose_mode, operations
+from mbn.system.errors import UserError
+from mbn.training import execution, iteration
+from mbn.training.execution import choose_mode, operations
 
 CPU = torch.device("cpu")
 
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch):
     """A compiler that works, without the seconds of asking it."""
-    monkeypatch.setattr(mode, "compiler_fault", lambda device: None)
+    monkeypatch.setattr(execution, "compiler_fault", lambda device: None)
 
 
 def chosen(*overrides, wanted="auto", earlier=None, threads=2, device=CPU):
@@ -50,7 +51,7 @@ def test_what_is_asked_for_is_done():
 
 
 def test_without_a_compiler_auto_warns_once_and_trains_eagerly(monkeypatch, capsys):
-    monkeypatch.setattr(mode, "compiler_fault", lambda device: "no g++")
+    monkeypatch.setattr(execution, "compiler_fault", lambda device: "no g++")
     assert chosen("model=resnet20") == "eager"
     assert capsys.readouterr().err == ("warning: torch.compile does not work here (no g++): training in eager mode.\n")
     with pytest.raises(UserError, match=r"no g\+\+.*machine\.mode=auto"):
@@ -63,7 +64,7 @@ CUDA = torch.device("cuda")
 @pytest.fixture
 def cuda(monkeypatch):
     """A GPU on which something can be recorded."""
-    monkeypatch.setattr(mode.graph, "fault", lambda device: None)
+    monkeypatch.setattr(execution.graph, "fault", lambda device: None)
 
 
 def test_auto_on_cuda_is_a_graph_and_compiled_where_that_pays(cuda):
@@ -88,10 +89,10 @@ def test_a_graph_is_refused_where_there_is_no_cuda(wanted):
 
 
 def test_where_nothing_can_be_recorded_or_compiled_one_line_says_so(monkeypatch, capsys, cuda):
-    monkeypatch.setattr(mode, "compiler_fault", lambda device: "no g++")
+    monkeypatch.setattr(execution, "compiler_fault", lambda device: "no g++")
     assert chosen("model=resnet20", device=CUDA) == "graph-eager"
     assert capsys.readouterr().err == "warning: torch.compile does not work here (no g++): recording without it.\n"
-    monkeypatch.setattr(mode.graph, "fault", lambda device: "an old driver")
+    monkeypatch.setattr(execution.graph, "fault", lambda device: "an old driver")
     assert chosen("model=resnet20", device=CUDA) == "eager"
     assert capsys.readouterr().err == (
         "warning: iterations cannot be recorded here (an old driver): training in eager mode.\n"
@@ -108,7 +109,7 @@ def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monke
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **settings: compiler(f, backend=backend, **settings))
-    monkeypatch.setattr(update, "_compiled", {})
+    monkeypatch.setattr(iteration, "_compiled", {})
     kept = []
     for i in range(10):  # torch compiles a code object eight times at most
         torch.manual_seed(i)
@@ -135,10 +136,10 @@ def test_a_broken_tool_chain_is_found_out(monkeypatch):
         raise RuntimeError("InvalidCxxCompiler: g++ not found\nand more")
 
     monkeypatch.undo()
-    mode.compiler_fault.cache_clear()
+    execution.compiler_fault.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function: broken)
-    assert mode.compiler_fault(CPU) == "RuntimeError: InvalidCxxCompiler: g++ not found"
-    mode.compiler_fault.cache_clear()
+    assert execution.compiler_fault(CPU) == "RuntimeError: InvalidCxxCompiler: g++ not found"
+    execution.compiler_fault.cache_clear()
 
 
 @pytest.mark.parametrize(("network", "millions"), [("resnet20", 40.55), ("vgg16", 313.2)])

@@ -12,10 +12,10 @@ from running import TINY, Run, run_here
 from torch.testing import assert_close
 
 from mbn import second_forward
+from mbn.measure.first_nonfinite import Watch
 from mbn.norm.base import norm_layers
 from mbn.norm.convert import NORMS
-from mbn.update import Update
-from mbn.watch import Watch
+from mbn.training.iteration import Update
 
 # Faults in a run. 90 iterations an epoch; a row every 9.
 

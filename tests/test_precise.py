@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 import train
-from mbn import config, record
+from mbn import config
 from mbn.layers import bn, brn, mbn
+from mbn.measure.precise_bn import set_precise_statistics
 from mbn.norm.base import norm_layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
-from mbn.precise import set_precise_statistics
-from mbn.signals import Told
-from mbn.trainer import Run
+from mbn.records import record
+from mbn.system.signals import Told
+from mbn.training.run import Run
 
 EPS = 1e-5
 LAYERS = {"bn": bn(2), "brn": brn(2), "mbn-paper": mbn(2, 0.5), "mbn-batch": mbn(2, 0.5, gradient="batch")}
@@ -306,7 +307,7 @@ def test_measured_later_layers_normalise_as_at_the_end_of_training(norm, tmp_pat
         seen.append((settings, [len(labels) for _, labels in batches]))
         set_precise_statistics(model, batches)
 
-    monkeypatch.setattr("mbn.trainer.set_precise_statistics", spy)
+    monkeypatch.setattr("mbn.training.run.set_precise_statistics", spy)
     finished(tmp_path / "early", capsys, norm, "evaluate.precise=true")
     finished(tmp_path / "late", capsys, norm)
     finished(tmp_path / "late", capsys, norm, "evaluate.precise=true")
@@ -338,7 +339,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(finished_before, tmp_pat
         set_precise_statistics(model, batches, recorded)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mbn.trainer.set_precise_statistics", signalled)
+        patch.setattr("mbn.training.run.set_precise_statistics", signalled)
         assert train.main(command(results, "mbn", "evaluate.precise=true")) == 75
     assert "stopped at iteration" in capsys.readouterr().err
     assert record.path_of(results, whole["name"]).exists() == finished_before
@@ -362,7 +363,7 @@ def test_the_trainer_puts_memory_and_averages_back(norm, tmp_path, monkeypatch):
         set_precise_statistics(model, batches)
         inside.append(snapshot(model))
 
-    monkeypatch.setattr("mbn.trainer.set_precise_statistics", spy)
+    monkeypatch.setattr("mbn.training.run.set_precise_statistics", spy)
     error = run.precise_error(Told())
     assert 0 <= error <= 100
     assert not torch.equal(inside[0]["norm1.running_mean"], before["norm1.running_mean"])

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 from running import COMMIT, Outcome, Run, assert_same_run, outcome, start
 
-from mbn import record
 from mbn.config import REPOSITORY
+from mbn.records import record
 
 # 23 iterations an epoch: the second one is a partial one.
 OVERRIDES = [

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import models
-from mbn import config, data
+from mbn import config
 from mbn.config import REPOSITORY
+from mbn.data import datasets
 from mbn.norm.base import norm_layers
 from mbn.norm.propagation import unit_layers
-from mbn.trainer import Run
+from mbn.training.run import Run
 
 PLACES = [Path(os.environ["MBN_DATA"])] if os.environ.get("MBN_DATA") else [REPOSITORY / "data"]
 FOUND = [place for place in PLACES if (place / "cifar-10-batches-py" / "data_batch_1").is_file()]
@@ -22,13 +23,13 @@ pytestmark = pytest.mark.skipif(not FOUND, reason=f"CIFAR-10 is not in {PLACES[0
 @pytest.fixture(scope="module")
 def arrays():
     """Read once: the files' checksums take a while."""
-    return functools.cache(data.load_cifar)
+    return functools.cache(datasets.load_cifar)
 
 
 @pytest.fixture
 def losses(arrays, tmp_path, monkeypatch):
     """A function that trains for some iterations as train.py does: it returns the network and the losses."""
-    monkeypatch.setattr(data, "load_cifar", arrays)
+    monkeypatch.setattr(datasets, "load_cifar", arrays)
 
     def train(iterations, *overrides):
         settings = config.load(

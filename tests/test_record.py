@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 
-from mbn import config, record
+from mbn import config
 from mbn.config import REPOSITORY
-from mbn.errors import UserError
+from mbn.records import record
+from mbn.system.errors import UserError
 
 # Of issue 3.
 FIELDS = (
@@ -203,4 +204,4 @@ def test_outside_any_repository_both_come_from_the_environment(tmp_path, monkeyp
 
 
 def test_the_commit_is_that_of_the_tree_that_holds_the_package():
-    assert (REPOSITORY / "mbn" / "record.py").samefile(record.__file__)
+    assert (REPOSITORY / "mbn" / "records" / "record.py").samefile(record.__file__)

@@ -6,12 +6,12 @@ import pytest
 from torch import nn
 
 from mbn import config
-from mbn.errors import UserError
 from mbn.norm.base import norm_layers
 from mbn.norm.renorm import BatchRenorm2d
-from mbn.schedule import renorm_bounds
-from mbn.trainer import Run
-from mbn.update import Update
+from mbn.system.errors import UserError
+from mbn.training.iteration import Update
+from mbn.training.run import Run
+from mbn.training.schedule import renorm_bounds
 
 
 class Small(nn.Module):

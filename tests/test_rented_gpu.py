@@ -10,8 +10,8 @@ import pytest
 from running import COMMIT
 from test_reproduce import TOY
 
-from mbn import record
 from mbn.config import REPOSITORY
+from mbn.records import record
 
 SCRIPT = REPOSITORY / "scripts" / "rented_gpu.sh"
 

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from mbn import cluster, grid, plan, record
+from mbn import grid
 from mbn.config import REPOSITORY, load, run_name
-from mbn.errors import UserError
-from mbn.gather import gather
+from mbn.launch import missing_runs
+from mbn.launch import slurm as cluster
+from mbn.records import record
+from mbn.records.import_records import gather
+from mbn.system.errors import UserError
 
 SCRIPT = REPOSITORY / "scripts" / "reproduce.py"
 TOY = """
@@ -164,22 +167,22 @@ def test_a_dry_run_prints_what_is_missing(table, count, tmp_path):
 def test_printed_commands_are_the_runs_that_are_meant(tmp_path):
     lines = dry("table5", "--seeds", "2", "--results", str(tmp_path), "--scale", "0.1", "--", "evaluate.precise=true")
     names = [run_name(load(line)) for line in lines]
-    assert names == [run.name for run in plan.runs(["table5"], range(2), scale=0.1)]
-    assert names[:5] != [run.name for run in plan.runs(["table5"], [0])]
+    assert names == [run.name for run in missing_runs.runs(["table5"], range(2), scale=0.1)]
+    assert names[:5] != [run.name for run in missing_runs.runs(["table5"], [0])]
 
 
 def test_all_is_everything_but_imagenet_and_a_shared_run_stands_once(tmp_path):
     for name in ("table1", "table3", "table6"):
         shutil.copy(REPOSITORY / "scripts" / "grids" / f"{name}.yaml", tmp_path)
-    names = [run.name for run in plan.runs(["all"], [0], folder=tmp_path)]
+    names = [run.name for run in missing_runs.runs(["all"], [0], folder=tmp_path)]
     assert not any(name.startswith("imagenet") for name in names)
     # ResNet-20 with MBN and a memory of 20 stands in both.
     assert len(set(names)) == len(names) == 14 + 3 - 1
-    assert set(plan.NOT_IN_ALL) < set(grid.names())
+    assert set(missing_runs.NOT_IN_ALL) < set(grid.names())
 
 
 def test_order_is_all_cells_with_one_seed_then_with_the_next():
-    runs = plan.runs(["table6", "table5"], [0, 1, 2])
+    runs = missing_runs.runs(["table6", "table5"], [0, 1, 2])
     assert [run.config.seed for run in runs] == [0] * 8 + [1] * 8 + [2] * 8
     assert [run.config.model.name for run in runs[:8]] == ["resnet20"] * 3 + ["resnet56"] * 5
     assert all(f"seed={run.config.seed}" in run.overrides and run_name(run.config) == run.name for run in runs)
@@ -204,7 +207,7 @@ def test_seeds_by_default_and_one_alone(tmp_path):
     ],
 )
 def test_filters(tables, filters, count):
-    assert len(plan.runs(tables, [0], filters)) == count
+    assert len(missing_runs.runs(tables, [0], filters)) == count
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_filters(tables, filters, count):
 )
 def test_filters_that_mean_nothing(filters, says):
     with pytest.raises(UserError) as caught:
-        plan.runs(["table4"], [0], filters)
+        missing_runs.runs(["table4"], [0], filters)
     assert says in str(caught.value)
 
 
@@ -271,7 +274,7 @@ def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(
     for seed, seconds in enumerate((10.0, 20.0, 90.0)):
         a_record(tmp_path, "batch_size=8", length, f"seed={seed}", seconds=seconds, images=800)
     (tmp_path / "records" / "broken.json").write_text("{")
-    estimate = plan.Estimate(tmp_path)
+    estimate = missing_runs.Estimate(tmp_path)
     assert estimate.seconds(load(["dataset=digits", "batch_size=8", "schedule.iterations=1000"])) == pytest.approx(200)
     other = load(["dataset=digits", "norm=bn", "batch_size=16", "schedule.iterations=1000"])
     assert estimate.seconds(other) == pytest.approx(400)

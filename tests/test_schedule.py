@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mbn.config import REPOSITORY
-from mbn.schedule import value_at
+from mbn.training.schedule import value_at
 
 LR, LAM, STONES = [0.1, 0.01, 0.001], [0.1, 0.5, 0.9], [0.4, 0.6]
 
@@ -94,7 +94,7 @@ def test_the_two_lines_of_the_readme_load_torch_and_the_layers_only():
 
 
 def test_the_configuration_and_records_are_read_without_torch():
-    modules = modules_after("import train, mbn.record; train.configuration.load([])")
+    modules = modules_after("import train, mbn.records.record; train.configuration.load([])")
     assert not modules & {"torch", "torchvision", "sklearn", "tensorboard"}
 
 

@@ -13,9 +13,10 @@ import pytest
 import toy
 from scipy import stats
 
-from mbn import grid, table
+from mbn import grid
 from mbn.config import REPOSITORY
-from mbn.errors import UserError
+from mbn.system.errors import UserError
+from mbn.tables import page as table
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
 

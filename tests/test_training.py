@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from running import TIMES, TINY, Run, Tiny, assert_same_bits, assert_same_run, run_here, with_new_fields, without
 
-from mbn import checkpoint, config, trainer
+from mbn import config
 from mbn.config import REPOSITORY
-from mbn.data import load
-from mbn.errors import UserError
-from mbn.files import lock
+from mbn.data.datasets import load
 from mbn.layers import from_config
-from mbn.update import Update
+from mbn.system.errors import UserError
+from mbn.system.files import lock
+from mbn.training import checkpoint
+from mbn.training import run as trainer
+from mbn.training.iteration import Update
 
 
 @pytest.fixture
@@ -198,7 +200,7 @@ def test_signal_handlers_are_put_back(here, after):
 def test_a_second_signal_exits_at_once():
     code = (
         "import os, signal\n"
-        "from mbn.signals import Stop\n"
+        "from mbn.system.signals import Stop\n"
         "with Stop() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert stop.code == 75\n"
@@ -490,7 +492,7 @@ def test_training_anew_keeps_the_old_record_until_the_new_one_is_whole(here, lef
 
 def test_a_second_process_is_told_who_holds_the_run(here, left):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mbn.files import lock\n"
+        "import sys\nfrom pathlib import Path\nfrom mbn.system.files import lock\n"
         "with lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(

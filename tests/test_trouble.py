@@ -21,9 +21,13 @@ from test_real_cifar import FOUND
 from test_reproduce import TOY, begin, running, wait_until
 from test_training import Trap
 
-from mbn import checkpoint, data, grid, record, trainer
+from mbn import grid
 from mbn.config import REPOSITORY
-from mbn.errors import UserError
+from mbn.data import datasets
+from mbn.records import record
+from mbn.system.errors import UserError
+from mbn.training import checkpoint
+from mbn.training import run as trainer
 
 SENTENCE = re.compile(r"(warning: [^\n]*\n)*error: [^\n]*\.\n")
 
@@ -284,7 +288,7 @@ def test_damaged_cifar(tmp_path, figure):
                 file.seek(-1, 1)
                 file.write(bytes([byte[0] ^ 1]))
             try:
-                data.load_cifar(name, there.parent)
+                datasets.load_cifar(name, there.parent)
             except UserError as error:
                 refused += str(there / path.name) in str(error) and "run the command again" in str(error)
             shutil.rmtree(there)
@@ -370,7 +374,7 @@ def test_malicious_files(tmp_path, here, left, figure):
         (folder / name).unlink()
         (folder / name).write_bytes(forms["plain"])
         with pytest.raises(UserError) as caught:
-            data.load_cifar("cifar10", folder.parent)
+            datasets.load_cifar("cifar10", folder.parent)
         note(f"cifar {name}", str(folder / name) in str(caught.value))
         shutil.rmtree(folder)
     pickle.loads(forms["plain"])
@@ -415,7 +419,7 @@ def test_of_the_same_command_twice_at_once_one_trains_and_the_other_says_who(for
 
 def test_the_holder_that_is_named_is_not_the_one_before(tmp_path):
     """The second looks after the first has the lock and before it has written its name."""
-    from mbn import files
+    from mbn.system import files
 
     path = tmp_path / "lock"
     node = os.uname().nodename

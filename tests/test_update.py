@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mbn import update as update_module
 from mbn.layers import bn, brn, gn, mbn
 from mbn.norm.base import norm_layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
-from mbn.update import WINDOW, Update
+from mbn.training import iteration as update_module
+from mbn.training.iteration import WINDOW, Update
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """Toy records with the configurations of real cells."""
 
-from mbn import record
 from mbn.config import iterations, iterations_per_epoch, run_name
+from mbn.records import record
 
 EPOCHS = tuple(range(1, 101))
 

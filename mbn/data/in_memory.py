@@ -1,0 +1,136 @@
+"""Data sets on the device as uint8, and their augmentation, a batch at a time."""
+
+import copy
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbn.config import Dataset as DatasetConfig
+from mbn.data import random_streams
+from mbn.system.errors import UserError
+
+
+class Arrays(NamedTuple):
+    """A data set in memory: images uint8 (N, H, W, 3), labels int64 (N,)."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def check_numbers(dataset: DatasetConfig, **found: int) -> None:
+    """Raise UserError where the data set's numbers of images or classes are not the configured ones."""
+    for key, number in found.items():
+        if number != getattr(dataset, key):
+            wrong = " ".join(f"dataset.{k}={v}" for k, v in found.items() if v != getattr(dataset, k))
+            raise UserError(
+                f"{dataset.name} has {number} {key.replace('_', ' ')} here, not {getattr(dataset, key)}: complete the "
+                f"folder, or add {wrong} to the command if it is meant to be so."
+            )
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, padding: int) -> Tensor:
+    """Pad each image with zeros (black), crop it back to its size, and mirror it, each as its own draws say.
+
+    images: uint8 (B, H, W, 3). draws: int64 (B, 3), top and left of the crop in the padded image, 1 for a flip.
+    Equal to torchvision's RandomCrop(H, padding) and horizontal flip when these are given the same draws.
+    """
+    B, H, W, _ = images.shape
+    top, left, flip = draws.unbind(1)
+    rows = torch.arange(H, device=images.device) + top[:, None] - padding
+    columns = torch.arange(W, device=images.device).expand(B, W)
+    columns = torch.where(flip[:, None] == 1, W - 1 - columns, columns) + left[:, None] - padding
+    inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
+    batch = torch.arange(B, device=images.device)[:, None, None]
+    picked = images[batch, rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]]
+    return picked * inside[..., None]
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in channels_last, as ToTensor, Normalize: (x / 255 - mean) / std."""
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+Batch = tuple[Tensor, Tensor]
+# Images augmented at once, by the kind of device: on a GPU the launches count, on a CPU its caches.
+BLOCK = {"cuda": 8192}
+BLOCK_ELSEWHERE = 512
+
+
+class Data(Protocol):
+    """Where a run's batches come from: images float32 (B, 3, H, W) and labels int64 (B,), on the device."""
+
+    def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
+        """The augmented training batches from a 0-based iteration on, epoch after epoch, without end."""
+        ...
+
+    def test_batches(self, size: int) -> Iterator[Batch]:
+        """The test images in batches, the last one smaller."""
+        ...
+
+    def plain_train_batches(self, size: int) -> Iterator[Batch]:
+        """The training images in batches, in their order and not augmented, the last one smaller."""
+        ...
+
+
+class DeviceDataset:
+    """A small data set on the device, its batches made there: no worker processes, no copies in training.
+
+    Image indices and augmentation draws of a whole epoch go to the device at the epoch's start.
+    """
+
+    def __init__(self, arrays: Arrays, config: DatasetConfig, seed: int, device: torch.device) -> None:
+        self.train_images = torch.from_numpy(arrays.train_images).to(device)
+        self.train_labels = torch.from_numpy(arrays.train_labels).to(device)
+        self.test_images = torch.from_numpy(arrays.test_images).to(device)
+        self.test_labels = torch.from_numpy(arrays.test_labels).to(device)
+        self.mean = torch.tensor(config.mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(config.std, device=device).view(3, 1, 1)
+        self.config = config
+        self.seed = seed
+        self.device = device
+
+    def with_seed(self, seed: int) -> "DeviceDataset":
+        """The same images, for another run."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
+    def start_epoch(self, epoch: int) -> None:
+        n = len(self.train_labels)
+        self.order = torch.from_numpy(random_streams.order(self.seed, epoch, n)).to(self.device)
+        crops = random_streams.crops_and_flips(self.seed, epoch, n, self.config.padding)
+        if not self.config.flip:
+            crops[:, 2] = 0
+        self.draws = torch.from_numpy(crops).to(self.device)
+
+    def train_batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """The epoch's augmented images from position start on, at most size of them, and their labels."""
+        index = self.order[start : start + size]
+        images = crop_and_flip(self.train_images[index], self.draws[index], self.config.padding)
+        return normalize(images, self.mean, self.std), self.train_labels[index]
+
+    def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
+        n = len(self.train_labels)
+        epoch, position = divmod(iteration, -(-n // size))
+        block = max(1, BLOCK.get(self.device.type, BLOCK_ELSEWHERE) // size) * size
+        while True:
+            self.start_epoch(epoch)
+            for start in range(position * size, n, block):
+                images, labels = self.train_batch(start, block)
+                yield from zip(images.split(size), labels.split(size), strict=True)
+            epoch, position = epoch + 1, 0
+
+    def test_batches(self, size: int) -> Iterator[Batch]:
+        return self._plain(self.test_images, self.test_labels, size)
+
+    def plain_train_batches(self, size: int) -> Iterator[Batch]:
+        return self._plain(self.train_images, self.train_labels, size)
+
+    def _plain(self, images: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            yield normalize(x, self.mean, self.std), y

@@ -1,0 +1,174 @@
+"""Several trainings at the same time in one process, each in a thread: one alone leaves most of a GPU idle."""
+
+import contextlib
+import gc
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+import torch
+
+from mbn.config import Config, Dropout
+from mbn.data import datasets, in_memory
+from mbn.launch.missing_runs import Run
+from mbn.launch.pool import Child
+from mbn.system.cuda_graph import one_at_a_time
+from mbn.system.errors import UserError
+from mbn.system.signals import Told
+
+# What trains a run: its configuration, what tells it to stop, and what opens its data set (`datasets.load`, shared).
+Train = Callable[[Config, Told, Callable[[Config, torch.device], in_memory.Data]], None]
+# Settings that belong to the process, which all its lanes therefore have in common.
+OF_THE_PROCESS = ("device", "deterministic", "tf32", "threads", "data", "results")
+# Seconds after which a thread that computes lets the others in: one that compiles must not hold up those that only
+# launch recordings.
+SWITCH = 0.0005
+
+
+def fits(config: Config) -> bool:
+    """Whether a run can be a lane: dropout draws from the process's generator, and loaders fork the process."""
+    dropout = isinstance(config.model, Dropout) and config.model.dropout > 0
+    return not dropout and config.dataset.name != "imagenet"
+
+
+def check_alike(configs: list[Config]) -> None:
+    """Errors: UserError where runs differ in a setting that lanes have in common."""
+    for key in OF_THE_PROCESS:
+        values = {str(getattr(config.machine, key)) for config in configs}
+        if len(values) > 1:
+            raise UserError(
+                f"runs in one process have one machine.{key}, not {' and '.join(sorted(values))}: give them the same, "
+                "or leave machine.together out.",
+                code=2,
+            )
+
+
+class Lanes:
+    """Starts runs as threads of this process; takes the place of `launch.start_process`.
+
+    While in use as a context, what a lane prints goes to its own log. configure: the checked configuration of a run;
+    called in the main thread, as Hydra knows one thread. jobs: how many there are at a time, for the record.
+    """
+
+    def __init__(self, train: Train, configure: Callable[[Run], Config], jobs: int) -> None:
+        self.train, self.configure, self.jobs = train, configure, jobs
+        self.load = SharedData()
+        # How many streams reach a GPU at a time; read when CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+    def __enter__(self) -> "Lanes":
+        self.usual = sys.stdout, sys.stderr, sys.getswitchinterval()
+        self.output = PerThread(sys.stdout), PerThread(sys.stderr)
+        sys.stdout, sys.stderr = self.output
+        sys.setswitchinterval(SWITCH)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout, sys.stderr, interval = self.usual
+        sys.setswitchinterval(interval)
+
+    def __call__(self, run: Run, results: Path) -> "Lane":
+        config = self.configure(run)
+        config.machine.together = self.jobs
+        log = run.folder(results) / "log.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return Lane(run, log, lambda told: self.train(config, told, self.load), self.output)
+
+
+class Lane(Child):
+    """A run in a thread."""
+
+    def __init__(self, run: Run, log: Path, train: Callable[[Told], None], output: tuple["PerThread", ...]) -> None:
+        super().__init__(run, log)
+        self.train, self.output = train, output
+        self.signal = Told()
+        self.result = 1
+        self.thread = threading.Thread(target=self._work, name=run.name, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        with self.log.open("a", buffering=1) as log, contextlib.ExitStack() as stack:
+            for stream in self.output:
+                stack.enter_context(stream.to(log))
+            try:
+                self.train(self.signal)
+                self.result = 0
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                self.result = error.code
+            except torch.AcceleratorError as error:
+                _end_process(self.run, error, log)
+            except BaseException:
+                traceback.print_exc()
+        with one_at_a_time:
+            gc.collect()  # a run is full of reference cycles, and holds the device's memory until they are found
+
+    def code(self) -> int | None:
+        return None if self.thread.is_alive() else self.result
+
+    def stop(self) -> None:
+        self.told, self.signal.code = True, 75
+
+    def wait(self) -> None:
+        self.thread.join()
+
+    def kill(self) -> None:
+        """End the process: a thread cannot be ended alone."""
+        _say("error: stopped at once: every run goes on from its last checkpoint by the same command.")
+        os._exit(75)
+
+
+def _end_process(run: Run, error: Exception, log: IO[str]) -> None:
+    """After an error of the device nothing more works on it in this process, in no lane."""
+    traceback.print_exception(error, file=log)
+    log.flush()
+    what = str(error).strip().partition("\n")[0]
+    _say(
+        f"error: {run.name}: {what}: the device answers no longer, and all runs of this process end; the same command "
+        "goes on from their last checkpoints."
+    )
+    os._exit(1)
+
+
+def _say(text: str) -> None:
+    os.write(2, f"{text}\n".encode())
+
+
+class SharedData:
+    """`datasets.load` for many runs in one process: images are opened once, and stay on the device once."""
+
+    def __init__(self) -> None:
+        self.opened: dict[Any, in_memory.DeviceDataset] = {}
+
+    def __call__(self, config: Config, device: torch.device) -> in_memory.Data:
+        key = (repr(config.dataset), config.machine.data, str(device))
+        with one_at_a_time:
+            if key not in self.opened:
+                opened = datasets.load(config, device)
+                assert isinstance(opened, in_memory.DeviceDataset)
+                self.opened[key] = opened
+        return self.opened[key].with_seed(config.seed)
+
+
+class PerThread:
+    """A text stream that for some threads is another one."""
+
+    def __init__(self, usual: TextIO) -> None:
+        self.usual = usual
+        self.own = threading.local()
+
+    @contextlib.contextmanager
+    def to(self, stream: IO[str]) -> Iterator[None]:
+        """Send what this thread writes to stream."""
+        self.own.stream = stream
+        try:
+            yield
+        finally:
+            del self.own.stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(self.own, "stream", self.usual), name)

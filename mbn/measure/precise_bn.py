@@ -1,0 +1,73 @@
+"""PreciseBN, a control: the test error with statistics taken anew over the training set with the final weights.
+
+It separates what a method gains in training from what it gains at test time. Source: Wu and Johnson, "Rethinking
+'Batch' in BatchNorm", 2021, section 3.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mbn.measure.statistics_gap import named_norm_layers
+from mbn.norm.base import BatchStatisticsNorm, held
+from mbn.norm.functional import batch_moments, values_per_channel
+from mbn.system.cuda_graph import Recorded, first_line, warn
+
+
+class Moments:
+    """Running mean and biased variance of all values seen, (C,) in float64 (Chan et al. 1979), changed in place."""
+
+    def __init__(self, layer: BatchStatisticsNorm) -> None:
+        where = layer.running_mean.device
+        self.n = torch.zeros((), dtype=torch.float64, device=where)
+        self.mean = torch.zeros(layer.num_features, dtype=torch.float64, device=where)
+        self.variance = self.mean.clone()
+
+    def add(self, mean: Tensor, variance: Tensor, n: int) -> None:
+        """Take in the moments of n more values."""
+        self.n += n
+        share = n / self.n
+        distance = mean - self.mean
+        self.mean += share * distance
+        self.variance.mul_(1 - share).add_(share * variance).add_(share * (1 - share) * distance.square())
+
+
+@torch.no_grad()
+def set_precise_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recorded: bool = False) -> None:
+    """Replace each layer's test statistics by those of its inputs over batches, every image with equal weight.
+
+    batches: images as training augments them, and labels, which are not used. recorded: play the forward of each size
+    of batch back from a recording, on a CUDA stream of one's own.
+
+    The batches go through training-mode forwards with memories and averages frozen and dropout off. Which batches
+    images come in matters little, as each layer pools their moments exactly, but the run's batch size is what the
+    layers before it were normalised with. The model is in eval mode afterwards.
+    """
+    layers = named_norm_layers(model)
+    moments = {name: Moments(layer) for name, layer in layers.items()}
+
+    def note(name: str):
+        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            moments[name].add(*batch_moments(inputs[0]), values_per_channel(inputs[0]))
+
+        return hook
+
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    forwards: dict[int, Callable[[Tensor], object]] = {}
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        with held(model):
+            for images, _ in batches:
+                if recorded and len(images) not in forwards:
+                    forwards[len(images)] = Recorded(model, lambda error: warn(first_line(error)))
+                forwards.get(len(images), model)(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    model.eval()
+    for name, layer in layers.items():
+        layer.set_test_statistics(moments[name].mean, moments[name].variance)

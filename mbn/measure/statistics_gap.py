@@ -1,0 +1,87 @@
+"""Of training's statistics: the gap (how far they are from those evaluation would use), and which channels are dead."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbn.norm.base import BatchStatisticsNorm, held
+
+Statistics = dict[str, tuple[Tensor, Tensor]]
+
+
+def named_norm_layers(model: nn.Module) -> dict[str, BatchStatisticsNorm]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchStatisticsNorm)}
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether training forwards draw random numbers."""
+    return any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
+
+
+@torch.no_grad()
+def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
+    """Each layer's mu^ and sigma^ = sqrt(s2^ + eps) for a training forward of images now. Changes nothing.
+
+    An extra forward pass, instead of copies kept in every iteration: only an epoch's last iteration is asked for.
+    """
+    seen: Statistics = {}
+
+    def note(name: str):
+        def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            seen[name] = layer.training_statistics(inputs[0])  # type: ignore[operator]
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in named_norm_layers(model).items()]
+    devices = [images.device] if images.device.type == "cuda" else []
+    try:
+        # Dropout's draws belong to the training forward. Without it the generators are left alone: threads share them.
+        with torch.random.fork_rng(devices, enabled=draws(model)), held(model):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
+    """What the journal's row of an epoch says of weights and statistics, read from the device in one go.
+
+    weight_norm(s): of all weights together and of each. gap_means, gap_stds: for each layer the means over channels of
+    |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|; gap_mean, gap_std: their means over layers.
+    layer_dead_channels: for each layer that has any, how many of its channels training normalised although their
+    values did not vary; dead_channels their sum, dead_layers how many layers have no other. (Their variance
+    s2^ = sigma^**2 - eps is below a thousandth of eps, so that their output is nearly beta, and weight decay is all
+    that moves the weights before them. A layer all of whose channels are dead ends a dead branch.)
+
+    training: what `training_statistics` gave for the last iteration, with MBN those of the batch and of its whole
+    memory; test: what evaluation would use now. A model without batch statistics has weight norms only.
+    """
+    weights = {n: p.detach() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1}
+    layers = named_norm_layers(model)
+    measured = [torch.stack([w.norm() for w in weights.values()])]
+    for name, layer in layers.items():
+        mu, sigma = training[name]
+        mu_test, s2_test = layer.test_statistics()
+        sigma_test = (s2_test + layer.eps).sqrt()
+        mean = ((mu - mu_test).abs() / sigma_test).mean()
+        std = (sigma / sigma_test).log().abs().mean()
+        dead = (sigma**2 < 1.001 * layer.eps).sum()
+        measured.append(torch.stack([mean, std, dead.to(mean.dtype)]))
+    numbers = torch.cat(measured).tolist()
+    norms = dict(zip(weights, numbers, strict=False))
+    row: dict[str, Any] = {"weight_norm": sum(v * v for v in norms.values()) ** 0.5, "weight_norms": norms}
+    if not layers:
+        return row
+    means, stds, lost = (dict(zip(layers, numbers[len(norms) + i :: 3], strict=True)) for i in range(3))
+    return row | {
+        "gap_mean": sum(means.values()) / len(layers),
+        "gap_std": sum(stds.values()) / len(layers),
+        "gap_means": means,
+        "gap_stds": stds,
+        "dead_channels": int(sum(lost.values())),
+        "dead_layers": sum(count == len(training[name][0]) for name, count in lost.items()),
+        "layer_dead_channels": {name: int(count) for name, count in lost.items() if count},
+    }

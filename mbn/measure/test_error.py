@@ -1,0 +1,46 @@
+"""Loss and error on a data set."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbn.config import Config
+
+# Images of 32x32 pixels that are tested at a time, as many pixels of larger ones: few fill a GPU badly, and on a CPU
+# they should fit its caches.
+AT_A_TIME = {"cuda": 5000}
+AT_A_TIME_ELSEWHERE = 1000
+
+
+def batch_size_for(config: Config, device: torch.device) -> int:
+    """evaluate.batch_size, or where it is null a size for the images and the device."""
+    if config.evaluate.batch_size is not None:
+        return config.evaluate.batch_size
+    images = AT_A_TIME.get(device.type, AT_A_TIME_ELSEWHERE)
+    return max(1, images * 32**2 // config.dataset.image_size**2)
+
+
+class Measured(NamedTuple):
+    """Mean loss; top-1 and top-5 error in percent."""
+
+    loss: float
+    error: float
+    error_top5: float
+
+
+@torch.no_grad()
+def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Measured:
+    """Run model, which must be in eval mode, over batches of images and labels."""
+    n = 0
+    loss = 0.0
+    wrong = torch.zeros(2, dtype=torch.int64)
+    for images, labels in batches:
+        logits = model(images).float()
+        n += len(labels)
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        wrong += torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()]).cpu()
+    return Measured(loss / n, 100 * wrong[0].item() / n, 100 * wrong[1].item() / n)

@@ -1,0 +1,108 @@
+"""Taking in records that were trained elsewhere, from a folder or an archive. Does not import torch."""
+
+import json
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mbn.records import record
+from mbn.system.errors import UserError
+from mbn.system.files import write_atomically
+
+# Records are under 20 kB; what is larger is none, and is not unpacked.
+LARGEST = 1 << 20
+
+
+@dataclass
+class Gathered:
+    """Names of records taken, of those that were here already, sentences about those refused, and other JSON files."""
+
+    taken: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    others: int = 0
+
+
+def gather(source: Path, results: Path, allow_dirty: bool = False) -> Gathered:
+    """Copy the records in a folder or archive, wherever in it they are, to results/records, each checked.
+
+    A record is refused that does not pass `record.read`, comes from changed or unknown code (unless allow_dirty), or
+    differs from the one that is here already. Errors: UserError where source cannot be read.
+    """
+    gathered = Gathered()
+    for path, content in _files(source):
+        if content is not None and not _meant_as_record(path, content):
+            gathered.others += 1
+            continue
+        try:
+            _take(path, content, results, allow_dirty, gathered)
+        except UserError as error:
+            gathered.refused.append(str(error))
+    if not gathered.taken and not gathered.known and not gathered.refused:
+        raise UserError(f"there are no records in {source}: name a folder or an archive that holds results/records.")
+    return gathered
+
+
+def _take(path: Path, content: bytes | None, results: Path, allow_dirty: bool, gathered: Gathered) -> None:
+    if content is None:
+        raise UserError(f"{path} is too large to be a record.")
+    new = record.parse(content, path)
+    if not allow_dirty and (new["commit"] is None or new["dirty"] is not False):
+        raise UserError(
+            f"{path} was made by code that is in no commit: repeat it from a clean checkout, or take it with "
+            "--allow-dirty."
+        )
+    home = record.path_of(results, new["name"])
+    if not home.exists():
+        write_atomically(home, content)
+        gathered.taken.append(new["name"])
+    elif record.read(home)["checksum"] == new["checksum"]:
+        gathered.known.append(new["name"])
+    else:
+        raise UserError(f"{path} differs from {home}, which stays: delete that one first if this one is the better.")
+
+
+def _meant_as_record(path: Path, content: bytes) -> bool:
+    """Whether it should be judged as a record, rather than be passed over as JSON of another kind."""
+    if "records" in path.parts[:-1]:
+        return True
+    try:
+        parsed = json.loads(content)
+    except ValueError:
+        return True
+    return isinstance(parsed, dict) and ("checksum" in parsed or {"config", "test_error"} <= set(parsed))
+
+
+def _files(source: Path) -> Iterator[tuple[Path, bytes | None]]:
+    """Path and content of every JSON file; no content where it is too large. Errors: UserError."""
+    try:
+        if source.is_dir():
+            for path in sorted(source.rglob("*.json")):
+                if path.is_file():
+                    yield path, path.read_bytes() if path.stat().st_size <= LARGEST else None
+        elif zipfile.is_zipfile(source):
+            yield from _zipped(source)
+        elif source.is_file() and tarfile.is_tarfile(source):
+            yield from _tarred(source)
+        else:
+            wanted = "a folder, or a .tar, .tar.gz or .zip archive" if source.exists() else "something that exists"
+            raise UserError(f"cannot import {source}: name {wanted}.")
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, RuntimeError) as error:
+        raise UserError(f"cannot read {source} ({error}): get it again, or name another.") from None
+
+
+def _zipped(source: Path) -> Iterator[tuple[Path, bytes | None]]:
+    with zipfile.ZipFile(source) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith(".json") and not member.is_dir():
+                yield source / member.filename, archive.read(member) if member.file_size <= LARGEST else None
+
+
+def _tarred(source: Path) -> Iterator[tuple[Path, bytes | None]]:
+    with tarfile.open(source) as archive:
+        for member in archive:
+            if member.name.endswith(".json") and member.isfile():
+                file = archive.extractfile(member)
+                yield source / member.name, file.read() if file and member.size <= LARGEST else None

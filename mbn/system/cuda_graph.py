@@ -1,0 +1,132 @@
+"""A function of tensors played back from a recording: on a GPU one launch instead of hundreds."""
+
+import contextlib
+import gc
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from mbn.system.errors import UserError
+
+# A process records one graph at a time, and compiles one function at a time: for runs side by side in threads.
+one_at_a_time = threading.RLock()
+
+
+def record(function: Callable[[], object]) -> Callable[[], None]:
+    """What function does on the GPU, as a CUDA graph: nothing is done now, and the same at each call of the result.
+
+    Must be called on a stream of one's own (`own_stream`). Errors: whatever CUDA or torch object to.
+    """
+    graph = torch.cuda.CUDAGraph()
+    collects = gc.isenabled()
+    gc.disable()  # what it frees on the GPU, of whichever thread, would spoil the recording
+    try:
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            function()
+    finally:
+        if collects:
+            gc.enable()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Do everything inside on a CUDA stream of this thread's own, the only kind that can be recorded."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _free_stream(device)
+    try:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # also where it fails: what was made outside may be freed there, and is still in use here
+        torch.cuda.current_stream(device).wait_stream(stream)
+        _streams.remove(stream.cuda_stream)
+
+
+# Handles of the streams in use. torch has a few tens, and hands them out in turns whether they are in use or not.
+_streams: set[int] = set()
+STREAMS = 32
+
+
+def _free_stream(device: torch.device) -> "torch.cuda.Stream":
+    with one_at_a_time:
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream(device)
+            if stream.cuda_stream not in _streams:
+                _streams.add(stream.cuda_stream)
+                return stream
+    raise UserError(f"a process trains at most {STREAMS} runs at a time: lower --jobs or machine.together.")
+
+
+class Recorded:
+    """A function of tensors that is played back from its fourth call on, on copies of its arguments that stay in place.
+
+    The first three calls run as they are: they choose kernels, compile, and make what lives on (momentum), none of
+    which can be recorded. function must read and write nothing but its arguments and tensors that stay where they are,
+    and may depend on nothing else that changes; its result is not kept.
+
+    failed: called once with what went wrong where the function cannot be recorded; from then on it runs as it is.
+    """
+
+    AS_IT_IS = 3
+
+    def __init__(self, function: Callable[..., None], failed: Callable[[Exception], None]) -> None:
+        self.function, self.failed = function, failed
+        self.calls = 0
+        self.inputs: tuple[Tensor, ...] = ()
+        self.play: Callable[[], None] | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if not self.inputs:
+            self.inputs = tuple(torch.empty_like(t) for t in tensors)
+        for own, given in zip(self.inputs, tensors, strict=True):
+            own.copy_(given)
+        if self.play is not None:
+            self.play()
+            return
+        with one_at_a_time:
+            self.calls += 1
+            if self.calls > self.AS_IT_IS:
+                try:
+                    self.play = record(lambda: self.function(*self.inputs))
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # whatever cannot be recorded: torch has no type for it
+                    self.failed(error)
+                    self.play = lambda: self.function(*self.inputs)
+                self.play()
+            else:
+                self.function(*self.inputs)
+
+
+def supported(device: torch.device) -> bool:
+    """Whether there is anything to record with: CUDA."""
+    return device.type == "cuda"
+
+
+def fault(device: torch.device) -> str | None:
+    """Why nothing can be recorded here, or None: tried on one small function."""
+    x = torch.zeros(8, device=device)
+    try:
+        with one_at_a_time, own_stream(device):
+            x.add_(1)
+            play = record(lambda: x.add_(1))
+            play()
+            assert x.sum().item() == 16
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
+
+
+def warn(why: str) -> None:
+    print(f"warning: iterations cannot be recorded here ({why}): training in eager mode.", file=sys.stderr)

@@ -1,0 +1,338 @@
+"""The figures, drawn from the curves and results that records carry: three of the paper's, and ours."""
+
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from mbn import grid
+from mbn.config import MBN
+from mbn.grid import Cell
+from mbn.system.files import write_atomically
+from mbn.tables import claims
+from mbn.tables.page import BATCH_SIZES, Measured, Records, file_name
+
+# Width of one column of a two-column paper, in inches; and of both.
+COLUMN, PAGE = 3.3, 6.9
+# Colours that the colour-blind tell apart: Okabe and Ito 2008. Shape of the markers and lines says the same again.
+COLOURS = {"bn": "#D55E00", "brn": "#009E73", "mbn": "#0072B2", "gn": "#CC79A7", "normprop": "#E69F00"}
+MARKERS = {"bn": "s", "brn": "^", "mbn": "o", "gn": "D", "normprop": "v"}
+NAMES = {"bn": "BN", "brn": "BRN", "mbn": "MBN", "gn": "GN", "normprop": "NormProp"}
+NETWORK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+NETWORK_MARKERS = ("o", "s", "^", "D")
+# MBN with gradient="batch".
+BATCH_COLOUR, BATCH_MARKER = "#56B4E9", "P"
+# Methods without statistics of batches have one forward only: no number is shown for them.
+WITHOUT_FORWARDS = ("gn", "normprop")
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "lines.markersize": 4,
+    "svg.hashsalt": "mbn",  # else the names of clip paths differ from one drawing to the next
+    "savefig.dpi": 200,
+}
+
+Points = list[tuple[float, list[float]]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a line is drawn, and what the legend calls it."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str
+    filled: bool = True
+    width: float = 1.3
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "linestyle": self.line,
+            "linewidth": self.width,
+            "markerfacecolor": self.colour if self.filled else "white",
+            "markeredgecolor": self.colour,
+            "markeredgewidth": 0.9,
+        }
+
+
+def look(cell: Cell) -> Look:
+    """Colour and marker say the method; solid and filled mean two forwards, dashed and hollow one."""
+    config = cell.config(0)
+    method, two = config.norm.name, config.forwards == 2
+    if method in WITHOUT_FORWARDS:
+        return Look(NAMES[method], COLOURS[method], MARKERS[method], ":")
+    label = f"{NAMES[method]}-{config.forwards}"
+    if isinstance(config.norm, MBN) and config.norm.gradient == "batch":
+        return Look(f"{label}, gradient batch", BATCH_COLOUR, BATCH_MARKER, "-" if two else "--", two)
+    return Look(label, COLOURS[method], MARKERS[method], "-" if two else "--", two)
+
+
+def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figure | None]:
+    """Every figure by its name; None where no record has anything for it."""
+
+    def read(name: str) -> Measured:
+        return Measured(grid.read(name), records, seeds, scale)
+
+    with matplotlib.rc_context(STYLE):
+        return {
+            "figure1": figure1(read("figure1")),
+            "figure2": figure2(read("figure2")),
+            "figure3": figure3(read("table3")),
+            "batch-size": batch_size([read(name) for name in BATCH_SIZES]),
+            "training-resnet20": training(read("gradient"), "ResNet-20, batch 8"),
+            "training-resnet56": training(read("gradient"), "ResNet-56, batch 8"),
+            "gap-resnet20": gap(read("table4-resnet20")),
+            "gap-resnet56": gap(read("table4-methods")),
+        }
+
+
+def write(figures: dict[str, Figure | None], folder: Path, scale: float = 1.0) -> list[Path]:
+    """Write PNG and SVG of each figure that there is. The same figure gives the same bytes."""
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for name, figure in figures.items():
+            if figure is None:
+                continue
+            if scale != 1:
+                figure.suptitle(f"{scale:g} of the paper's length", fontsize=7, x=0.01, ha="left", style="italic")
+            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                file = io.BytesIO()
+                figure.savefig(file, format=kind, metadata=metadata)
+                path = folder / f"{file_name(name, scale)}.{kind}"
+                write_atomically(path, file.getvalue())
+                written.append(path)
+    return written
+
+
+# The paper's.
+
+
+def figure1(measured: Measured) -> Figure | None:
+    """Test error over epochs of BN, BRN and MBN with one and with two forwards, ResNet-56."""
+    figure, (panel,) = _panels(1, COLUMN, 3.0)
+    lines = [(look(cell), _curve(measured, cell, "test_error")) for cell in measured.grid.cells]
+    if not _plot(panel, lines):
+        return None
+    _limit(panel, [points for _, points in lines])
+    panel.set(xlabel="epoch", ylabel="test error (%)")
+    _legend_below(figure, [panel], columns=3)
+    return figure
+
+
+def figure2(measured: Measured) -> Figure | None:
+    """Training error (thin) and test error (bold) over epochs of BN and MBN, a panel for each network."""
+    figure, panels = _panels(len(measured.grid.rows), PAGE, 2.6)
+    anything = False
+    for panel, row in zip(panels, measured.grid.rows, strict=True):
+        lines = []
+        for column in measured.grid.columns:
+            cell = measured.grid.cell(row, column)
+            method = cell.config(0).norm.name
+            line = "-" if method == "mbn" else "--"
+            for key, width, marker in (("train_error", 0.7, ""), ("test_error", 1.8, MARKERS[method])):
+                kind = "training" if key == "train_error" else "test"
+                style = Look(f"{NAMES[method]}, {kind}", COLOURS[method], marker, line, width=width)
+                lines.append((style, _curve(measured, cell, key)))
+        anything |= _plot(panel, lines)
+        _limit(panel, [points for _, points in lines], zero=True)
+        panel.set(title=row, xlabel="epoch")
+    panels[0].set_ylabel("error (%)")
+    _legend_below(figure, panels)
+    return figure if anything else None
+
+
+def figure3(measured: Measured) -> Figure | None:
+    """ImageNet: test error over epochs; solid MBN, dashed BN; a colour for each network."""
+    figure, (panel,) = _panels(1, COLUMN, 3.0)
+    lines = []
+    networks = [row for row, overrides in measured.grid.rows.items() if overrides is not None]
+    for row, colour, marker in zip(networks, NETWORK_COLOURS, NETWORK_MARKERS, strict=True):
+        for column in ("MBN", "BN"):
+            style = Look(f"{row}, {column}", colour, marker, "-" if column == "MBN" else "--", column == "MBN")
+            lines.append((style, _curve(measured, measured.grid.cell(row, column), "test_error")))
+    if not _plot(panel, lines):
+        return None
+    _limit(panel, [points for _, points in lines])
+    panel.set(xlabel="epoch", ylabel="top-1 test error (%)")
+    _legend_below(figure, [panel], columns=2)
+    return figure
+
+
+# Ours.
+
+
+def batch_size(grids: Sequence[Measured]) -> Figure | None:
+    """Test error against batch size for each method: mean over seeds, and a bar of one standard deviation."""
+    drawn = [m for m in grids if any(m.runs(cell) for cell in m.grid.cells)]
+    if not drawn:
+        return None
+    figure, panels = _panels(len(drawn), COLUMN if len(drawn) == 1 else PAGE, 3.0)
+    for panel, measured in zip(panels, drawn, strict=True):
+        lines = []
+        for column in measured.grid.columns:
+            cells = [measured.grid.cell(row, column) for row in measured.grid.rows]
+            found = [(c.config(0).batch_size, claims.values(measured.runs(c), "test_error")) for c in cells]
+            lines.append((look(cells[0]), [(float(b), list(v.values())) for b, v in found if v]))
+        _plot(panel, lines, sparse=True)
+        sizes = [measured.grid.cell(row, column).config(0).batch_size for row in measured.grid.rows]
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.set_xlim(min(sizes) * 0.85, max(sizes) * 1.18)
+        panel.set(title=measured.grid.title.rpartition(", ")[2], xlabel="batch size")
+    panels[0].set_ylabel("test error (%)")
+    _legend_below(figure, panels)
+    return figure
+
+
+def gap(measured: Measured) -> Figure | None:
+    """How far the statistics of training are from those of evaluation, over training, at the least and largest batch.
+
+    The means over layers and channels of |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|.
+    """
+    first, *_, last = measured.grid.rows
+    kinds = {"gap_mean": "gap of the mean (σ)", "gap_std": "gap of log σ"}
+    figure = Figure(figsize=(PAGE, 4.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    anything = False
+    for i, (key, name) in enumerate(kinds.items()):
+        for j, row in enumerate((first, last)):
+            panel = axes[i][j]
+            cells = [measured.grid.cell(row, column) for column in measured.grid.columns]
+            lines = [(look(cell), _curve(measured, cell, key, of_training=True)) for cell in cells]
+            anything |= _plot(panel, [(style, points) for style, points in lines if points])
+            if any(points for _, points in lines):
+                panel.set_yscale("log")
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+                panel.yaxis.set_minor_locator(NullLocator())
+            if i == 0:
+                panel.set_title(f"{measured.grid.title.rpartition(', ')[2]}, batch {row}")
+            else:
+                panel.set_xlabel("share of training (%)")
+            if j == 0:
+                panel.set_ylabel(name)
+    _legend_below(figure, list(axes.flat))
+    return figure if anything else None
+
+
+def training(measured: Measured, row: str) -> Figure | None:
+    """One row of the gradients' table: training loss, test error and weight norm over training.
+
+    Dotted: where learning rate and lambda change.
+    """
+    keys = {"loss": "training loss", "test_error": "test error (%)", "weight_norm": "norm of all weights"}
+    figure, panels = _panels(len(keys), PAGE, 2.7)
+    cells = [measured.grid.cell(row, column) for column in measured.grid.columns]
+    anything = False
+    for panel, (key, name) in zip(panels, keys.items(), strict=True):
+        lines = [(look(cell), _curve(measured, cell, key, of_training=True)) for cell in cells]
+        anything |= _plot(panel, lines)
+        _limit(panel, [points for _, points in lines], zero=key == "loss")
+        for milestone in cells[0].config(0).schedule.milestones:
+            panel.axvline(100 * milestone, color="#888888", linestyle=":", linewidth=0.8)
+        panel.set(title=name, xlabel="share of training (%)")
+    _legend_below(figure, panels, columns=3)
+    return figure if anything else None
+
+
+# Parts.
+
+
+def _panels(n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, n, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _curve(measured: Measured, cell: Cell, key: str, of_training: bool = False) -> Points:
+    """(x, one value a seed) of a curve of a cell's records at the points that all of them have.
+
+    key: a curve with a point an epoch, or "loss" or "error" for the finer ones of training. x: images seen, in epochs,
+    or in percent of training. Empty where nothing has run.
+    """
+    if cell.overrides is None:
+        return []
+    found = []
+    for one in measured.runs(cell).values():
+        unit = one["images"] / 100 if of_training else one["config"]["dataset"]["train_images"]
+        curves = one["curves"].get("training", {}) if key in ("loss", "error") else one["curves"]
+        images, numbers = curves.get("images", []), curves.get(key, [])
+        found.append({i / unit: y for i, y in zip(images, numbers, strict=False)})
+    if not found:
+        return []
+    common = sorted(set.intersection(*(set(f) for f in found)))
+    return [(x, [f[x] for f in found]) for x in common]
+
+
+def _plot(panel: Axes, lines: Iterable[tuple[Look, Points]], sparse: bool = False) -> bool:
+    """Draw means, and bands of one standard deviation where there are several seeds; whether there was any line.
+
+    sparse: a few points, each with as many seeds as it happens to have: a marker at every one, and a bar for a band.
+    Else about eight markers a line, at other places for each line.
+    """
+    drawn = [(style, points) for style, points in lines if points]
+    for i, (style, points) in enumerate(drawn):
+        xs = [x for x, _ in points]
+        means = [statistics.fmean(ys) for _, ys in points]
+        step = 1 if sparse else max(1, len(xs) // 8)
+        start = 0 if step == 1 else (i * step) // max(1, len(drawn))
+        panel.plot(xs, means, label=style.label, markevery=(start, step), **style.settings())
+        spread = [(x, m, statistics.stdev(ys)) for (x, ys), m in zip(points, means, strict=True) if len(ys) > 1]
+        if not spread:
+            continue
+        at, middle, sds = zip(*spread, strict=True)
+        low, high = ([m + sign * sd for m, sd in zip(middle, sds, strict=True)] for sign in (-1, 1))
+        if sparse:
+            panel.vlines(at, low, high, color=style.colour, linewidth=0.9)
+        else:
+            panel.fill_between(at, low, high, color=style.colour, alpha=0.15, linewidth=0)
+    return bool(drawn)
+
+
+def _limit(panel: Axes, curves: list[Points], zero: bool = False) -> None:
+    """Show what differs: not the first fifth of training, in which every error falls from near chance."""
+    late = [statistics.fmean(ys) for points in curves for _, ys in points[len(points) // 5 :]]
+    if not late:
+        return
+    top, bottom = max(late) * 1.05, 0.0 if zero else min(late) * 0.9
+    panel.set_ylim(bottom, max(top, bottom + 1))
+
+
+def _legend_below(figure: Figure, panels: list[Axes], columns: int = 7) -> None:
+    """One legend for all panels, each label once."""
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        # A line of its own: markevery would leave the legend's short one without a marker.
+        shown = []
+        for handle in handles.values():
+            assert isinstance(handle, Line2D)
+            copy = Line2D([], [])
+            copy.update_from(handle)
+            copy.set_markevery(None)
+            shown.append(copy)
+        figure.legend(shown, handles, loc="outside lower center", ncols=min(columns, len(handles)), handlelength=2.8)

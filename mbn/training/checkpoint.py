@@ -1,0 +1,79 @@
+"""Checkpoints: a state that torch.load(weights_only=True) reads, with a checksum, in two generations.
+
+A file is what torch.save wrote, followed by a line with its SHA-256; torch.load reads it directly all the same.
+"""
+
+import hashlib
+import io
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbn.system.errors import UserError
+from mbn.system.files import write_atomically
+
+MARK = b"\nsha256 "
+_TAIL = len(MARK) + 64
+
+
+class DamagedError(Exception):
+    """A checkpoint file whose bytes are not those that were written."""
+
+
+def previous(path: Path) -> Path:
+    """Where the generation before path is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def damaged(path: Path) -> Path:
+    """Where a damaged file is set aside."""
+    return path.with_name(f"{path.stem}.damaged{path.suffix}")
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write state to path atomically; what path held is kept as `previous(path)`. Errors: UserError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    digest = hashlib.sha256(content).hexdigest().encode()
+    write_atomically(path, content + MARK + digest, keep_as=previous(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read one checkpoint file onto the CPU. Errors: DamagedError; OSError."""
+    content = path.read_bytes()
+    body, tail = content[:-_TAIL], content[-_TAIL:]
+    if tail != MARK + hashlib.sha256(body).hexdigest().encode():
+        raise DamagedError(f"{path} is damaged: its checksum is wrong")
+    try:
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        if isinstance(error, pickle.UnpicklingError):  # whose advice is to read it without care
+            raise DamagedError(f"{path} is damaged: it does not hold a state alone") from None
+        raise DamagedError(f"{path} is damaged: {(str(error).splitlines() or ['it ends early'])[0]}") from None
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The newest undamaged generation of path; None where there is none. Warns of each that is damaged.
+
+    A damaged one is set aside, for the next save would make it the generation before, and a crash in mid-save leaves
+    that one alone. Errors: UserError where a file cannot be read.
+    """
+    for generation in (path, previous(path)):
+        if not generation.exists():
+            continue
+        try:
+            return read(generation)
+        except DamagedError as error:
+            aside = damaged(generation)
+            generation.replace(aside)
+            print(f"warning: {error}, and now {aside.name}; going back one checkpoint.", file=sys.stderr)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {generation} ({error.strerror}): see to it and run the command again, or move it away to "
+                "go on from the checkpoint before."
+            ) from None
+    return None

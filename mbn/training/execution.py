@@ -1,0 +1,112 @@
+"""How a run executes: eager, compiled, or on a GPU recorded once and played back."""
+
+import functools
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from mbn.config import Config, iterations
+from mbn.system import cuda_graph
+from mbn.system.errors import UserError
+
+# Multiplications and additions a second that eager training does on one thread of a CPU (measured, see
+# results/benchmarks), and on another device that is not CUDA (a guess: unmeasured).
+CPU_THREAD_RATE = 5e10
+GPU_RATE = 1e13
+# Compiling takes one to two minutes on a CPU and saves a fifth of the time with MBN, less with BN: it pays after some
+# ten.
+COMPILES_FROM = 900.0
+# On an H100 it takes 44 to 84 seconds, and is repaid after 15,000 to 37,000 iterations (ResNet-20 and ResNet-56, BN and
+# MBN, batch 8 and 128), sooner with a warm cache or with lanes.
+COMPILES_FROM_ITERATIONS = 30_000
+
+GRAPHS = ("graph", "graph-eager")
+
+
+def choose_mode(
+    wanted: str, earlier: str | None, config: Config, model: nn.Module, device: torch.device, threads: int
+) -> str:
+    """eager, compile, graph (compiled, then recorded) or graph-eager (recorded without a compiler).
+
+    auto is as the run began; else on CUDA a graph, and compiled where the whole run is long enough to repay it. The
+    choice is a function of the configuration, the device and the number of threads, and of no clock, so that the same
+    command does the same again.
+
+    Errors: UserError where compile is asked for and there is no compiler, or a graph where there is no CUDA.
+    """
+    records = cuda_graph.supported(device)
+    if wanted in GRAPHS and not records:
+        raise UserError(f"machine.mode={wanted} needs a CUDA device, not {device.type}: leave machine.mode=auto.")
+    if wanted == "auto" and earlier is not None and (records or earlier not in GRAPHS):
+        mode = earlier
+    elif wanted == "auto":
+        long = pays_to_compile(config, model, device, threads)
+        mode = {(False, False): "eager", (False, True): "compile", (True, False): "graph-eager", (True, True): "graph"}[
+            records, long
+        ]
+    else:
+        mode = wanted
+    if mode in GRAPHS:
+        why = cuda_graph.fault(device)
+        if why is not None:
+            cuda_graph.warn(why)
+            return "eager"
+    if mode in ("compile", "graph"):
+        why = compiler_fault(device)
+        if why is not None and wanted == "compile":
+            raise UserError(
+                f"torch.compile does not work here ({why}): install a C++ compiler, or leave machine.mode=auto."
+            )
+        if why is not None:
+            instead = {"compile": "eager", "graph": "graph-eager"}[mode]
+            what = {"eager": "training in eager mode", "graph-eager": "recording without it"}[instead]
+            print(f"warning: torch.compile does not work here ({why}): {what}.", file=sys.stderr)
+            return instead
+    return mode
+
+
+def pays_to_compile(config: Config, model: nn.Module, device: torch.device, threads: int) -> bool:
+    if device.type == "cuda":
+        return iterations(config) >= COMPILES_FROM_ITERATIONS
+    return seconds_expected(config, model, device, threads) >= COMPILES_FROM
+
+
+def seconds_expected(config: Config, model: nn.Module, device: torch.device, threads: int) -> float:
+    """A rough guess at a run's seconds in eager mode, from its count of operations; model is still on the CPU."""
+    rate = CPU_THREAD_RATE * threads if device.type == "cpu" else GPU_RATE
+    images = iterations(config) * config.batch_size
+    # A backward pass does the work of two forward passes.
+    return images * operations(model, config.dataset.image_size) * (2 + config.forwards) / rate
+
+
+def operations(model: nn.Module, image_size: int) -> int:
+    """Multiplications and additions of a model's convolutions and linear maps for one image; leaves it as it was.
+
+    (torch's FlopCounterMode, and the meta device, count the same but take seconds to import.)
+    """
+    total = 0
+
+    def add(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
+        nonlocal total
+        total += 2 * output.numel() * layer.get_parameter("weight")[0].numel()
+
+    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    training = model.training
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, image_size, image_size))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@functools.cache
+def compiler_fault(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None: tried once in a process, on one small function."""
+    try:
+        with cuda_graph.one_at_a_time:
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever a missing or broken tool chain raises
+        return cuda_graph.first_line(error)
+    return None

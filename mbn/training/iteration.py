@@ -1,0 +1,149 @@
+"""One iteration of training (Algorithm 1 of the paper)."""
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mbn.measure.first_nonfinite import Watch, push
+from mbn.norm.base import norm_layers, phase
+from mbn.norm.functional import statistics_dtype
+from mbn.norm.propagation import project_unit_rows, unit_layers
+from mbn.norm.together import Together
+from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, warn
+from mbn.training.execution import GRAPHS
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for precision="bf16"; nothing for "fp32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+# What torch.compile has made, by function and kind of network.
+_compiled: dict[tuple[Callable, Any], Callable] = {}
+
+
+def compiled(method: Callable, kind: Any) -> Callable:
+    """torch.compile of a bound method, made once for all objects of a kind: runs side by side, one run after another.
+
+    kind: hashable. Objects of one kind differ in their tensors' values alone, which compiled code takes as arguments;
+    where they differ in more torch notices and compiles again, for up to eight of them. So each kind has a code object
+    of its own.
+    """
+    key = (method.__func__, kind)  # type: ignore[attr-defined]
+    if key not in _compiled:
+        function = key[0]
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        _compiled[key] = torch.compile(own, fullgraph=True, dynamic=False)
+    return functools.partial(_compiled[key], method.__self__)  # type: ignore[attr-defined]
+
+
+# Losses stay on the device for this many iterations, and are then read at once.
+WINDOW = 50
+
+
+class Update:
+    """First forward, loss, backward, optimiser step; then, with forwards=2, the second forward that remembers.
+
+    mode: "eager"; "compile" to compile both forwards with torch.compile for batches of batch_size images (an epoch's
+    last, smaller one is not worth it); "graph" to record the whole iteration, the compiled forwards inside it, once for
+    each size of batch and play it back, on a CUDA stream of one's own; "graph-eager" for that without a compiler. Where
+    recording fails `mode` becomes "eager", with a warning.
+
+    The learning rate and everything a layer remembers are tensors changed in place. Loss and number of errors of the
+    last iterations are kept on the device until `drain`, and so is what `watch` notes, so that an iteration never
+    waits for the host.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        forwards: int,
+        mode: str,
+        precision: str,
+        device: torch.device,
+        batch_size: int | None = None,
+    ):
+        self.model = model
+        self.device = device
+        self.precision = precision
+        self.optimizer = optimizer
+        self.mode = mode
+        self.layers = [layer for layer in norm_layers(model) if layer.forwards == 2] if forwards == 2 else []
+        self.together = Together(self.layers or [layer for layer in norm_layers(model) if layer.forwards == 1])
+        self.projects = bool(unit_layers(model))
+        # From the first step on: a step's effect is its size over the row's norm.
+        project_unit_rows(model)
+        self.batch_size = batch_size
+        self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
+        self.second: Callable[..., None] = self._second
+        if mode in ("compile", "graph"):
+            kind = (repr(model), forwards, precision, device, batch_size)
+            self.first, self.second = compiled(self._first, kind), compiled(self._second, kind)
+        # One for each size of batch.
+        self.recorded: dict[int, Recorded] = {}
+        self.watch = Watch(model, WINDOW)
+        self.window = torch.zeros(WINDOW, 2, device=device)
+        self.pending = 0
+
+    def _first(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.device, self.precision):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.to(statistics_dtype(logits.dtype)), labels)
+        errors = (logits.detach().argmax(1) != labels).sum()
+        return loss, torch.stack([loss.detach(), errors.to(loss.dtype)])
+
+    def _second(self, images: Tensor) -> None:
+        # Without a result the compiler leaves out what follows the last layer's statistics.
+        self.model(images)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode."""
+        if self.mode in GRAPHS:
+            if len(labels) not in self.recorded:
+                self.recorded[len(labels)] = Recorded(self._iterate, self._not_recorded)
+            self.recorded[len(labels)](images, labels)
+        else:
+            with one_at_a_time if self.mode == "compile" else contextlib.nullcontext():
+                self._iterate(images, labels)
+        self.pending += 1
+
+    def _iterate(self, images: Tensor, labels: Tensor) -> None:
+        """One iteration, all that depends on the host left out: it may be recorded."""
+        self.watch(images)
+        whole = self.batch_size in (None, len(images))
+        first, second = (self.first, self.second) if whole else (self._first, self._second)
+        loss, measured = first(images, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.projects:
+            project_unit_rows(self.model)
+        if self.layers:
+            with torch.no_grad(), autocast(self.device, self.precision), phase(self.layers, "second"):
+                second(images)
+        self.together.enter()
+        push(self.window, measured)
+
+    def _not_recorded(self, error: Exception) -> None:
+        """Go on in eager mode: nothing was done yet of the iteration that could not be recorded."""
+        warn(first_line(error))
+        self.mode = "eager"
+        self.first, self.second = self._first, self._second
+        self.optimizer.zero_grad()  # gradients that were recorded, but never computed
+
+    def drain(self) -> list[tuple[float, int]]:
+        """Loss (mean over the batch) and number of errors of each iteration since the last call; waits for the device.
+
+        Must be called at least every WINDOW iterations.
+        """
+        assert self.pending <= WINDOW
+        rows = self.window.tolist()[WINDOW - self.pending :]
+        self.pending = 0
+        return [(loss, int(errors) if errors == errors else 0) for loss, errors in rows]
