@@ -350,7 +350,8 @@ def test_a_new_setting_at_its_neutral_default_lets_an_unfinished_run_go_on(here,
     here()
     newer = with_new_fields(config.Config, ("knob", float, dataclasses.field(default=0.25)))
     load_older = running.load_quickly
-    monkeypatch.setattr(config, "Config", newer)
+    for module in ("loading", "run_identity"):
+        monkeypatch.setattr(f"mbn.config.{module}.Config", newer)
     monkeypatch.setattr(running, "load_quickly", lambda overrides: newer(**vars(load_older(overrides))))
     done = here()
     assert done.code == 0, done.err

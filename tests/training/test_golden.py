@@ -1,7 +1,8 @@
 """Twenty losses of each method in float64, which hold on any machine and any version of torch.
 
 Weights and images come from NumPy's legacy generator, whose numbers never change, and the setting is smooth: one where
-a perturbation does not grow. `python tests/test_golden.py` writes golden.json anew, when a method is meant to change.
+a perturbation does not grow. `python tests/training/test_golden.py` writes golden.json again, when a method is meant to
+change.
 """
 
 import json

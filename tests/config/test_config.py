@@ -57,7 +57,7 @@ def experiment(tmp_path, monkeypatch):
     """A function that writes configs/experiment/mine.yaml into a copy of the configurations, which is then used."""
     folder = tmp_path / "configs"
     shutil.copytree(CONFIGS, folder)
-    monkeypatch.setattr(config, "CONFIGS", folder)
+    monkeypatch.setattr("mbn.config.loading.CONFIGS", folder)
     return lambda text: (folder / "experiment" / "mine.yaml").write_text("# @package _global_\n" + text)
 
 
@@ -585,7 +585,7 @@ def test_a_new_setting_at_its_neutral_default_changes_no_name(cls):
     schema = with_new_fields(config.Config, (group, newer, dataclasses.field(default_factory=newer)))
     c = schema(**vars(c))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "Config", schema)
+        patch.setattr("mbn.config.run_identity.Config", schema)
         assert run_name(c) == before
         getattr(c, group).knob = 0.5
         assert run_name(c) != before
@@ -597,7 +597,7 @@ def test_a_new_group_at_its_neutral_defaults_changes_no_name():
     schema = with_new_fields(config.Config, ("augment", NewGroup, dataclasses.field(default_factory=NewGroup)))
     newer = schema(**vars(c))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "Config", schema)
+        patch.setattr("mbn.config.run_identity.Config", schema)
         assert run_name(newer) == before
         newer.augment.knob = 0.5
         assert run_name(newer) != before
