@@ -7,15 +7,14 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from kinds import remember, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
 
 import mbn.norm.base as base
 from mbn import (
     BatchNorm1d,
-    BatchNorm2d,
     BatchRenorm1d,
-    BatchRenorm2d,
     MemorizedBatchNorm1d,
     MemorizedBatchNorm2d,
     convert,
@@ -35,14 +34,6 @@ def no_warning_yet():
     base._warn_forgotten.cache_clear()
     yield
     base._warn_forgotten.cache_clear()
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def unchanged(before, module):
-    return all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
 def small_net(dtype=torch.float64, **settings):
@@ -225,26 +216,15 @@ def test_after_an_error_in_the_second_forward_the_next_first_forward_is_one(laye
 def test_held_layers_normalise_as_ever_and_remember_nothing(layer, forwards):
     model, x = layer(3, forwards=forwards), torch.randn(4, 3)
     for _ in range(2):
-        second_forward(model, x + 1) if forwards == 2 else model(x + 1)
+        remember(model, x + 1)
     before, twin = snapshot(model), copy.deepcopy(model)
     with held(model):
         y = model(x)
     assert unchanged(before, model)
     assert torch.equal(y, twin(x))
-    second_forward(model, x) if forwards == 2 else model(x)
+    remember(model, x)
     assert not unchanged(before, model)
     model.eval()  # no warning
-
-
-@layers
-def test_test_statistics_that_are_set_are_those_of_evaluation(layer):
-    """As PreciseBN does after training."""
-    model = layer(3, forwards=1)
-    model(torch.randn(4, 3))
-    mean, variance, x = torch.randn(3), torch.rand(3) + 0.5, torch.randn(4, 3)
-    model.set_test_statistics(mean, variance)
-    assert_close(list(model.test_statistics()), [mean, variance])
-    assert_close(model.eval()(x), (x - mean) / (variance + model.eps).sqrt())
 
 
 def warned(model):
@@ -312,23 +292,3 @@ def test_two_added_lines_give_any_loop_double_forward(norm):
     assert losses[-1] < losses[0] / 2
     remembered = model[1].memory_count.count_nonzero() if norm == "mbn" else model[1].num_batches_tracked
     assert remembered == 20
-
-
-@pytest.mark.parametrize("layer", [BatchNorm2d, BatchRenorm2d, MemorizedBatchNorm2d])
-@pytest.mark.parametrize(
-    ("shape", "words"),
-    [
-        ((4, 3), "4D input, not 2D"),
-        ((4, 3, 5), "4D input, not 3D"),
-        ((4, 2, 5, 5), "3 channels, not 2"),
-        ((0, 3, 5, 5), "empty batch"),
-        ((4, 3, 0, 5), "empty batch"),
-    ],
-    ids=str,
-)
-def test_wrong_inputs_are_refused_by_name_and_change_nothing(layer, shape, words):
-    model = layer(3, forwards=1)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"{layer.__name__} .*{words}"):
-        model(torch.randn(shape))
-    assert unchanged(before, model)
