@@ -185,20 +185,18 @@ def test_second_forward_sees_the_new_weights_inside_one_autocast():
     assert_close(net[1].memory_mean[0], net[0](x).mean(0), atol=3e-2, rtol=3e-2)
 
 
-def test_second_forward_refuses_eval_mode_and_changes_nothing():
-    model = MemorizedBatchNorm1d(3).eval()
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (MemorizedBatchNorm1d(3).eval(), r"call module\.train\(\) first"),
+        *((m, "forwards=2") for m in (nn.Linear(3, 3), nn.BatchNorm1d(3), MemorizedBatchNorm1d(3, forwards=1))),
+    ],
+)
+def test_second_forward_refuses_eval_mode_and_a_model_without_a_layer_of_two_forwards(model, words):
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"call module\.train\(\) first"):
+    with pytest.raises(RuntimeError, match=words):
         second_forward(model, torch.randn(4, 3))
     assert unchanged(before, model)
-
-
-@pytest.mark.parametrize(
-    "model", [nn.Linear(3, 3), nn.BatchNorm1d(3), BatchNorm1d(3), MemorizedBatchNorm1d(3, forwards=1)]
-)
-def test_second_forward_refuses_a_model_without_a_layer_of_two_forwards(model):
-    with pytest.raises(RuntimeError, match="forwards=2"):
-        second_forward(model, torch.randn(4, 3))
 
 
 @layers
