@@ -23,9 +23,7 @@ _HOME = {
     "MemorizedBatchNorm2d": "memorized",
     "MemorizedBatchNorm3d": "memorized",
     "StandardReLU": "propagation",
-    "UnitConv1d": "propagation",
     "UnitConv2d": "propagation",
-    "UnitConv3d": "propagation",
     "convert": "convert",
     "held": "base",
     "project_unit_rows": "propagation",
@@ -49,9 +47,7 @@ if TYPE_CHECKING:
     from .norm.memorized import MemorizedBatchNorm3d as MemorizedBatchNorm3d
     from .norm.memorized import set_lambda as set_lambda
     from .norm.propagation import StandardReLU as StandardReLU
-    from .norm.propagation import UnitConv1d as UnitConv1d
     from .norm.propagation import UnitConv2d as UnitConv2d
-    from .norm.propagation import UnitConv3d as UnitConv3d
     from .norm.propagation import project_unit_rows as project_unit_rows
     from .norm.renorm import BatchRenorm1d as BatchRenorm1d
     from .norm.renorm import BatchRenorm2d as BatchRenorm2d

@@ -16,9 +16,9 @@ class BatchStatisticsNorm(nn.Module):
     """Base of BatchNorm, MemorizedBatchNorm and BatchRenorm.
 
     Input and output: (N, C) or (N, C, *spatial), as many dimensions as the subclass's `input_dims` allows. Any memory
-    layout; output in the input's dtype; statistics in at least float32 whatever the module's dtype.
+    layout. The output has the input's dtype; statistics have at least float32, whatever the module's dtype.
 
-    A training forward does one of three things with its batch's statistics, by the layer's `phase`:
+    What a training forward does with its batch's statistics is decided by the layer's `phase`:
     `"first"` remembers them only if forwards is 1, `"second"` only if it is 2, `"held"` never.
     `second_forward` and `held` set the phase. Evaluation uses `test_statistics()` and changes nothing.
 
@@ -43,28 +43,28 @@ class BatchStatisticsNorm(nn.Module):
         self.forwards = forwards
         self.phase = "first"
         self._forgotten = False
-        # True while a `Together` finishes for all layers what remembering begins.
+        # True while a `Together` enters the batches of this layer and others at once.
         self.together = False
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features))
 
-    # What a subclass states.
+    # What a subclass defines.
 
     def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
-        """Normalise x as training does, and take its statistics into what the layer remembers where told so."""
+        """Normalise x as in training. With remember, enter its statistics into what the layer remembers."""
         raise NotImplementedError
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
-        """The mean and the variance (C,) that evaluation would normalise with now."""
+        """The mean and variance (C,) that evaluation would normalise by now."""
         raise NotImplementedError
 
     def set_test_statistics(self, mean: Tensor, variance: Tensor) -> None:
-        """Let evaluation normalise with this mean and variance (C,) from now on."""
+        """Let evaluation normalise by this mean and variance (C,) from now on."""
         raise NotImplementedError
 
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and sqrt(variance + eps) (C,) that a training forward of x is normalised by now. Changes nothing."""
+        """The mean and sqrt(variance + eps) (C,) that would normalise x in training now. Changes nothing."""
         raise NotImplementedError
 
     # What they share.
@@ -86,7 +86,7 @@ class BatchStatisticsNorm(nn.Module):
         return self.normalize_training(x, remember)
 
     def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """gamma and beta in the statistics' precision, as torch's kernels want them beside a half-precision x."""
+        """gamma and beta in the statistics' precision, as torch's kernels need them for an x in half precision."""
         dtype = statistics_dtype(x.dtype)
         weight, bias = self.weight, self.bias
         return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -105,13 +105,13 @@ class BatchStatisticsNorm(nn.Module):
             after = getattr(self, name)
             wide = statistics_dtype(after.dtype)
             if after.dtype != wide:
-                # Cast from what it was, so that the statistics do not lose bits on the way through half precision.
+                # Cast from before, so that the statistics lose no bits on the way through half precision.
                 setattr(self, name, before.to(device=after.device, dtype=wide))
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.together = False  # a copy belongs to nobody
+        self.together = False  # a copy enters its batches on its own
 
     def extra_repr(self) -> str:
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
@@ -120,7 +120,7 @@ class BatchStatisticsNorm(nn.Module):
 
 @functools.cache
 def _warn_forgotten() -> None:
-    """Once in a process: one forgotten line makes every layer of the model say so."""
+    """Warn once in a process: otherwise every layer would warn of the same forgotten line."""
     warnings.warn(
         "training forwards with forwards=2 remembered nothing before eval(): call second_forward(model, inputs) after "
         "optimizer.step(), or the evaluation uses statistics from before these forwards",
@@ -129,7 +129,7 @@ def _warn_forgotten() -> None:
 
 
 def norm_layers(module: nn.Module) -> list[BatchStatisticsNorm]:
-    """All layers of ours with batch statistics inside module, each once, in the order of registration."""
+    """All of our layers with batch statistics inside module, each once, in the order of registration."""
     return [layer for layer in module.modules() if isinstance(layer, BatchStatisticsNorm)]
 
 
@@ -148,14 +148,14 @@ def phase(layers: Iterable[BatchStatisticsNorm], name: str) -> Iterator[None]:
 
 
 def held(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """A context in which training forwards of module leave every memory and moving average as it is."""
+    """A context in which training forwards of module change no memory and no moving average."""
     return phase(norm_layers(module), "held")
 
 
 def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The second forward propagation of Algorithm 1: module's layers remember the batch under its updated weights.
 
-    Call it after `optimizer.step()` with what the first forward was called with. It runs `module(*args, **kwargs)` in
+    Call it after `optimizer.step()`, with the arguments of the first forward. It runs `module(*args, **kwargs)` in
     training mode and without gradients, under the autocast that is active, and returns its output. Every layer with
     forwards=2 takes the batch into its memory or moving averages, one entry per call. Layers in eval mode (frozen
     ones) remember nothing.

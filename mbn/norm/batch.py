@@ -27,7 +27,7 @@ class _BatchNorm(BatchStatisticsNorm):
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
-    Errors: ValueError for an impossible setting, an input of the wrong shape, or one value a channel in training.
+    Errors: ValueError for an impossible setting, an input of the wrong shape, or one value per channel in training.
 
     Source: Ioffe and Szegedy, "Batch Normalization", ICML 2015, as torch implements it.
     """
@@ -55,7 +55,7 @@ class _BatchNorm(BatchStatisticsNorm):
 
     def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
         weight, bias = self._affine(x)
-        # Without buffers there is nothing to update. (Momentum 0 would not do: 0 * NaN is NaN.)
+        # Without buffers there is nothing to update. Momentum 0 would not be enough: 0 * NaN is NaN.
         mean, var = (self.running_mean, self.running_var) if remember else (None, None)
         y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
         if remember and not self.together:

@@ -25,9 +25,9 @@ TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
     """Exchange every `nn.BatchNorm1d/2d/3d` inside module for a layer of ours, in place, and return module.
 
-    The new layers hold the very same parameters (an optimiser made before goes on working), the running statistics,
+    The new layers hold the very same parameters (an optimiser made before still works), the running statistics,
     eps, device, dtype, requires_grad and train mode of the old ones; a BatchNorm that is used in two places stays one
-    layer. If module is itself a BatchNorm, its replacement is returned. Layers that are ours already are left alone.
+    layer. If module is itself a BatchNorm, its replacement is returned. Layers that are already ours stay as they are.
     Forward hooks on a BatchNorm are not carried over. "bn" keeps the old layer's momentum.
 
     Arguments:
@@ -69,8 +69,8 @@ def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
 def to_batch_norm(module: nn.Module) -> nn.Module:
     """Return a copy of module with `nn.BatchNorm` in place of our layers, equal to it in eval mode.
 
-    For export (ONNX, serving, fusing) and for everything else that knows torch's layers only. The copy shares nothing
-    with module, whose training can go on. Its running statistics are those that module would use at test time.
+    For export (ONNX, serving, fusing) and for everything else that knows only torch's layers. The copy shares nothing
+    with module, whose training can go on. Its running statistics are those that module's evaluation uses.
     """
 
     def exchange(layer: nn.Module) -> nn.Module | None:
@@ -84,14 +84,14 @@ def to_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def _exchange(module: nn.Module, exchange) -> nn.Module:
-    """Replace each layer for which exchange gives another, the same one wherever a layer is shared."""
+    """Replace each layer for which exchange gives another; a shared layer is replaced by the same one everywhere."""
     replaced: dict[nn.Module, nn.Module] = {}
     for layer in list(module.modules()):
         new = exchange(layer)
         if new is not None:
             replaced[layer] = new
     for parent in list(module.modules()):
-        # Not named_children(), which names a layer that one parent holds twice only once.
+        # Not named_children(): it lists a layer only once if one parent holds it twice.
         for name, child in parent._modules.items():
             if child in replaced:
                 parent._modules[name] = replaced[child]

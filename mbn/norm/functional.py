@@ -5,8 +5,8 @@ dimension, a hat for the statistics that normalise, n the number of values a cha
 Every x is (N, C) or (N, C, *spatial); every statistic is (C,), in at least float32.
 
 Each normalisation stands here twice: as a formula that autograd differentiates and `torch.compile` fuses, and as an
-`autograd.Function` around torch's own batch-norm kernels, which is faster without a compiler. Tests hold both to
-the same float64 reference.
+`autograd.Function` around torch's own batch-norm kernels, which is faster without a compiler. Tests compare both
+with the same float64 reference.
 """
 
 import torch
@@ -52,7 +52,7 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Moments(torch.autograd.Function):
     """mu_B and s2_B in one pass over x; backward dx = dmu / n + (x - mu) ds2 2 / n, in one pass too.
 
-    Left to itself autograd also differentiates s2 through mu, a sum over x that is exactly zero.
+    Autograd alone would also differentiate s2 through mu, a sum over x that is exactly zero.
     """
 
     @staticmethod
@@ -159,7 +159,7 @@ class _MemorizedBatchNorm(torch.autograd.Function):
         x, weight, mu_hat, s2_hat, rho = ctx.saved_tensors
         invstd = (s2_hat + ctx.eps).rsqrt()
         # Batch norm's backward with both correction sums, then the share rho of it: the equations of the paper with
-        # their misprints mended.
+        # their misprints corrected.
         dx, dweight, dbias = _batch_norm_backward(dy, x, weight, mu_hat, invstd)
         scale = invstd if weight is None else weight * invstd
         dx = dx.mul_(rho.to(dx.dtype)).addcmul_(dy, per_channel((scale * (1 - rho)).to(dx.dtype), dx))
@@ -215,14 +215,14 @@ def _renormalized_affine(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tens
 
 
 def _wanted(ctx, first: int, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """Those of the gradients that the inputs from position first on ask for: an absent weight must get None."""
+    """The gradients that the inputs from position first on need, and None for the others, such as an absent weight."""
     wanted = ctx.needs_input_grad[first:]
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=False))
 
 
 def _batch_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, invstd: Tensor):
     """torch's training-mode batch-norm backward about any mean and inverse standard deviation: dx, dweight, dbias."""
-    # Without weights torch has no use for the sums, but the kernel for half precision wants a weight in float32.
+    # Without weights torch does not use the sums, but the kernel for half precision needs a weight in float32.
     weight = torch.ones_like(invstd) if weight is None else weight
     return torch.ops.aten.native_batch_norm_backward(
         dy, x, weight, None, None, mu, invstd, True, 0.0, [True, True, True]

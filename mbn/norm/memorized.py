@@ -105,7 +105,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         self.register_buffer("memory_count", torch.zeros(memory))
         # Not of shape (): torch 2.11 drops what a compiled function writes into a float64 scalar on the CPU.
         self.register_buffer("memory_weight", torch.zeros(1))
-        # A tensor, so that a compiled or captured iteration sees a new lambda without being made again.
+        # A tensor, so that a compiled or captured iteration uses a new lambda without being compiled or captured again.
         self.register_buffer("lam_tensor", torch.zeros(()), persistent=False)
         self.lam = lam
         self.noted_count = 0
@@ -125,7 +125,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         if not self.lam_tensor.is_meta:
-            self.lam_tensor.fill_(self._lam)  # not a float32's idea of 0.1 once the module is float64
+            self.lam_tensor.fill_(self._lam)  # in float64 it would otherwise keep float32's rounding of 0.1
         return self
 
     def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
@@ -151,7 +151,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     def remember(self, mu: Tensor, s2: Tensor, n: int) -> None:
         """Enter one batch's mean and biased variance (C,) over n values as age 0; the oldest entry leaves.
 
-        Together with other layers it is only noted here, and `Together.enter` does the rest.
+        In a `Together` the batch is only noted here, and `Together.enter` enters it.
         """
         if self.together:
             self.noted_mean.copy_(mu)
@@ -190,7 +190,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         self.running_var.fill_(1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Also take a BatchNorm's state: its running statistics serve at test time, and the memory starts empty."""
+        """Also load a BatchNorm's state: evaluation uses its running statistics, and the memory starts empty."""
         if prefix + "running_mean" in state_dict and prefix + "memory_mean" not in state_dict:
             for name in ("memory_mean", "memory_var", "memory_count", "memory_weight"):
                 state_dict[prefix + name] = torch.zeros_like(getattr(self, name))

@@ -17,8 +17,8 @@ class _BatchRenorm(BatchStatisticsNorm):
         y = gamma * ((x - mu_B) / sigma_B * r + d) + beta
         mu += momentum * (mu_B - mu);  sigma += momentum * (sigma_B - sigma)
 
-    Evaluation: y = gamma * (x - mu) / sigma + beta. The first update copies mu_B and sigma_B: averages that remembered
-    how they were initialised would open r and d on it. `set_renorm` changes r_max and d_max; 1 and 0 give batch norm.
+    Evaluation: y = gamma * (x - mu) / sigma + beta. The first update copies mu_B and sigma_B: otherwise r and d would
+    correct towards the initial 0 and 1. `set_renorm` changes r_max and d_max; 1 and 0 give batch norm.
 
     Arguments:
         num_features: C, the number of channels.
@@ -61,7 +61,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         self.momentum = momentum
         self.register_buffer("running_std", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
-        # r_max and d_max in a tensor, so that a compiled or captured iteration sees them change.
+        # r_max and d_max in a tensor, so that a compiled or captured iteration uses new ones.
         self.register_buffer("bounds", torch.zeros(2), persistent=False)
         self.set_bounds(r_max, d_max)
 
@@ -91,7 +91,7 @@ class _BatchRenorm(BatchStatisticsNorm):
             mu, s2 = batch_moments(x)
             sigma = (s2 + self.eps).sqrt()
             r, d = self._correction(mu, sigma)
-            if remember:  # then this forward overwrites what they are made of
+            if remember:  # then this forward overwrites the averages that they come from
                 r, d = snapshot(r, d)
         y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
         if remember:
@@ -125,11 +125,11 @@ class _BatchRenorm(BatchStatisticsNorm):
         return mu - d * sigma / r, sigma / r
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Also take a BatchNorm's state, whose running_var holds a variance without eps."""
+        """Also load a BatchNorm's state, whose running_var holds a variance without eps."""
         variance = state_dict.pop(prefix + "running_var", None)
         if variance is not None:
             state_dict[prefix + "running_std"] = (variance.to(self.running_std.dtype) + self.eps).sqrt()
-            # Older BatchNorms counted nothing, but what they bring along is no initial value to be copied over.
+            # Older BatchNorms have no counter. At 0 the first update would overwrite the averages that they bring.
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -160,6 +160,6 @@ def set_renorm(module: nn.Module, r_max: float, d_max: float) -> None:
     layers = [layer for layer in norm_layers(module) if isinstance(layer, _BatchRenorm)]
     for layer in layers:
         layer.r_max, layer.d_max = float(r_max), float(d_max)
-    if layers:  # with three launches, and nothing copied from the host: the schedule changes them at every iteration
+    if layers:  # three launches and no copy from the host, because the schedule changes them at every iteration
         layers[0].set_bounds(r_max, d_max)
         torch._foreach_copy_([layer.bounds for layer in layers], [layers[0].bounds] * len(layers))

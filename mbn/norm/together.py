@@ -10,16 +10,15 @@ from .renorm import _BatchRenorm
 
 
 class Together:
-    """Finishes for all layers at once what each of them would do on its own after it has remembered a batch.
+    """Enters a batch into all layers at once, which each of them would otherwise do on its own.
 
-    A layer that is handed over only notes its batch; `enter`, called once after the forward that remembers, takes the
-    notes into the memories (some twenty operations for a network instead of as many for a layer, with the same bits)
-    and counts the batch. The layers' state dict stays what it is: their buffers become views of the shared tensors.
-    Casting a layer or moving it to another device ends this for the layer, which then enters on its own again; make a
-    new Together then.
+    In the forward that remembers, the layers only note their batch. `enter`, called once after it, takes the notes into
+    the memories and counts the batch: some twenty operations for the whole network instead of twenty for each layer,
+    with the same bits. The layers' state dict stays the same: their buffers become views of shared tensors. A layer
+    that is cast or moved to another device enters its batches on its own again; make a new Together then.
 
-    layers: those whose forward remembers, each once. Errors: RuntimeError from `enter` where a layer was moved, or its
-    forward did not run since the last call.
+    layers: those whose forward remembers, each once. Errors: RuntimeError from `enter` if a layer was moved, or if its
+    forward has not run since the last call.
     """
 
     def __init__(self, layers: list[BatchStatisticsNorm]) -> None:

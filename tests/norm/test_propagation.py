@@ -9,18 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from mbn import StandardReLU, UnitConv1d, UnitConv2d, UnitConv3d, project_unit_rows
+from mbn import StandardReLU, UnitConv2d, project_unit_rows
 from mbn.norm.propagation import RELU_MEAN, RELU_STD
 
-CONVS = {1: UnitConv1d, 2: UnitConv2d, 3: UnitConv3d}
-convs = pytest.mark.parametrize("dims", CONVS)
 
-
-def conv(dims=2, channels=3, rows=4, size=2, **settings):
+def conv(channels=3, rows=4, size=2, **settings):
     """A float64 layer whose rows, gains and shifts are all different."""
-    layer = CONVS[dims](channels, rows, size, **settings).double()
+    layer = UnitConv2d(channels, rows, size, **settings).double()
     with torch.no_grad():
-        layer.weight.mul_(torch.linspace(0.1, 10, rows, dtype=torch.float64).view(-1, *(1,) * (dims + 1)))
+        layer.weight.mul_(torch.linspace(0.1, 10, rows, dtype=torch.float64).view(-1, 1, 1, 1))
         layer.gain.copy_(torch.rand(rows) + 0.5)
         layer.shift.copy_(torch.randn(rows))
     return layer
@@ -43,13 +40,11 @@ def test_output_and_gradients_follow_the_reference():
     assert_close(list(got), list(expected), atol=1e-12, rtol=1e-12)
 
 
-@convs
-def test_stride_padding_and_groups_are_those_of_torchs_convolution(dims):
-    layer = conv(dims, channels=4, stride=2, padding=1, groups=2)
-    x = torch.randn(2, 4, *(5,) * dims, dtype=torch.float64)
-    scale = (layer.gain / norms(layer)).view(-1, *(1,) * (dims + 1))
-    convolve = getattr(F, f"conv{dims}d")
-    expected = convolve(x, layer.weight * scale, layer.shift, stride=2, padding=1, groups=2)
+def test_stride_padding_and_groups_are_those_of_torchs_convolution():
+    layer = conv(channels=4, stride=2, padding=1, groups=2)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    scale = (layer.gain / norms(layer)).view(-1, 1, 1, 1)
+    expected = F.conv2d(x, layer.weight * scale, layer.shift, stride=2, padding=1, groups=2)
     assert_close(layer(x), expected, atol=1e-12, rtol=1e-12)
 
 
@@ -63,36 +58,26 @@ def test_the_gradient_is_the_derivative_of_the_output_through_the_norms():
     assert torch.autograd.gradcheck(f, (x, layer.weight, layer.gain, layer.shift))
 
 
-@convs
-def test_the_gradient_is_orthogonal_to_each_row(dims):
+def test_the_gradient_is_orthogonal_to_each_row():
     """A row's length does not matter to the output, so the gradient has no part along it."""
-    layer = conv(dims)
-    layer(torch.randn(2, 3, *(3,) * dims, dtype=torch.float64)).square().sum().backward()
+    layer = conv()
+    layer(torch.randn(2, 3, 3, 3, dtype=torch.float64)).square().sum().backward()
     along = (layer.weight.grad * layer.weight.detach()).flatten(1).sum(1)
     assert_close(along, torch.zeros(4, dtype=torch.float64), atol=1e-9, rtol=0)
     assert layer.weight.grad.abs().max() > 1e-3
 
 
-@convs
-def test_projection_gives_unit_rows_and_leaves_the_output(dims):
-    layer = conv(dims)
-    model, x = nn.Sequential(nn.Sequential(layer)), torch.randn(2, 3, *(3,) * dims, dtype=torch.float64)
-    before, weight = model(x), layer.weight
+def test_projection_gives_every_unit_layer_unit_rows_and_leaves_the_output_and_other_layers():
+    layer, plain = conv(), nn.Conv2d(4, 4, 1).double()
+    model, x = nn.Sequential(nn.Sequential(layer), plain, conv(4, size=1)), torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    before, weight, other = model(x), layer.weight, plain.weight.clone()
     assert norms(layer).max() > 1.5
     project_unit_rows(model)
     assert layer.weight is weight
-    assert_close(norms(layer), torch.ones(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert torch.equal(plain.weight, other)
+    for projected in (layer, model[2]):
+        assert_close(norms(projected), torch.ones(4, dtype=torch.float64), atol=1e-12, rtol=0)
     assert_close(model(x), before, atol=1e-12, rtol=1e-12)
-
-
-def test_projection_reaches_every_unit_layer_and_no_other():
-    plain, inner = nn.Conv2d(3, 4, 2), nn.Sequential(UnitConv2d(3, 4, 2))
-    model = nn.Sequential(UnitConv2d(3, 3, 1), plain, inner)
-    before = plain.weight.clone()
-    project_unit_rows(model)
-    assert torch.equal(plain.weight, before)
-    for layer in (model[0], inner[0]):
-        assert_close(norms(layer), torch.ones(len(layer.weight)))
 
 
 def test_the_constants_follow_from_pi_and_are_the_printed_ones():
@@ -107,19 +92,17 @@ def test_the_constants_follow_from_pi_and_are_the_printed_ones():
     assert abs(RELU_STD - 0.583819) < 5e-7
 
 
-@convs
-def test_gain_starts_at_1_over_1_21_and_shift_at_0(dims):
-    layer = CONVS[dims](3, 4, 2)
+def test_gain_starts_at_1_over_1_21_and_shift_at_0():
+    layer = UnitConv2d(3, 4, 2)
     assert torch.equal(layer.gain, torch.full((4,), 1 / 1.21))
     assert torch.equal(layer.shift, torch.zeros(4))
     assert {name for name, _ in layer.named_parameters()} == {"weight", "gain", "shift"}
 
 
-@convs
-def test_a_bias_is_refused(dims):
+def test_a_bias_is_refused():
     with pytest.raises(ValueError, match="bias must be False"):
-        CONVS[dims](3, 4, 2, bias=True)
-    assert CONVS[dims](3, 4, 2, bias=False).bias is None
+        UnitConv2d(3, 4, 2, bias=True)
+    assert UnitConv2d(3, 4, 2, bias=False).bias is None
 
 
 def test_standard_normal_input_stays_standard():

@@ -7,15 +7,14 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from kinds import remember, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
 
 import mbn.norm.base as base
 from mbn import (
     BatchNorm1d,
-    BatchNorm2d,
     BatchRenorm1d,
-    BatchRenorm2d,
     MemorizedBatchNorm1d,
     MemorizedBatchNorm2d,
     convert,
@@ -35,14 +34,6 @@ def no_warning_yet():
     base._warn_forgotten.cache_clear()
     yield
     base._warn_forgotten.cache_clear()
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def unchanged(before, module):
-    return all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
 def small_net(dtype=torch.float64, **settings):
@@ -105,25 +96,12 @@ def test_each_layers_memory_holds_the_moments_under_the_new_weights(path, gradie
 
 
 @layers
-def test_a_first_forward_remembers_only_with_one_forward(layer):
-    x = torch.randn(4, 3)
-    one, two = layer(3, forwards=1), layer(3, forwards=2)
-    before = snapshot(one)
-    assert unchanged(before, two)
-    one(x)
-    assert not unchanged(before, one)
-    two(x)
-    assert unchanged(before, two)
-    second_forward(two, x)
-    assert unchanged(snapshot(one), two)
-
-
-@layers
 def test_one_entry_per_second_forward(layer):
     """Gradient accumulation: two training forwards, one step, and then each micro-batch's second forward."""
     model, twin = layer(3, forwards=2), layer(3, forwards=1)
     a, b = torch.randn(4, 3), torch.randn(5, 3) + 1
     before = snapshot(model)
+    assert unchanged(before, twin)
     (model(a).square().sum() + model(b).square().sum()).backward()
     assert unchanged(before, model)
     second_forward(model, a)
@@ -137,26 +115,16 @@ def test_one_entry_per_second_forward(layer):
         assert_close(model.memory_mean[:2], torch.stack([b.mean(0), a.mean(0)]))
 
 
-def test_in_a_mixed_model_only_layers_of_two_forwards_take_the_second():
-    """A layer of one forward has remembered the batch already: once more would be twice."""
-    for layer in LAYERS:
-        one, two = layer(3, forwards=1), layer(3, forwards=2)
-        net = nn.Sequential(one, two)
-        x = torch.randn(4, 3)
-        net(x)
-        remembered = snapshot(one)
-        second_forward(net, x)
-        assert unchanged(remembered, one), layer.__name__
-
-
 @layers
-def test_frozen_layers_remember_nothing(layer):
-    net = nn.Sequential(layer(3, forwards=2), layer(3, forwards=2))
-    net[0].eval()
-    before = snapshot(net[0])
-    second_forward(net, torch.randn(4, 3))
-    assert unchanged(before, net[0])
-    assert not unchanged(before, net[1])
+def test_only_layers_of_two_forwards_in_training_mode_take_the_second(layer):
+    """A layer of one forward has remembered the batch already, and a frozen one remembers nothing."""
+    one, two, frozen = layer(3, forwards=1), layer(3, forwards=2), layer(3, forwards=2)
+    net, x = nn.Sequential(one, two, frozen), torch.randn(4, 3)
+    frozen.eval()
+    net(x)
+    before = [snapshot(part) for part in net]
+    second_forward(net, x)
+    assert [unchanged(*pair) for pair in zip(before, net, strict=True)] == [True, False, True]
 
 
 def test_second_forward_hands_arguments_on_and_returns_the_output_without_gradients():
@@ -194,20 +162,18 @@ def test_second_forward_sees_the_new_weights_inside_one_autocast():
     assert_close(net[1].memory_mean[0], net[0](x).mean(0), atol=3e-2, rtol=3e-2)
 
 
-def test_second_forward_refuses_eval_mode_and_changes_nothing():
-    model = MemorizedBatchNorm1d(3).eval()
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (MemorizedBatchNorm1d(3).eval(), r"call module\.train\(\) first"),
+        *((m, "forwards=2") for m in (nn.Linear(3, 3), nn.BatchNorm1d(3), MemorizedBatchNorm1d(3, forwards=1))),
+    ],
+)
+def test_second_forward_refuses_eval_mode_and_a_model_without_a_layer_of_two_forwards(model, words):
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"call module\.train\(\) first"):
+    with pytest.raises(RuntimeError, match=words):
         second_forward(model, torch.randn(4, 3))
     assert unchanged(before, model)
-
-
-@pytest.mark.parametrize(
-    "model", [nn.Linear(3, 3), nn.BatchNorm1d(3), BatchNorm1d(3), MemorizedBatchNorm1d(3, forwards=1)]
-)
-def test_second_forward_refuses_a_model_without_a_layer_of_two_forwards(model):
-    with pytest.raises(RuntimeError, match="forwards=2"):
-        second_forward(model, torch.randn(4, 3))
 
 
 @layers
@@ -225,26 +191,15 @@ def test_after_an_error_in_the_second_forward_the_next_first_forward_is_one(laye
 def test_held_layers_normalise_as_ever_and_remember_nothing(layer, forwards):
     model, x = layer(3, forwards=forwards), torch.randn(4, 3)
     for _ in range(2):
-        second_forward(model, x + 1) if forwards == 2 else model(x + 1)
+        remember(model, x + 1)
     before, twin = snapshot(model), copy.deepcopy(model)
     with held(model):
         y = model(x)
     assert unchanged(before, model)
     assert torch.equal(y, twin(x))
-    second_forward(model, x) if forwards == 2 else model(x)
+    remember(model, x)
     assert not unchanged(before, model)
     model.eval()  # no warning
-
-
-@layers
-def test_test_statistics_that_are_set_are_those_of_evaluation(layer):
-    """As PreciseBN does after training."""
-    model = layer(3, forwards=1)
-    model(torch.randn(4, 3))
-    mean, variance, x = torch.randn(3), torch.rand(3) + 0.5, torch.randn(4, 3)
-    model.set_test_statistics(mean, variance)
-    assert_close(list(model.test_statistics()), [mean, variance])
-    assert_close(model.eval()(x), (x - mean) / (variance + model.eps).sqrt())
 
 
 def warned(model):
@@ -312,23 +267,3 @@ def test_two_added_lines_give_any_loop_double_forward(norm):
     assert losses[-1] < losses[0] / 2
     remembered = model[1].memory_count.count_nonzero() if norm == "mbn" else model[1].num_batches_tracked
     assert remembered == 20
-
-
-@pytest.mark.parametrize("layer", [BatchNorm2d, BatchRenorm2d, MemorizedBatchNorm2d])
-@pytest.mark.parametrize(
-    ("shape", "words"),
-    [
-        ((4, 3), "4D input, not 2D"),
-        ((4, 3, 5), "4D input, not 3D"),
-        ((4, 2, 5, 5), "3 channels, not 2"),
-        ((0, 3, 5, 5), "empty batch"),
-        ((4, 3, 0, 5), "empty batch"),
-    ],
-    ids=str,
-)
-def test_wrong_inputs_are_refused_by_name_and_change_nothing(layer, shape, words):
-    model = layer(3, forwards=1)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"{layer.__name__} .*{words}"):
-        model(torch.randn(shape))
-    assert unchanged(before, model)

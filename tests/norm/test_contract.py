@@ -1,0 +1,368 @@
+"""What BatchNorm, BatchRenorm and MemorizedBatchNorm have in common, each against the float64 loops of `reference`."""
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kinds import (
+    KINDS,
+    affine_of,
+    close,
+    follow,
+    inputs,
+    kinds,
+    make,
+    one_or_two,
+    reference_of,
+    remember,
+    renew,
+    snapshot,
+    trained,
+    unchanged,
+)
+from torch import nn
+from torch.testing import assert_close
+
+from mbn import held, second_forward, set_lambda, set_renorm
+from mbn.norm.base import norm_layers
+from mbn.norm.convert import NORMS
+
+# Against the reference.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@kinds
+@one_or_two
+def test_forty_iterations_follow_the_reference(path, kind, forwards, dtype):
+    """While lambda, or r_max and d_max, change as in a schedule."""
+    draw = random.Random(1)
+    steps, r_seen, d_seen = iter(range(40)), set(), set()
+
+    def steer(layer, ref, x):
+        t = next(steps) // 8
+        if kind.startswith("mbn"):
+            ref.lam = (0.0, 0.1, 0.5, 0.9, 1.0)[t]
+            set_lambda(layer, ref.lam)
+        if kind == "brn":  # from batch norm to bounds that hardly clip
+            ref.r_max, ref.d_max = ((1.0, 0.0), (1.2, 0.3), (1.5, 1.0), (3.0, 5.0), (1e3, 1e3))[t]
+            set_renorm(layer, ref.r_max, ref.d_max)
+            r, d = ref.correction(x)
+            r_seen.update(torch.log(r).div(max(torch.tensor(ref.r_max).log(), 1e-9)).round(decimals=6).tolist())
+            d_seen.update(d.div(max(ref.d_max, 1e-9)).tolist())
+
+    # A float32's rounding shows in variances of few values.
+    least = 3 if dtype == torch.float32 else 2 if kind == "bn" else 1
+    sizes = [(draw.randint(least, 4), 3, *draw.choice([(1, 1), (1, 3), (2, 2)][least // 3 :])) for _ in range(40)]
+    batches = [inputs(*size, at=4 * draw.random(), dtype=dtype) for size in sizes]
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-5}[dtype]
+    follow(make(kind, dtype=dtype, forwards=forwards), batches, steer, tolerance, gradients=True)
+    if kind == "brn":
+        for seen in (r_seen, d_seen):
+            assert {-1.0, 1.0} < seen, "nothing was clipped below or above, or all was"
+
+
+@pytest.mark.parametrize("spatial", [(), (3,), (2, 3), (1, 3, 2)], ids=["2D", "3D", "4D", "5D"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@kinds
+def test_every_input_shape_and_no_affine(path, kind, spatial, affine):
+    layer = make(kind, dims=2 + len(spatial), affine=affine, forwards=1)
+    follow(layer, [inputs(3, 3, *spatial, at=t) for t in range(3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        (kind, case)
+        for kind in KINDS
+        for case in ("one value", "constant channel", "6e4", "one image last", "memory of 1")
+        # torch's batch norm refuses a single value.
+        if (kind, case) != ("bn", "one value") and (case != "memory of 1" or kind.startswith("mbn"))
+    ],
+)
+@one_or_two
+def test_numbers_at_the_edge_are_finite_and_those_of_the_reference(path, kind, case, dtype, forwards):
+    """6e4: the sum of its squares overflows float16 by five orders of magnitude."""
+    shape = (1, 3, 1, 1) if case == "one value" else (3, 3, 3, 2)
+    batches = [torch.randn(shape) + t for t in range(4)]
+    if case == "constant channel":
+        for x in batches:
+            x[:, 1] = 3
+    if case == "6e4":
+        batches = [6e4 * torch.randn(shape).sign() for _ in batches]
+    if case == "one image last":
+        batches[-1] = batches[-1][:1]
+    memory = {"memory": 1} if case == "memory of 1" else {}
+    follow(make(kind, dtype=dtype, forwards=forwards, **memory), [x.to(dtype) for x in batches])
+
+
+@kinds
+def test_the_references_printed_gradients_agree_with_autograd(kind):
+    ref = reference_of(make(kind))
+    ref.remember(inputs(4, 3, 2, 2, at=1))
+    x = inputs(4, 3, 2, 2).requires_grad_()
+    gamma, beta = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    dl_dy = torch.randn_like(x)
+    got = torch.autograd.grad(ref.normalize(x, gamma, beta), [x, gamma, beta], dl_dy)
+    assert_close(list(got), list(ref.backward(x.detach(), gamma.detach(), dl_dy)), atol=1e-12, rtol=1e-12)
+
+
+# Output and gradients.
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "batches"),
+    [
+        ("brn", {"r_max": 1.0, "d_max": 0.0}, 3),
+        *((kind, settings, n) for kind in list(KINDS)[2:] for settings, n in (({"lam": 0.0}, 3), ({"lam": 0.9}, 0))),
+    ],
+)
+def test_without_weight_on_what_is_remembered_it_is_batch_norm(path, kind, settings, batches):
+    layer = make(kind, forwards=1, **settings)
+    for t in range(batches):
+        layer(inputs(4, 3, 3, 2, at=t))
+    renew(layer)
+    x, dl_dy = inputs(4, 3, 3, 2).requires_grad_(), torch.randn(4, 3, 3, 2, dtype=torch.float64)
+    leaves = [x, layer.weight, layer.bias]
+    y, bn = layer(x), F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+    assert_close(y, bn, atol=1e-12, rtol=1e-12)
+    got, expected = (torch.autograd.grad(out, leaves, dl_dy) for out in (y, bn))
+    assert_close(list(got), list(expected), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
+@kinds
+def test_what_asks_for_no_gradient_gets_none_and_the_rest_theirs(path, frozen, kind):
+    layer, x = make(kind, forwards=1), inputs(3, 3, 2, 2)
+    ref, dl_dy = reference_of(layer), torch.randn_like(x)
+    layer(x + 1)
+    ref.remember(x + 1)
+    renew(layer)
+    expected = dict(zip(["input", "weight", "bias"], ref.backward(x, affine_of(layer)[0], dl_dy), strict=True))
+    leaves = {"input": x, "weight": layer.weight, "bias": layer.bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != frozen)
+    layer(x).backward(dl_dy)
+    assert leaves[frozen].grad is None
+    for name in leaves.keys() - {frozen}:
+        close(leaves[name].grad, expected[name], 1e-10)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+@kinds
+def test_memory_layout_of_the_input_does_not_matter(path, layout, kind):
+    layer, x = trained(kind), inputs(4, 3, 5, 2)
+    if layout == "channels_last":
+        other = x.contiguous(memory_format=torch.channels_last)
+    else:
+        other = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    assert other.stride() != x.stride()
+    dl_dy = torch.randn(1, 3, 5, 2, dtype=x.dtype).expand_as(x)  # as a mean over images hands it on
+    results = []
+    for v in (x.requires_grad_(), other.requires_grad_()):
+        with held(layer):
+            y = layer(v)
+        results.append([y, *torch.autograd.grad(y, [v, layer.weight, layer.bias], dl_dy)])
+    if layout == "channels_last":
+        assert results[1][0].is_contiguous(memory_format=torch.channels_last)
+    assert_close(results[1], results[0], atol=1e-12, rtol=1e-12, check_stride=False)
+
+
+# Statistics.
+
+
+@kinds
+def test_training_statistics_are_those_of_the_forward_and_change_nothing(path, kind):
+    layer, x = trained(kind, affine=False), inputs(3, 3, 2, 2)
+    before = snapshot(layer)
+    mu, sigma = layer.training_statistics(x.requires_grad_())
+    assert not mu.requires_grad
+    assert unchanged(before, layer)
+    with held(layer):
+        assert_close(layer(x), (x - mu[:, None, None]) / sigma[:, None, None], atol=1e-10, rtol=1e-10)
+
+
+@kinds
+def test_test_statistics_that_are_set_are_those_of_evaluation(kind):
+    """As PreciseBN does after training."""
+    layer, x = trained(kind, affine=False), inputs(4, 3, 2, 2)
+    mean, variance = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
+    layer.set_test_statistics(mean, variance)
+    assert_close(list(layer.test_statistics()), [mean, variance])
+    assert_close(layer.eval()(x), F.batch_norm(x, mean, variance, eps=layer.eps))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@kinds
+def test_a_first_of_two_forwards_leaves_the_statistics_alone_whatever_its_values(kind, value):
+    """A momentum of 0 would not do: 0 * NaN is NaN."""
+    layer = trained(kind, forwards=2)
+    before, x = snapshot(layer), inputs(4, 3, 2, 2)
+    x[0, 0, 0, 0] = value
+    layer(x)
+    assert unchanged(before, layer)
+
+
+# Precision, copies and state.
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
+@kinds
+def test_narrow_casts_leave_the_statistics_in_float32_and_wide_casts_widen_them(kind, narrow):
+    layer = trained(kind, dtype=torch.float32)
+    before = {name: getattr(layer, name).clone() for name in layer.statistics}
+    layer.to(narrow)
+    assert layer.weight.dtype == layer.bias.dtype == narrow
+    for name, value in before.items():
+        assert getattr(layer, name).dtype == torch.float32
+        assert torch.equal(getattr(layer, name), value)
+    assert remember(copy.deepcopy(layer), inputs(4, 3, 3, 2, dtype=narrow)).dtype == narrow
+    layer.double()
+    for name in before.keys() & layer.state_dict().keys():
+        assert torch.equal(getattr(layer, name), before[name].double())
+    assert layer.float().running_mean.dtype == torch.float32
+
+
+@kinds
+def test_cpu_autocast_normalises_bfloat16_with_float32_statistics(kind):
+    layer = make(kind, 4, dtype=torch.float32, forwards=1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(inputs(4, 3, 6, 6, dtype=torch.float32))
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.running_mean.dtype == layer.weight.grad.dtype == torch.float32
+    if kind != "brn":  # whose first batch is renormalised towards mean 0 and variance 1
+        assert_close(y.float().mean((0, 2, 3)), torch.zeros(4), atol=1e-2, rtol=0)
+        assert_close(y.float().var((0, 2, 3)), torch.ones(4), atol=3e-2, rtol=0)
+
+
+@kinds
+@one_or_two
+def test_a_copy_and_a_layer_that_loads_the_state_dict_train_on_identically(kind, forwards):
+    layer, loaded = trained(kind, forwards=forwards), make(kind, forwards=forwards)
+    assert layer.state_dict().keys() == {"weight", "bias", *reference_of(layer).buffers()}
+    loaded.load_state_dict(layer.state_dict())
+    copies = [layer, copy.deepcopy(layer), loaded]
+    for t in range(5):
+        x = inputs(2 + t % 3, 3, 2, 2, at=t)
+        ys = [remember(c, x) for c in copies]
+        assert torch.equal(ys[0], ys[1])
+        assert torch.equal(ys[0], ys[2])
+    assert unchanged(snapshot(layer), copies[1])
+    assert unchanged(snapshot(layer), loaded)
+
+
+# Settings and inputs.
+
+
+@pytest.mark.parametrize(
+    ("norm", "defaults"),
+    [
+        ("bn", {"momentum": 0.1, "forwards": 1}),
+        ("brn", {"momentum": 0.01, "r_max": 3.0, "d_max": 5.0, "forwards": 1}),
+        ("mbn", {"memory": 20, "decay": 0.9, "lam": 0.1, "forwards": 2, "gradient": "paper"}),
+    ],
+)
+def test_the_defaults_are_the_papers(norm, defaults):
+    layer = NORMS[norm][1](3)
+    assert {name: getattr(layer, name) for name in layer.settings} == defaults
+    assert (layer.eps, layer.affine) == (1e-5, True)
+
+
+@pytest.mark.parametrize(
+    ("norm", "setting", "values"),
+    [
+        *((norm, "forwards", (0, 3)) for norm in NORMS),
+        *((norm, "momentum", (0.0, 1.1)) for norm in ("bn", "brn")),
+        ("brn", "r_max", (0.9, float("nan"))),
+        ("brn", "d_max", (-0.1, float("nan"))),
+        ("mbn", "memory", (0, 2.0, True)),
+        ("mbn", "decay", (0.0, 1.1)),
+        ("mbn", "lam", (-0.1, 1.1, float("nan"))),
+        ("mbn", "gradient", ("full",)),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(norm, setting, values):
+    for layer in NORMS[norm]:
+        for value in values:
+            with pytest.raises(ValueError, match="lambda" if setting == "lam" else setting):
+                layer(3, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((4, 3), "4D input, not 2D"),
+        ((4, 3, 5), "4D input, not 3D"),
+        ((4, 2, 5, 5), "3 channels, not 2"),
+        ((0, 3, 5, 5), "empty batch"),
+        ((4, 3, 0, 5), "empty batch"),
+    ],
+    ids=str,
+)
+@kinds
+def test_wrong_inputs_are_refused_by_name_and_change_nothing(kind, shape, words):
+    layer = make(kind, forwards=1)
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match=rf"{type(layer).__name__} .*{words}"):
+        layer(torch.randn(shape))
+    assert unchanged(before, layer)
+
+
+# torch.compile.
+
+
+@kinds
+@one_or_two
+def test_a_compiled_net_trains_as_an_eager_one_and_is_compiled_once(kind, forwards):
+    """One graph for each of the two forwards, whatever lambda, r_max and d_max become during training.
+
+    With forwards=1 the graph overwrites what its own backward needs (torch recomputes from it, pytorch#197039).
+    """
+    torch._dynamo.reset()
+    eager = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        make(kind, 4, forwards=forwards),
+        nn.ReLU(),
+        nn.Flatten(),
+        make(kind, 4 * 4 * 4, dims=2, forwards=forwards),
+    ).double()
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    tolerance = {"atol": 1e-10, "rtol": 1e-10}
+    for t, lam in enumerate([0.3, 0.3, 0.5, 0.9, 0.0]):
+        x, dl_dy = inputs(4, 3, 6, 6, at=t), torch.randn(4, 64, dtype=torch.float64)
+        with torch._dynamo.config.patch(error_on_recompile=t > 0):
+            results = []
+            for net, module in ((eager, eager), (compiled, twin)):
+                set_lambda(net, lam)
+                set_renorm(net, 1 + lam, 2 * lam)
+                y = net(x)
+                module.zero_grad()
+                y.backward(dl_dy)
+                with torch.no_grad():
+                    for p in module.parameters():
+                        p -= 0.01 * p.grad
+                second = second_forward(net, x) if forwards == 2 else None
+                results.append([y, second, [p.grad for p in module.parameters()], module.state_dict()])
+            assert_close(results[1], results[0], **tolerance)
+    for layer in norm_layers(eager):
+        assert (layer.memory_count.count_nonzero() == 3) if kind.startswith("mbn") else layer.num_batches_tracked == 5
+    assert_close(compiled.eval()(x), eager.eval()(x), **tolerance)
+
+
+@kinds
+def test_compiled_forwards_may_come_before_both_backwards(kind):
+    """As in a siamese network: the second call overwrites what the first normalised with."""
+    torch._dynamo.reset()
+    eager = trained(kind, dims=2, forwards=1)
+    twin = copy.deepcopy(eager)
+    a, b = inputs(4, 3).requires_grad_(), inputs(4, 3, at=3).requires_grad_()
+    dl_dy, results = torch.randn(8, 3, dtype=torch.float64), []
+    for layer in (eager, torch.compile(twin, fullgraph=True, backend="aot_eager")):
+        y = torch.cat([layer(a), layer(b)])
+        results.append(torch.autograd.grad(y, [a, b], dl_dy))
+    assert_close(results[1], results[0], atol=1e-10, rtol=1e-10)
