@@ -29,7 +29,7 @@ from mbn.benchmark import cpu as benchmark
 from mbn.benchmark import cuda as benchmark_cuda
 from mbn.benchmark.cpu import BASE, PLAIN, Arm, Case, Result
 from mbn.config import REPOSITORY, ConfigError, cores
-from mbn.records import record
+from mbn.records import provenance
 from mbn.system.cuda_graph import own_stream
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
@@ -107,11 +107,11 @@ def run(folder: Path, target: Path, device: torch.device) -> None:
     }
     many = {size: side_by_side(size, n, folder, device) for size in (128, 8)} if n > 1 else {}
     report = {
-        "device": record.device_name(device),
+        "device": provenance.device_name(device),
         "cores": n,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": record.commit_and_dirty()[0],
-        "versions": record.versions(),
+        "commit": provenance.commit_and_dirty()[0],
+        "versions": provenance.versions(),
         "minutes": round((time.monotonic() - began) / 60, 1),
         "cases": {key: dataclasses.asdict(result) for key, result in results.items()},
         "memory": memory,
