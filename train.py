@@ -134,8 +134,8 @@ def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) 
         member = missing_runs.Run(configuration.run_name(config), config, tuple(line))
         (alone if member.finished(results) or not fits(config) else runs).append(member)
     code = one_after_another([member.config for member in alone])
-    with Lanes(run, lambda member: member.config, together) as lanes:
-        outcome = Pool(runs, results, together, lanes, [missing_runs.work(member.config) for member in runs]).work()
+    with Lanes(run, together) as lanes:
+        outcome = Pool(runs, results, together, lanes).work()
     for name, reason in outcome.failed.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     if outcome.left:

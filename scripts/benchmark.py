@@ -28,8 +28,9 @@ import models
 from mbn.benchmark import cpu as benchmark
 from mbn.benchmark import cuda as benchmark_cuda
 from mbn.benchmark.cpu import BASE, PLAIN, Arm, Case, Result
-from mbn.config import REPOSITORY, ConfigError, cores
-from mbn.records import record
+from mbn.config import ConfigError, cores
+from mbn.config.folders import data_and_results
+from mbn.records import provenance
 from mbn.system.cuda_graph import own_stream
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
@@ -43,31 +44,36 @@ def main(arguments: list[str]) -> int:
         description="Milliseconds an iteration of every arm, interleaved round by round, and their ratios."
     )
     parser.add_argument("--quick", action="store_true", help="ResNet-20 at batch 128, eager; writes nothing")
-    parser.add_argument("--data", type=Path, default=REPOSITORY / "data", help="holds CIFAR-10; default: data")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "results", help="default: results")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="machine.data=DIR holds CIFAR-10; machine.results=DIR is for benchmarks/",
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one, else the CPU")
     cuda = parser.add_argument_group("on CUDA")
     cuda.add_argument("--limit", type=float, metavar="SECONDS", help="seconds for all cases together; default: 300")
     cuda.add_argument("--only", help="cases to run, by name or pattern, with commas: 'r20-*,loader'")
     cuda.add_argument("--skip", help="cases to leave out, likewise")
-    cuda.add_argument("--random", action="store_true", help="random images; also where --data holds no CIFAR-10")
-    options = parser.parse_args(arguments)
+    cuda.add_argument("--random", action="store_true", help="random images; also where machine.data holds no CIFAR-10")
+    options = parser.parse_intermixed_args(arguments)
     # As many launch queues as there are lanes; read when CUDA is first used.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda" and (options.limit is not None or options.only or options.skip or options.random):
         parser.error(f"--limit, --only, --skip and --random are for CUDA, not for {device.type}")
     try:
+        data, results = data_and_results(options.settings)
         if options.quick:
             benchmark_cuda.prepare(device)
             case = Case("resnet20", 128, cores())
             with own_stream(device):
-                result = benchmark.measure(case, benchmark.arms(quick=True), options.data, device, models.build, 3, say)
+                result = benchmark.measure(case, benchmark.arms(quick=True), data, device, models.build, 3, say)
             print(benchmark.table(result))
         elif device.type == "cuda":
             benchmark_cuda.run(
-                options.data,
-                options.results / "benchmarks",
+                data,
+                results / "benchmarks",
                 device,
                 models.build,
                 limit=300.0 if options.limit is None else options.limit,
@@ -76,7 +82,7 @@ def main(arguments: list[str]) -> int:
                 random=options.random,
             )
         else:
-            run(options.data, options.results / "benchmarks", device)
+            run(data, results / "benchmarks", device)
     except (ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
@@ -107,11 +113,11 @@ def run(folder: Path, target: Path, device: torch.device) -> None:
     }
     many = {size: side_by_side(size, n, folder, device) for size in (128, 8)} if n > 1 else {}
     report = {
-        "device": record.device_name(device),
+        "device": provenance.device_name(device),
         "cores": n,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": record.commit_and_dirty()[0],
-        "versions": record.versions(),
+        "commit": provenance.commit_and_dirty()[0],
+        "versions": provenance.versions(),
         "minutes": round((time.monotonic() - began) / 60, 1),
         "cases": {key: dataclasses.asdict(result) for key, result in results.items()},
         "memory": memory,

@@ -42,7 +42,7 @@ from mbn.norm.base import second_forward
 from mbn.norm.batch import BatchNorm2d
 from mbn.norm.memorized import MemorizedBatchNorm2d, set_lambda
 from mbn.norm.renorm import BatchRenorm2d, set_renorm
-from mbn.records import record
+from mbn.records import provenance
 from mbn.system import cuda_graph
 from mbn.system.cuda_graph import own_stream
 from mbn.system.files import write_atomically
@@ -592,7 +592,7 @@ def main(arguments: list[str], scale: Scale = FULL) -> int:
         print(f"error: this checks a CUDA device, and {options.device} is none or not there.", file=sys.stderr)
         return 2
     began = time.monotonic()
-    about = {"device": record.device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda}
+    about = {"device": provenance.device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda}
     print(", ".join(str(value) for value in about.values()), flush=True)
     steps: dict[str, Step] = {}
     for name in chosen:

@@ -2,7 +2,7 @@
 """Draw the figures from the records: results/figures/*.png and *.svg.
 
 python scripts/plots.py
-python scripts/plots.py --scale 0.1
+python scripts/plots.py --scale 0.1 machine.results=/results
 """
 
 import argparse
@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mbn.config import REPOSITORY, ConfigError
+from mbn.config import ConfigError
+from mbn.config.folders import results_to_read
 from mbn.system.errors import UserError
 from mbn.tables import page
 
@@ -21,14 +22,14 @@ def main(arguments: list[str]) -> int:
         description="Draw results/figures from results/records: Figures 1 to 3 of the paper, error against batch size, "
         "and the statistics gap over time. Figures without any data are not written."
     )
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "results", metavar="DIR", help="default: results")
+    parser.add_argument("settings", nargs="*", metavar="machine.results=DIR", help="the folder that holds records/")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of runs at S times the paper's length")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.scale <= 0 or options.seeds < 1:
         parser.error("--scale must be above 0 and --seeds at least 1")
     try:
-        run(options.results, options.scale, options.seeds)
+        run(results_to_read(options.settings), options.scale, options.seeds)
     except (ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)

@@ -8,10 +8,10 @@
 #
 # LOAD may hold: wheels/ (packages that the machine lacks), data/ (a folder of data, or restore.py that writes one),
 # inductor.* (an earlier rental's compiled kernels). OUT gets at most 8 files of 16 MB: logs, results, checkpoints and
-# compiled kernels. Checkpoints of unfinished runs in results/unfinished/ are gone on with.
+# compiled kernels. Checkpoints of unfinished runs in results/unfinished/ are continued.
 #
-# MPS=1 in front of train: runs are processes that share the GPU by way of NVIDIA's server for that, which is started
-# and ended here, instead of threads of one process.
+# MPS=1 in front of train: runs are processes that share the GPU through NVIDIA's server for that, which is started and
+# ended here, instead of threads of one process.
 #
 # WORK (default /tmp/mbn) lasts from one command to the next while the machine is held. git does not come along: set
 # MBN_COMMIT to what `git describe --always --dirty --abbrev=40 --exclude '*'` prints at home.
@@ -105,7 +105,7 @@ check | benchmark)
     python3 scripts/check_gpu.py --out "$out/check.json" "$@" 2>&1 | tee -a "$out/log" || true
   else
     mkdir -p "$work/results"
-    python3 scripts/benchmark.py --results "$work/results" "$@" 2>&1 | tee -a "$out/log" || true
+    python3 scripts/benchmark.py "machine.results='$work/results'" "$@" 2>&1 | tee -a "$out/log" || true
     tar czf "$out/benchmarks.tgz" -C "$work/results" benchmarks
   fi
   ;;
@@ -127,14 +127,10 @@ parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", sys.argv[1])
 print(sum(float(n) * {"s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts) - float(sys.argv[2]))
 PYTHON
 )
-  # What reproduce.py is given, and behind -- what every run is.
-  options=() settings=()
-  while [ "$#" -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
-  [ "$#" -eq 0 ] || { shift; settings=("$@"); }
-  [ -z "${MPS:-}" ] || { start_mps; options+=(--no-lanes); }
+  settings=("machine.data='$data'" "machine.results='$work/results'" machine.checkpoint_seconds=60)
+  [ -z "${MPS:-}" ] || { start_mps; settings+=(--no-lanes); }
   code=0
-  python3 scripts/reproduce.py "${options[@]}" --budget "${seconds}s" --results "$work/results" \
-    -- "machine.data=$data" machine.checkpoint_seconds=60 "${settings[@]}" 2>&1 | tee "$out/log" || code=$?
+  python3 scripts/reproduce.py "${settings[@]}" --budget "${seconds}s" "$@" 2>&1 | tee "$out/log" || code=$?
   # Records that came along go home no second time.
   xargs -r rm -f <"$work/known"
   pack "$out"
@@ -153,7 +149,7 @@ home)
     fi
   done
   if [ -d "$unpacked/records" ] && [ -n "$(find "$unpacked/records" -name '*.json')" ]; then
-    python3 scripts/reproduce.py --import "$unpacked/records" --results "${RESULTS:-results}"
+    python3 scripts/reproduce.py --import "$unpacked/records" "machine.results='${RESULTS:-results}'"
   fi
   mkdir -p "${RESULTS:-results}/runs"
   if [ -d "$unpacked/runs" ]; then cp -rn "$unpacked/runs/." "${RESULTS:-results}/runs/"; fi

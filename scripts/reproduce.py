@@ -5,7 +5,7 @@ python scripts/reproduce.py table4                           every run of Table 
 python scripts/reproduce.py table4 norm=bn,mbn batch_size=8  some of them
 python scripts/reproduce.py all --seeds 1 --dry-run          only print the commands, and how long they would take
 python scripts/reproduce.py table1 --scale 0.1 --budget 9m   a tenth of the length; stop after 9 minutes, to go on later
-python scripts/reproduce.py table6 --jobs 4 -- machine.data=/data evaluate.precise=true
+python scripts/reproduce.py table6 --jobs 4 machine.data=/data machine.results=/results evaluate.precise=true
 python scripts/reproduce.py table4 batch_size=8 --jobs 8     on a GPU: eight at a time, in one process
 python scripts/reproduce.py all --launcher slurm --slurm partition=gpu,time=8:00:00,gpus=1
 python scripts/reproduce.py --import results.tar.gz          take in records that were trained elsewhere
@@ -16,11 +16,12 @@ stopped by a signal, and 130 by Ctrl-C, after which the same command goes on.
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,20 +29,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
 from mbn.config import REPOSITORY, Config, ConfigError, cores, load
-from mbn.launch.missing_runs import Estimate, Run, check_settings, duration, runs, work
+from mbn.launch.estimate import Estimate, duration
+from mbn.launch.missing_runs import Run, runs
 from mbn.records.import_records import gather
 from mbn.system.errors import UserError
 
-RESULTS = REPOSITORY / "results"
+# What belongs to the machine, and to no run's identity.
+SETTINGS = ("machine.", "evaluate.")
 
 
 def main(arguments: list[str]) -> int:
-    own, settings = _split(arguments)
     try:
-        options = parser().parse_intermixed_args(own)
-        code = _gather(options) if options.source is not None else 0
-        if options.items or options.source is None:
-            code = max(code, reproduce(options, settings))
+        options = parser().parse_intermixed_args(arguments)
+        settings = [item for item in options.items if item.lstrip("+").startswith(SETTINGS)]
+        items = [item for item in options.items if item not in settings]
+        config = common(settings)
+        code = import_records(options, Path(config.machine.results)) if options.source is not None else 0
+        if items or options.source is None:
+            code = max(code, reproduce(items, settings, config, options))
         return code
     except (ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,12 +56,6 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # `--dry-run | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before and behind `--`."""
-    position = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:position], arguments[position + 1 :]
 
 
 # Options.
@@ -72,23 +71,22 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     p = Parser(
         description=__doc__.partition("Exit code")[0] if __doc__ else "",
-        epilog="What follows -- is handed to every train.py: machine.* and evaluate.* settings.",
+        epilog="Settings machine.* and evaluate.* are handed to every train.py; results are in machine.results.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
         "items",
         nargs="*",
-        metavar="TABLE | key=value,value",
-        help=f"{', '.join(grid.names())}, or all (but table3); only runs that have one of the values",
+        metavar="TABLE | key=value",
+        help=f"{', '.join(grid.names())}, or all (except table3); key=value,value: only runs that have one of these",
     )
     seeds = p.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=_count, default=5, metavar="N", help="seeds 0 to N-1 (default 5)")
-    seeds.add_argument("--seed", type=_seed, metavar="S", help="this seed alone")
+    seeds.add_argument("--seeds", type=_whole(1), default=5, metavar="N", help="seeds 0 to N-1 (default 5)")
+    seeds.add_argument("--seed", type=_whole(0, 2**32 - 1), metavar="S", help="this seed alone")
     p.add_argument("--dry-run", action="store_true", help="print the commands that are missing, and train nothing")
-    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="records and runs (default results)")
     p.add_argument("--scale", type=_scale, default=1.0, metavar="X", help="0.1: at a tenth of the length")
     p.add_argument(
-        "--jobs", type=_jobs, default="auto", metavar="N", help="side by side; auto: 1 on CUDA, else one a core"
+        "--jobs", type=_jobs, metavar="N", help="side by side; auto, the default: 1 on CUDA, else one a core"
     )
     p.add_argument(
         "--lanes",
@@ -96,7 +94,7 @@ def parser() -> Parser:
         help="train side by side in threads of one process instead of processes (default: on CUDA)",
     )
     p.add_argument("--budget", type=_seconds, metavar="9m", help="stop in time, saved, to go on later: s, m, h")
-    p.add_argument("--launcher", choices=("slurm", "local"), help="hand the runs to a cluster by way of submitit")
+    p.add_argument("--launcher", choices=("slurm",), help="hand the runs to a cluster through submitit")
     p.add_argument("--slurm", default="", metavar="OPTIONS", help="for sbatch: partition=gpu,time=8:00:00,gpus=1")
     p.add_argument("--import", type=Path, dest="source", metavar="PATH", help="take records from a folder or archive")
     p.add_argument("--allow-dirty", action="store_true", help="import also what code outside any commit made")
@@ -104,20 +102,18 @@ def parser() -> Parser:
     return p
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 on is wanted, not {text!r}")
-    return int(text)
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            limits = f"from {least} on" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"a whole number {limits} is wanted, not {text!r}")
+        return int(text)
+
+    return parse
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"a whole number from 0 to 4294967295 is wanted, not {text!r}")
-    return int(text)
-
-
-def _jobs(text: str) -> int | str:
-    return text if text == "auto" else _count(text)
+def _jobs(text: str) -> int | None:
+    return None if text == "auto" else _whole(1)(text)
 
 
 def _scale(text: str) -> float:
@@ -141,37 +137,48 @@ def _seconds(text: str) -> float:
 # Runs.
 
 
-def reproduce(options: argparse.Namespace, settings: list[str]) -> int:
-    """Train, or with --dry-run print, what is missing of the tables named."""
-    results = options.results.resolve()
-    tables = [item for item in options.items if "=" not in item]
+def common(settings: list[str]) -> Config:
+    """The configuration whose machine and evaluation all runs have in common. Errors: UserError, ConfigError."""
+    if any(text.lstrip("+").startswith("machine.again=") for text in settings):
+        raise UserError(
+            "machine.again is for a single run: only what has no record is trained here; give it to train.py itself.",
+            code=2,
+        )
+    return load(settings)
+
+
+def reproduce(items: list[str], settings: list[str], config: Config, options: argparse.Namespace) -> int:
+    """Train, or with --dry-run print, what is missing of the tables named. config: that of the settings."""
+    tables, filters = [i for i in items if "=" not in i], [i for i in items if "=" in i]
     if not tables:
         raise UserError(f"no table is named: choose among {', '.join(grid.names(options.grids))}, or all.", code=2)
-    filters = [item for item in options.items if "=" in item]
-    seeds = range(options.seeds) if options.seed is None else [options.seed]
-    meant = runs(tables, seeds, filters, options.scale, options.grids)
-    config = check_settings(meant[0], settings)
-    missing = [run for run in meant if not run.finished(results)]
     if options.slurm and options.launcher != "slurm":
         raise UserError("--slurm needs --launcher slurm.", code=2)
     if options.budget is not None and options.launcher == "slurm":
         raise UserError("--budget is for runs that wait here: with Slurm give time= to --slurm.", code=2)
-    # A job of a cluster has its processors to itself.
-    jobs, extra = share(1 if options.launcher == "slurm" else options.jobs, config)
-    settings = [*_results_setting(results), *extra, *settings]
-    estimate = Estimate(results)
+    seeds = range(options.seeds) if options.seed is None else [options.seed]
+    results = Path(config.machine.results)
+    meant = runs(tables, seeds, filters, options.scale, options.grids)
+    missing = [run for run in meant if not run.finished(results)]
+    # On a CPU a run with one thread on each core is faster than one run after another with all of them; a job of a
+    # cluster has its processors to itself.
+    jobs = 1 if options.launcher == "slurm" else options.jobs or (1 if accelerated(config) else cores())
+    if jobs > 1 and config.machine.threads is None:
+        config.machine.threads = max(1, cores() // jobs)
+        settings = [f"machine.threads={config.machine.threads}", *settings]
+    expected = Estimate(results).sentence(missing, min(jobs, len(missing)))
     if options.dry_run:
         for run in missing:
             print(shlex.join(["python", "train.py", *run.overrides, *settings]))
-        print(estimate.sentence(missing, min(jobs, len(missing))), file=sys.stderr)
+        print(expected, file=sys.stderr)
         return 0
     print(f"{len(meant) - len(missing)} of {len(meant)} runs have their record.", flush=True)
     if not missing:
         return 0
-    print(estimate.sentence(missing, min(jobs, len(missing))), file=sys.stderr)
+    print(expected, file=sys.stderr)
     if options.launcher == "slurm":
         return hand_over(missing, results, settings, options.slurm)
-    return train(missing, results, jobs, settings, _accelerated(config), estimate, options)
+    return train(missing, results, jobs, settings, config, options)
 
 
 def hand_over(missing: list[Run], results: Path, settings: list[str], text: str) -> int:
@@ -185,80 +192,49 @@ def hand_over(missing: list[Run], results: Path, settings: list[str], text: str)
 
 
 def train(
-    missing: list[Run],
-    results: Path,
-    jobs: int,
-    settings: list[str],
-    accelerated: bool,
-    estimate: Estimate,
-    options: argparse.Namespace,
+    missing: list[Run], results: Path, jobs: int, settings: list[str], config: Config, options: argparse.Namespace
 ) -> int:
     """Train the runs side by side on this machine."""
     from mbn.launch.pool import Pool
 
-    seconds = [estimate.seconds(run.config) for run in missing]
-    known = [s for s in seconds if s is not None]
-    weights = known if len(known) == len(missing) else [work(run.config) for run in missing]
-    margin = 15.0 if accelerated else 60.0
-    with starter(settings, results, jobs, accelerated, options) as start:
-        outcome = Pool(missing, results, jobs, start, weights, options.budget, margin).work()
+    in_lanes = jobs > 1 and (accelerated(config) if options.lanes is None else options.lanes)
+    with starter(settings, config, jobs if in_lanes else 0) as start:
+        outcome = Pool(missing, results, jobs, start, options.budget, 15.0 if accelerated(config) else 60.0).work()
     return report(outcome, results, options.budget)
 
 
 @contextlib.contextmanager
-def starter(
-    settings: list[str], results: Path, jobs: int, accelerated: bool, options: argparse.Namespace
-) -> Iterator[Callable[[Run, Path], Any]]:
-    """What starts a run: as a process, a job of submitit's, or a thread of this process."""
-    from mbn.launch.pool import start_process
+def starter(settings: list[str], config: Config, lanes: int) -> Iterator[Callable[[Run, Path], Any]]:
+    """What starts a run: as a process, or with lanes, the number of them, as a thread of this process."""
+    from mbn.launch.pool import Process
 
-    def process(run: Run, results: Path) -> Any:
-        return start_process(run, command(run, settings), results)
+    def process(run: Run, results: Path) -> Process:
+        return Process(run, command(run, settings), results)
 
-    in_lanes = options.lanes if options.lanes is not None else accelerated
-    if options.launcher == "local":
-        from mbn.launch.slurm import Local
-
-        yield Local(results, lambda run: command(run, settings))
-    elif in_lanes and jobs > 1:
-        import train as script
-        from mbn.launch.lanes import Lanes, fits
-
-        with Lanes(script.run, lambda run: load([*run.overrides, *settings]), jobs) as lanes:
-            yield lambda run, results: lanes(run, results) if fits(run.config) else process(run, results)
-    else:
+    if not lanes:
         yield process
+        return
+    import train as script
+    from mbn.launch.lanes import Lanes, fits
+
+    def lane(run: Run, results: Path) -> Any:
+        whole = dataclasses.replace(run.config, machine=config.machine, evaluate=config.evaluate)
+        return start(dataclasses.replace(run, config=whole), results)
+
+    with Lanes(script.run, lanes) as start:
+        yield lambda run, results: lane(run, results) if fits(run.config) else process(run, results)
 
 
-def command(run: Run, settings: list[str]) -> list[str]:
+def command(run: Run, settings: Sequence[str]) -> list[str]:
     """The command line that `--dry-run` shows, with this Python and this checkout's train.py."""
     return [sys.executable, str(REPOSITORY / "train.py"), *run.overrides, *settings]
 
 
-def share(jobs: int | str, config: Config) -> tuple[int, list[str]]:
-    """How many runs side by side, and the setting that divides the processor's threads among them."""
-    if isinstance(jobs, str):
-        # A run with one thread on each core is faster than one run after another with all of them.
-        jobs = 1 if _accelerated(config) else cores()
-    if jobs == 1 or config.machine.threads is not None:
-        return jobs, []
-    return jobs, [f"machine.threads={max(1, cores() // jobs)}"]
-
-
-def _accelerated(config: Config) -> bool:
-    """Whether runs use a GPU; asked of the driver's files, since importing torch takes seconds."""
+def accelerated(config: Config) -> bool:
+    """Whether runs use a GPU; asked of the driver's files, because importing torch takes seconds."""
     if config.machine.device == "auto":
         return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
     return config.machine.device != "cpu"
-
-
-def _results_setting(results: Path) -> list[str]:
-    return [] if results == RESULTS.resolve() else [f"machine.results={_quoted(str(results))}"]
-
-
-def _quoted(text: str) -> str:
-    """A text as Hydra reads it, whatever signs it has."""
-    return text if re.fullmatch(r"[\w./+-]+", text) else "'" + text.replace("'", r"\'") + "'"
 
 
 def report(outcome: Any, results: Path, budget: float | None) -> int:
@@ -279,8 +255,9 @@ def report(outcome: Any, results: Path, budget: float | None) -> int:
 # Records from elsewhere.
 
 
-def _gather(options: argparse.Namespace) -> int:
-    gathered = gather(options.source, options.results.resolve(), options.allow_dirty)
+def import_records(options: argparse.Namespace, results: Path) -> int:
+    """Take records in, and say which; the exit code."""
+    gathered = gather(options.source, results, options.allow_dirty)
     said = [f"{len(gathered.taken)} records imported"]
     said += [f"{len(gathered.known)} were here already"] if gathered.known else []
     said += [f"{gathered.others} other JSON files passed over"] if gathered.others else []

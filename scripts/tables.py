@@ -3,7 +3,7 @@
 
 python scripts/tables.py
 python scripts/tables.py table4 table6 --seeds 3
-python scripts/tables.py --scale 0.1
+python scripts/tables.py --scale 0.1 machine.results=/results
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn.config import REPOSITORY, ConfigError
+from mbn.config.folders import results_to_read
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 from mbn.tables import page as table
@@ -27,15 +28,20 @@ def main(arguments: list[str]) -> int:
         description="Write results/tables from results/records: markdown, LaTeX (booktabs) and one CSV of all cells; "
         "with all tables and the default results also the parts of README.md and results/README.md between markers."
     )
-    parser.add_argument("tables", nargs="*", metavar="table", help="table1, table4-methods, ...; all by default")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
+    parser.add_argument(
+        "items",
+        nargs="*",
+        metavar="table | machine.results=DIR",
+        help="table1, table4-methods, ...; all by default; the folder that holds records/",
+    )
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of runs at S times the paper's length")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.scale <= 0 or options.seeds < 1:
         parser.error("--scale must be above 0 and --seeds at least 1")
     try:
-        run(options.tables, options.results, options.seeds, options.scale)
+        results = results_to_read([item for item in options.items if "=" in item])
+        run([item for item in options.items if "=" not in item], results, options.seeds, options.scale)
     except (ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)

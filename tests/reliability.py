@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from mbn.config import REPOSITORY
-from mbn.records import record
+from mbn.records import provenance
 from mbn.system.files import write_atomically
 
 # When the tests began: they put another in its place for their runs.
-COMMIT = record.commit_and_dirty()
+COMMIT = provenance.commit_and_dirty()
 PATH = REPOSITORY / "results" / "reliability.md"
 HEAD = """# Nothing lost, nothing silent
 
@@ -35,7 +35,7 @@ def read(path: Path = PATH) -> dict[str, dict[str, str]]:
 def put(item: str, what: str, figure: str, seconds: float, command: str, path: Path = PATH) -> None:
     """Write the row of one command; the others stay as they are."""
     commit, dirty = COMMIT
-    versions = record.versions()
+    versions = provenance.versions()
     row = {
         "item": item,
         "what": what,
@@ -45,7 +45,7 @@ def put(item: str, what: str, figure: str, seconds: float, command: str, path: P
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": f"{(commit or 'none')[:10]}{' (changed)' if dirty else ''}",
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "numpy")),
-        "machine": f"{record.device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
+        "machine": f"{provenance.device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
     }
     cells = {key: " ".join(value.replace("|", "/").split()) for key, value in row.items()}
     rows = sorted((read(path) | {cells["command"]: cells}).values(), key=lambda r: (int(r["item"]), r["command"]))

@@ -20,7 +20,7 @@ import train
 from mbn import config
 from mbn.config import REPOSITORY
 from mbn.data import datasets
-from mbn.records import record
+from mbn.records import provenance, record
 from mbn.training import checkpoint
 
 
@@ -202,7 +202,7 @@ def run_here(capsys, monkeypatch, *overrides) -> Outcome:
     monkeypatch.setattr(train.configuration, "load", load_quickly)
     monkeypatch.setattr(datasets, "load_digits", digits)
     # Not the working tree's, which may change while the tests run.
-    monkeypatch.setattr(record, "commit_and_dirty", lambda: (COMMIT, False))
+    monkeypatch.setattr(provenance, "commit_and_dirty", lambda: (COMMIT, False))
     capsys.readouterr()
     try:
         code = train.main(list(overrides))

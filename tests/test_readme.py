@@ -48,7 +48,7 @@ def test_a_script_command_runs(arguments, tmp_path):
     if script == "scripts/reproduce.py" and "--dry-run" not in rest:
         rest.append("--dry-run")
     done = subprocess.run(
-        [sys.executable, REPOSITORY / script, *rest, "--results", tmp_path], capture_output=True, text=True
+        [sys.executable, REPOSITORY / script, *rest, f"machine.results={tmp_path}"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout

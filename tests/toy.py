@@ -40,7 +40,7 @@ def write(
     precise=None,
     **curve,
 ):
-    """Write one record of a cell and return its path."""
+    """Write one record of a cell and return it."""
     config = cell.config(seed, scale)
     curves = curves_of(config, test_error, train_error, **curve)
     content = {

@@ -447,7 +447,7 @@ def _known() -> list[Arm]:
 
 def file_stem(device: torch.device) -> str:
     """cpu-amd-epyc-2-cores and the like: what results/benchmarks/ calls this machine."""
-    from mbn.records.record import device_name
+    from mbn.records.provenance import device_name
 
     cores = f" {configuration.cores()} cores" if device.type == "cpu" else ""
     return re.sub(r"[^a-z0-9]+", "-", (device_name(device) + cores).lower()).strip("-")

@@ -33,7 +33,7 @@ from mbn.benchmark.kernels import Kernels, kernels
 from mbn.data import datasets, in_memory
 from mbn.data.image_folder import ImageFolders
 from mbn.launch.lanes import SWITCH
-from mbn.records import record
+from mbn.records import provenance
 from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, own_stream
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
@@ -569,11 +569,11 @@ def run(
     names = [job.name for job in todo]
     asked = chosen(names, only) - chosen(names, skip)
     report: dict[str, Any] = {
-        "device": record.device_name(device),
+        "device": provenance.device_name(device),
         "cores": configuration.cores(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": record.commit_and_dirty()[0],
-        "versions": record.versions(),
+        "commit": provenance.commit_and_dirty()[0],
+        "versions": provenance.versions(),
         "images": images,
         "limit": limit,
         "seconds": 0.0,

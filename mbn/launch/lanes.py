@@ -1,6 +1,7 @@
 """Several trainings at the same time in one process, each in a thread: one alone leaves most of a GPU idle."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 import sys
@@ -20,11 +21,11 @@ from mbn.system.cuda_graph import one_at_a_time
 from mbn.system.errors import UserError
 from mbn.system.signals import Told
 
-# What trains a run: its configuration, what tells it to stop, and what opens its data set (`datasets.load`, shared).
+# What trains a run: given its configuration, what tells it to stop, and what opens its data set.
 Train = Callable[[Config, Told, Callable[[Config, torch.device], in_memory.Data]], None]
-# Settings that belong to the process, which all its lanes therefore have in common.
+# Settings that belong to the process, so that all its lanes have them in common.
 OF_THE_PROCESS = ("device", "deterministic", "tf32", "threads", "data", "results")
-# Seconds after which a thread that computes lets the others in: one that compiles must not hold up those that only
+# Seconds after which a thread that computes lets the others run: one that compiles must not hold up those that only
 # launch recordings.
 SWITCH = 0.0005
 
@@ -48,14 +49,13 @@ def check_alike(configs: list[Config]) -> None:
 
 
 class Lanes:
-    """Starts runs as threads of this process; takes the place of `launch.start_process`.
+    """Starts runs as threads of this process, where `pool.Process` starts each as a process.
 
-    While in use as a context, what a lane prints goes to its own log. configure: the checked configuration of a run;
-    called in the main thread, as Hydra knows one thread. jobs: how many there are at a time, for the record.
+    While in use as a context, what a lane prints goes to its own log. jobs: how many train at a time, for the record.
     """
 
-    def __init__(self, train: Train, configure: Callable[[Run], Config], jobs: int) -> None:
-        self.train, self.configure, self.jobs = train, configure, jobs
+    def __init__(self, train: Train, jobs: int) -> None:
+        self.train, self.jobs = train, jobs
         self.load = SharedData()
         # How many streams reach a GPU at a time; read when CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -72,8 +72,8 @@ class Lanes:
         sys.setswitchinterval(interval)
 
     def __call__(self, run: Run, results: Path) -> "Lane":
-        config = self.configure(run)
-        config.machine.together = self.jobs
+        machine = dataclasses.replace(run.config.machine, together=self.jobs)
+        config = dataclasses.replace(run.config, machine=machine)
         log = run.folder(results) / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         return Lane(run, log, lambda told: self.train(config, told, self.load), self.output)
@@ -83,7 +83,7 @@ class Lane(Child):
     """A run in a thread."""
 
     def __init__(self, run: Run, log: Path, train: Callable[[Told], None], output: tuple["PerThread", ...]) -> None:
-        super().__init__(run, log)
+        self.run, self.log, self.asked = run, log, False
         self.train, self.output = train, output
         self.signal = Told()
         self.result = 1
@@ -105,30 +105,30 @@ class Lane(Child):
             except BaseException:
                 traceback.print_exc()
         with one_at_a_time:
-            gc.collect()  # a run is full of reference cycles, and holds the device's memory until they are found
+            gc.collect()  # a run is full of reference cycles, which hold the device's memory until they are found
 
     def code(self) -> int | None:
         return None if self.thread.is_alive() else self.result
 
     def stop(self) -> None:
-        self.told, self.signal.code = True, 75
+        self.asked, self.signal.code = True, 75
 
     def wait(self) -> None:
         self.thread.join()
 
     def kill(self) -> None:
         """End the process: a thread cannot be ended alone."""
-        _say("error: stopped at once: every run goes on from its last checkpoint by the same command.")
+        _say("error: stopped at once: the same command goes on from the last checkpoints.")
         os._exit(75)
 
 
 def _end_process(run: Run, error: Exception, log: IO[str]) -> None:
-    """After an error of the device nothing more works on it in this process, in no lane."""
+    """After an error of the device nothing works on it any more in this process, in any lane."""
     traceback.print_exception(error, file=log)
     log.flush()
     what = str(error).strip().partition("\n")[0]
     _say(
-        f"error: {run.name}: {what}: the device answers no longer, and all runs of this process end; the same command "
+        f"error: {run.name}: {what}: the device no longer answers, and all runs of this process end; the same command "
         "goes on from their last checkpoints."
     )
     os._exit(1)

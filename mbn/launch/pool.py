@@ -1,7 +1,6 @@
 """Runs side by side that can be stopped together and go on later, each a `train.py` of its own or a thread."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,27 +11,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from tqdm import tqdm
 
-from mbn.config import iterations
 from mbn.launch.missing_runs import Run
 from mbn.records import record
 from mbn.system import signals
 from mbn.system.errors import UserError
 from mbn.system.files import HELD, held
 
-# Seconds between two looks at the children, and at how far they have come.
+# Seconds between two looks at the children.
 LOOK = 0.1
-PROGRESS = 2.0
-# Seconds from which on a child can be stopped with something gained: before, it imports torch.
+# Seconds that a child needs to import torch, before which a stop has nothing to save.
 START = 5.0
 
 
-class Stop(signals.Stop):
+class StopAll(signals.Stop):
     """While in use as a context, notes the first signal in `code`; a second one calls `kill` and exits at once."""
 
-    # A closed terminal stops the children too, which are in sessions of their own and would not hear of it.
+    # A closed terminal stops the children too, which are in sessions of their own and would not get the signal.
     codes = signals.CODES | {"SIGHUP": 75}
 
     def __init__(self, kill: Callable[[], None]) -> None:
@@ -40,8 +38,8 @@ class Stop(signals.Stop):
         self._kill = kill
 
     def _numbers(self) -> list[int]:
-        # A hang-up that nohup has let be ignored stays so. SIGINT, which a script ignores for its background jobs, is
-        # answered all the same, as train.py does.
+        # A hang-up that nohup ignores stays ignored. SIGINT, which a shell script ignores for its background jobs, is
+        # answered all the same, as in train.py.
         ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         return [n for n in super()._numbers() if not (ignored and n == signal.SIGHUP)]
 
@@ -62,44 +60,47 @@ class Outcome:
     spent: bool = False  # the budget
 
 
-@dataclass
-class Child:
-    """A run that is being trained, in whatever form; told: it was asked to stop."""
+class Child(Protocol):
+    """A run that is being trained, as a process or a thread; asked: it was asked to stop."""
 
     run: Run
     log: Path
-    told: bool = field(default=False, init=False)
+    asked: bool
 
     def code(self) -> int | None:
         """The exit code of train.py, None while it runs."""
-        raise NotImplementedError
 
     def stop(self) -> None:
         """Ask it to save and exit."""
-        raise NotImplementedError
 
     def wait(self) -> None:
         """Return when it has ended."""
-        raise NotImplementedError
 
     def kill(self) -> None:
         """End it at once, with all that it started."""
-        raise NotImplementedError
 
 
-@dataclass
 class Process(Child):
-    """A `train.py` of its own."""
+    """A run as a `train.py` of its own, whose output goes to log.txt in its folder. Errors: UserError."""
 
-    process: subprocess.Popen[bytes]
+    def __init__(self, run: Run, command: Sequence[str], results: Path) -> None:
+        self.run, self.log, self.asked = run, run.folder(results) / "log.txt", False
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("ab") as output:
+                # A session of its own, so that Ctrl-C in the terminal reaches it once, through us.
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        except OSError as error:
+            raise UserError(f"cannot start {run.name} with its log in {self.log} ({error.strerror}).") from None
 
     def code(self) -> int | None:
         return self.process.poll()
 
     def stop(self) -> None:
-        """Ask it once: a second signal would end it without saving."""
-        if not self.told:
-            self.told = True
+        if not self.asked:  # a second signal would end it without saving
+            self.asked = True
             with contextlib.suppress(ProcessLookupError):
                 # To the process, not its group: workers that read images must live until it has saved.
                 self.process.send_signal(signal.SIGTERM)
@@ -115,9 +116,8 @@ class Process(Child):
 class Pool:
     """Trains runs, `jobs` at a time, in their order.
 
-    start: starts a run, given the results folder. weights: each run's share of the whole, for the bar.
-    budget: seconds after which nothing runs any more, or None. margin: seconds before that at which runs are stopped at
-    most, for the iteration under way, an evaluation, and the checkpoint.
+    start: starts a run, given the results folder. budget: seconds after which nothing runs any more, or None.
+    margin: runs are stopped at most so many seconds earlier, to end their iteration or evaluation and to save.
     """
 
     def __init__(
@@ -126,7 +126,6 @@ class Pool:
         results: Path,
         jobs: int,
         start: Callable[[Run, Path], Child],
-        weights: Sequence[float],
         budget: float | None = None,
         margin: float = 60.0,
     ) -> None:
@@ -135,24 +134,15 @@ class Pool:
         self.elsewhere: list[Run] = []  # held by another process
         self.children: list[Child] = []
         self.outcome = Outcome()
-        self.weights = {run.name: weight for run, weight in zip(runs, weights, strict=True)}
         self.deadline = None if budget is None else time.monotonic() + budget
         self.margin = min(margin, max(5.0, (budget or 0.0) / 10))
-        self.waiting_told = False
+        self.said_waiting = False
 
     def work(self) -> Outcome:
         """Train until nothing is left, the budget is spent or a signal comes; no child is left behind."""
-        start = sum(self.weights[run.name] * self._share(run) for run in self.queue)
-        self.bar = tqdm(
-            total=sum(self.weights.values()),
-            initial=start,
-            disable=None,
-            dynamic_ncols=True,
-            smoothing=0,  # runs end in lumps: the mean speed since the start tells most
-            bar_format="{percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}",
-        )
-        self.looked = 0.0
-        with Stop(self.kill) as stop, self.bar:
+        # smoothing: runs end in lumps, so that the mean speed since the start says most
+        self.bar = tqdm(total=len(self.queue), unit="run", disable=None, dynamic_ncols=True, smoothing=0)
+        with StopAll(self.kill) as stop, self.bar:
             try:
                 while self._step(stop):
                     time.sleep(LOOK)
@@ -170,7 +160,7 @@ class Pool:
         for child in sorted(self.children, key=lambda c: not isinstance(c, Process)):
             child.kill()
 
-    def _step(self, stop: Stop) -> bool:
+    def _step(self, stop: StopAll) -> bool:
         """Look after the children once; False when there is nothing more to do."""
         for child, code in [(c, c.code()) for c in self.children]:
             if code is not None:
@@ -190,7 +180,6 @@ class Pool:
             return bool(self.children)
         if remaining > self.margin + START:
             self._start()
-        self._progress()
         return unfinished
 
     def _start(self) -> None:
@@ -210,8 +199,8 @@ class Pool:
                 self._finished(run, " (by another process)")
             else:
                 self.children.append(self.start(run, self.results))
-        if self.elsewhere and not self.children and not self.queue and not self.waiting_told:
-            self.waiting_told = True
+        if self.elsewhere and not self.children and not self.queue and not self.said_waiting:
+            self.said_waiting = True
             self._say(f"waiting for {len(self.elsewhere)} that other processes train")
 
     def _ended(self, child: Child, code: int) -> None:
@@ -220,77 +209,35 @@ class Pool:
             self._finished(run)
         elif code == HELD:
             self.elsewhere.append(run)
-        elif child.told and (code in signals.CODES.values() or code < 0):
+        elif child.asked and (code in signals.CODES.values() or code < 0):
             self.queue.appendleft(run)
         else:
             reason = last_line(child.log)
             if code in signals.CODES.values() or code < 0:
                 reason = f"stopped from outside with exit code {code}"
-            self.outcome.failed[run.name] = f"{reason} (log: {child.log})"
-            self._say(f"{run.name}: failed: {reason}")
+            self._failed(run, reason, f" (log: {child.log})")
 
     def _finished(self, run: Run, how: str = "") -> None:
         try:
             result = record.read(record.path_of(self.results, run.name))
         except UserError as error:
-            self.outcome.failed[run.name] = str(error)
-            self._say(f"{run.name}: {error}")
+            self._failed(run, str(error))
             return
         self.outcome.done.append(run.name)
+        self.bar.update()
         self._say(f"{run.name}: test error {result['test_error']:.2f} %, {result['seconds']:.0f} s{how}")
+
+    def _failed(self, run: Run, reason: str, where: str = "") -> None:
+        self.outcome.failed[run.name] = reason + where
+        self.bar.update()
+        self._say(f"{run.name}: failed: {reason}")
 
     def _say(self, text: str) -> None:
         self.bar.write(text, file=sys.stdout)
         sys.stdout.flush()
-
-    # How far it is.
-
-    def _progress(self) -> None:
-        if self.bar.disable or time.monotonic() - self.looked < PROGRESS:
-            return
-        self.looked = time.monotonic()
-        ended = {*self.outcome.done, *self.outcome.failed}
-        done = sum(self.weights[name] for name in ended)
-        running = [*(child.run for child in self.children), *self.elsewhere, *self.queue]
-        self.bar.n = done + sum(self.weights[run.name] * self._share(run) for run in running)
-        self.bar.set_postfix_str(f"{len(ended)} of {len(self.weights)} runs, {len(self.children)} running")
-
-    def _share(self, run: Run) -> float:
-        """The part of a run that is done, by its journal."""
-        return min(1.0, reached(run.folder(self.results) / "metrics.jsonl") / iterations(run.config))
-
-
-def start_process(run: Run, command: Sequence[str], results: Path) -> Process:
-    """Start a run's command line with its output in log.txt of its folder. Errors: UserError."""
-    log = run.folder(results) / "log.txt"
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            # A session of its own, so that Ctrl-C in the terminal comes to it by way of us, once.
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-    except OSError as error:
-        raise UserError(f"cannot start {run.name} with its log in {log} ({error.strerror}).") from None
-    return Process(run, log, process)
 
 
 def last_line(log: Path) -> str:
     """What a failed run said last; its progress bar is not written to a file."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else "it said nothing"
-
-
-def reached(journal: Path) -> int:
-    """The iteration of the last whole row of a run's journal; 0 without one."""
-    try:
-        with journal.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (1 << 16)))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return int(json.loads(line)["iteration"])
-    return 0

@@ -3,22 +3,23 @@
 import datetime
 import hashlib
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from mbn import __version__
-from mbn.config import REPOSITORY, Config, ConfigError, from_dict, run_name, to_dict
+from mbn.config import Config, ConfigError, from_dict, run_name, to_dict
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
+# Version 1 had no field for its version.
+VERSION = 2
 FIELDS = (
+    "version",
     *("name", "config", "test_error", "test_error_best", "train_error", "test_error_top5", "test_error_precise"),
     *("test_loss", "train_loss", "iterations", "images", "parameters", "seconds", "images_per_second"),
     *("device", "mode", "threads", "commit", "dirty", "versions", "date", "curves", "checksum"),
 )
+# What records of every version have; other fields that an older one lacks read as None.
+NEEDED = ("name", "config", "test_error", "checksum")
 
 
 def path_of(results: Path, name: str) -> Path:
@@ -26,7 +27,7 @@ def path_of(results: Path, name: str) -> Path:
 
 
 def config_for_record(config: Config) -> dict[str, Any]:
-    """The full configuration but for the two paths, which say where the files of one machine were."""
+    """The full configuration except its two paths, which say where the files of one machine were."""
     plain = to_dict(config)
     del plain["machine"]["data"], plain["machine"]["results"]
     return plain
@@ -42,29 +43,28 @@ def config_of(record: dict[str, Any]) -> Config:
 
 
 def checksum(record: dict[str, Any]) -> str:
-    """SHA-256 of all other fields, as JSON with sorted keys and without spaces."""
+    """SHA-256 of all other fields that it has, as JSON with sorted keys and without spaces."""
     rest = {key: value for key, value in record.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write(results: Path, record: dict[str, Any]) -> Path:
-    """Complete a record with its date and checksum and write it. Errors: UserError."""
-    record = {**record, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    path = path_of(results, record["name"])
-    _write(path, record)
-    return path
+def write(results: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Complete a record with its version, date and checksum, write it, and return it. Errors: UserError."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return _write(path_of(results, record["name"]), {**record, "date": date})
 
 
-def rewrite(path: Path, **changes: Any) -> Path:
-    """Replace fields of a record by what was measured later. Errors: UserError."""
-    _write(path, read(path) | changes)
-    return path
+def rewrite(path: Path, **changes: Any) -> dict[str, Any]:
+    """Replace fields of a record by what was measured later, and return the record. Errors: UserError."""
+    return _write(path, read(path) | changes)
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def _write(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    record["version"] = VERSION
     record["checksum"] = checksum(record)
     record = {key: record[key] for key in FIELDS}
     write_atomically(path, (_layout(record) + "\n").encode())
+    return record
 
 
 def _layout(value: Any, indent: int = 0) -> str:
@@ -87,9 +87,15 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
         record = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): restore it from git, or delete it and train again.") from None
-    if not isinstance(record, dict) or set(record) != set(FIELDS):
-        wrong = sorted(set(FIELDS) ^ set(record)) if isinstance(record, dict) else "all"
-        raise UserError(f"{path} is not a record (wrong fields: {wrong}): restore it from git, or delete it.")
+    fields = set(record) if isinstance(record, dict) else set()
+    version = record.get("version", 1) if fields else None
+    lacking = sorted({*(FIELDS if version == VERSION else NEEDED)} - fields)
+    if lacking:
+        raise UserError(f"{path} is not a record (it lacks {', '.join(lacking)}): restore it from git, or delete it.")
+    unknown = sorted(fields - set(FIELDS))
+    if unknown or version not in range(1, VERSION + 1):
+        what = f"unknown fields: {', '.join(unknown)}" if unknown else f"version {version}"
+        raise UserError(f"{path} is of a newer version than this code ({what}): update the code, or delete it.")
     if record["checksum"] != checksum(record):
         raise UserError(
             f"{path} was changed after it was written (its checksum is wrong): restore it from git, or delete it and "
@@ -101,56 +107,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has an impossible configuration ({error}): delete it and train again.") from None
     if named != record["name"]:
         raise UserError(f"{path} is named {record['name']}, but its configuration gives {named}: delete it.")
-    return record
-
-
-def commit_and_dirty() -> tuple[str | None, bool | None]:
-    """The commit of the tree that holds this package, and whether tracked files outside results/ differ from it.
-
-    Without git both come from MBN_COMMIT, which holds what `git describe --always --dirty --abbrev=40 --exclude '*'`
-    printed where there was one; (None, None) without either.
-    """
-    try:
-        head = _git("rev-parse", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results").strip()
-        return head, bool(changed)
-    except (OSError, subprocess.CalledProcessError):
-        described = os.environ.get("MBN_COMMIT", "").strip()
-        if not described:
-            return None, None
-        return described.removesuffix("-dirty"), described.endswith("-dirty")
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(REPOSITORY), *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def versions() -> dict[str, str]:
-    import numpy
-    import torch
-    import torchvision
-
-    return {
-        "mbn": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-    }
-
-
-def device_name(device: Any) -> str:
-    """What ran it, as 'cpu: AMD EPYC' or 'cuda: NVIDIA H100 80GB HBM3'."""
-    import torch
-
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{device.type}: {model}"
+    return {key: record.get(key) for key in FIELDS}
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from mbn.measure.test_error import Measured, batch_size_for, evaluate
 from mbn.norm.base import norm_layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
-from mbn.records import record
+from mbn.records import provenance, record
 from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import one_at_a_time, own_stream
 from mbn.system.errors import UserError
@@ -106,7 +106,7 @@ def add_precise_error(config: Config, build: Callable[[Layers], nn.Module], stop
                 "machine.again=true trains it anew."
             )
         with own_stream(run.device), _signals(stop) as told:
-            return record.read(record.rewrite(path, test_error_precise=run.precise_error(told)))
+            return record.rewrite(path, test_error_precise=run.precise_error(told))
 
 
 class Run:
@@ -131,7 +131,7 @@ class Run:
         self.threads = choose_threads(config.machine.threads, machine.get("threads"))
         torch.set_num_threads(self.threads)
         set_arithmetic(self.device, config.machine.tf32, config.machine.deterministic)
-        self.commit, self.dirty = record.commit_and_dirty()
+        self.commit, self.dirty = provenance.commit_and_dirty()
         self.devices = devices_so_far(state, self.device)
 
         self.length = iterations(config)
@@ -467,11 +467,10 @@ class Run:
             "threads": self.threads,
             "commit": self.commit,
             "dirty": self.dirty,
-            "versions": record.versions(),
+            "versions": provenance.versions(),
             "curves": curves(rows),
         }
-        path = record.write(self.results, content)
-        return record.read(path)
+        return record.write(self.results, content)
 
 
 class Sums:
@@ -522,7 +521,7 @@ def choose_device(wanted: str, earlier: str | None) -> torch.device:
 
 def devices_so_far(state: dict[str, Any] | None, device: torch.device) -> list[str]:
     """The names of the devices that a run has used, in their order, device as the last one."""
-    name = record.device_name(device)
+    name = provenance.device_name(device)
     earlier: list[str] = state.get("devices", []) if state else []
     if state and not earlier and state["machine"]["device"] != str(device):
         earlier = [state["machine"]["device"]]  # before names were kept

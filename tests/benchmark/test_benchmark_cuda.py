@@ -462,7 +462,7 @@ def test_the_command_chooses_by_the_kind_of_device(script, monkeypatch, tmp_path
     calls = []
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.setattr(benchmark_cuda, "run", lambda *given, **options: calls.append((given, options)))
-    common = ["--device", "cuda", "--data", str(tmp_path), "--results", str(tmp_path)]
+    common = ["--device", "cuda", f"machine.data={tmp_path}", f"machine.results={tmp_path}"]
     assert script.main([*common, "--only", "r20-*,loader", "--skip", "r20-b8", "--limit", "0", "--random"]) == 0
     assert script.main(common) == 0
     given = (tmp_path, tmp_path / "benchmarks", torch.device("cuda"), script.models.build)

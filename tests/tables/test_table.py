@@ -195,7 +195,7 @@ def test_a_record_edited_by_hand_is_refused(results, tmp_path):
     shutil.copytree(results, tmp_path / "copy")
     path = next((tmp_path / "copy" / "records").rglob("*.json"))
     path.write_text(path.read_text().replace('"test_loss": 0.2,', '"test_loss": 0.1,'))
-    done = command("--results", str(tmp_path / "copy"), "table4")
+    done = command(f"machine.results={tmp_path / 'copy'}", "table4")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "was changed after it was written" in done.stderr
@@ -211,7 +211,7 @@ def test_a_record_in_the_place_of_another_is_refused(results, tmp_path):
 
 
 def test_the_command_writes_files(results):
-    done = command("--results", str(results), "table6", "table4")
+    done = command(f"machine.results={results}", "table6", "table4")
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (results / "tables").iterdir()} == {
         *("table4.md", "table4.tex", "table6.md", "table6.tex"),

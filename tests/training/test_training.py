@@ -385,14 +385,14 @@ def test_what_auto_chose_is_kept_for_a_resume(here, left, after, monkeypatch):
     ],
 )
 def test_a_record_names_every_device_that_its_run_has_used(monkeypatch, state, devices):
-    monkeypatch.setattr(trainer.record, "device_name", lambda device: "H100")
+    monkeypatch.setattr(trainer.provenance, "device_name", lambda device: "H100")
     assert trainer.devices_so_far(state, torch.device("cuda")) == devices
 
 
 def test_a_run_that_went_on_elsewhere_names_both_devices(here, left, after, monkeypatch):
     after(3, send("SIGTERM"))
     here()
-    monkeypatch.setattr(trainer.record, "device_name", lambda device: "another CPU")
+    monkeypatch.setattr(trainer.provenance, "device_name", lambda device: "another CPU")
     here()
     first, second = left().record()["device"].split(", then ")
     assert (first[:5], second) == ("cpu: ", "another CPU")

@@ -1,0 +1,71 @@
+"""Runs on a cluster: what Slurm is asked for, and a job that is pre-empted."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_reproduce import wait_until
+
+from mbn.launch import slurm
+from mbn.system.errors import UserError
+
+OPTIONS = ("--launcher", "slurm", "--slurm", "partition=gpu,time=8:00:00,gpus=1,cpus-per-task=4")
+
+
+def test_a_preempted_job_saves_and_goes_on(checkout, write_toy):
+    """In submitit's executor on this machine, which requeues a job as Slurm's does."""
+    import cloudpickle
+    import submitit
+
+    write_toy(checkout.toy, 30)
+    out, _ = checkout.call("toy", "norm=bn", "--seed", "0", "--dry-run", "--jobs", "1")
+    overrides = out.split()[2:]
+    cloudpickle.register_pickle_by_value(slurm)
+    executor = submitit.LocalExecutor(checkout.folder / "jobs")
+    executor.update_parameters(timeout_min=5, signal_delay_s=0)
+    log = checkout.results / "log.txt"
+    job = executor.submit(slurm.Job([sys.executable, str(checkout.folder / "train.py"), *overrides], log))
+    wait_until(checkout.checkpoints)
+    listed = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    (task,) = [line.split()[0] for line in listed if f"submitit.core._submit {checkout.folder}" in line]
+    os.kill(int(task), signal.SIGUSR2)
+    job.result()
+    assert log.read_text().count("stopped.") == 1
+    assert len(checkout.starts()) == 2
+    assert len(checkout.records()) == 1
+
+
+def test_a_job_whose_run_fails_has_failed(tmp_path):
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        slurm.Job(["sh", "-c", "echo no; exit 3"], tmp_path / "log")()
+    assert (tmp_path / "log").read_text() == "no\n"
+
+
+def test_runs_are_handed_to_slurm_as_one_array(checkout, tmp_path, monkeypatch):
+    for name, script in (("srun", "exit 1"), ("sbatch", f"cp $1 {tmp_path}/submitted; echo Submitted batch job 7")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    out, _ = checkout.call("toy", "--seeds", "2", *OPTIONS)
+    assert re.findall(r": job (\S+)", out) == ["7_0", "7_1", "7_2", "7_3"]
+    asked = set((tmp_path / "submitted").read_text().splitlines())
+    wanted = ("partition=gpu", "time=8:00:00", "gpus=1", "cpus-per-task=4", "array=0-3%4")
+    assert {f"#SBATCH --{option}" for option in wanted} <= asked
+
+
+def test_a_cluster_that_is_not_there(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    _, error = checkout.call("toy", *OPTIONS, code=1)
+    assert re.fullmatch("\\d+ runs .*\nerror: Slurm did not take the runs .*\n", error)
+
+
+@pytest.mark.parametrize("text", ["gpu", "a=", "=b", "partition=gpu,"])
+def test_options_for_slurm(text):
+    if text.endswith(","):
+        assert slurm.slurm_options(text) == {"partition": "gpu"}
+    else:
+        with pytest.raises(UserError):
+            slurm.slurm_options(text)
