@@ -22,35 +22,28 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
-from mbn.config import REPOSITORY, Config, ConfigError, cores, load
+from mbn.config import REPOSITORY, Config, cores, load
 from mbn.launch.missing_runs import Estimate, Run, check_settings, duration, runs, work
 from mbn.records.import_records import gather
+from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
 
 RESULTS = REPOSITORY / "results"
 
 
+@entry_point
 def main(arguments: list[str]) -> int:
     own, settings = _split(arguments)
-    try:
-        options = parser().parse_intermixed_args(own)
-        code = _gather(options) if options.source is not None else 0
-        if options.items or options.source is None:
-            code = max(code, reproduce(options, settings))
-        return code
-    except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    except KeyboardInterrupt:  # before anything was started
-        return 130
-    except BrokenPipeError:  # `--dry-run | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    options = parser().parse_intermixed_args(own)
+    code = _gather(options) if options.source is not None else 0
+    if options.items or options.source is None:
+        code = max(code, reproduce(options, settings))
+    return code
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -60,13 +53,6 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 # Options.
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows how it is used.", code=2)
 
 
 def parser() -> Parser:

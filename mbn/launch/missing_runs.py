@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from mbn import grid
-from mbn.config import MODELS, NORMS, Config, ConfigError, iterations, load, run_name, to_dict
+from mbn.config import NETWORKS, Config, ConfigError, iterations, load, run_name, to_dict
+from mbn.methods import METHODS
 from mbn.records import record
 from mbn.system.errors import UserError
 
@@ -114,7 +115,8 @@ def parse_filter(text: str) -> tuple[str, list[Any]]:
 def _known_keys() -> set[str]:
     """Groups that have names, and leaves, of any configuration."""
     keys = set()
-    for config in [*(Config(norm=norm()) for norm in NORMS.values()), *(Config(model=m()) for m in MODELS.values())]:
+    norms = [Config(norm=method.settings()) for method in METHODS.values()]
+    for config in [*norms, *(Config(model=network.settings()) for network in NETWORKS.values())]:
         plain = to_dict(config)
         keys |= {k for k, v in plain.items() if not isinstance(v, dict) or "name" in v}
         keys |= {f"{k}.{leaf}" for k, v in plain.items() if isinstance(v, dict) for leaf in v}
