@@ -5,7 +5,6 @@ import difflib
 import functools
 import itertools
 import typing
-from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -115,7 +114,7 @@ def _check_override(override: Any) -> None:
         )
     if key in groups():
         if value not in options(key):
-            close = _suggestion(str(value), options(key))
+            close = _suggestion(str(value), set(options(key)))
             raise ConfigError(f"{key}={value} does not exist{close}; choose one of {', '.join(options(key))}.")
         return
     if key not in _known_keys():
@@ -143,7 +142,7 @@ def _home(key: str) -> str:
     return " or ".join(f"{group}={option}" for option in homes)
 
 
-def _suggestion(wrong: str, right: Iterable[str]) -> str:
+def _suggestion(wrong: str, right: set[str]) -> str:
     # A key's last part counts too, so that epochs finds schedule.epochs.
     last = {key.rpartition(".")[2]: key for key in sorted(right)}
     tail = difflib.get_close_matches(wrong.rpartition(".")[2], last, n=1, cutoff=0.8)
@@ -183,7 +182,7 @@ def from_dict(plain: dict[str, Any]) -> Config:
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
-        close = _suggestion(key, (known for known, *_ in leaves(schema)))
+        close = _suggestion(key, {known for known, *_ in leaves(schema)})
         raise ConfigError(f"there is no setting {key!r}{close}.") from None
     except OmegaConfBaseException as error:
         raise ConfigError(_wrong_type(schema, error.full_key or str(error.key), plain)) from None

@@ -232,6 +232,9 @@ def test_both_epochs_and_iterations_are_refused():
         (["+seed=3"], ["seed", "without the plus"]),
         (["~seed"], ["seed", "cannot be deleted"]),
         (["~norm"], ["norm"]),
+        (["hydra.verbose=true"], ["hydra.verbose"]),
+        (["++norm=bn"], ["norm=bn"]),
+        (["norm.name=bn"], ["norm.memory"]),
         (["seed"], ["seed", "key=value"]),
         (["norm.lam=[0.1"], ["norm.lam", "key=[1,2]"]),
         (["batch_size=${nothing}"], ["nothing"]),
@@ -417,10 +420,11 @@ def test_help_explains_the_settings_of_the_method_that_is_chosen(name, capsys):
     assert all(f"  # {explanation}\n" in shown for explanation in explanations)
 
 
-def test_cfg_shows_what_the_rest_of_the_command_makes_of_it(capsys):
-    overrides = ["norm=bn", "dataset=digits", "seed=4"]
-    assert train.main(["--cfg", "job", *overrides]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == to_dict(load(overrides))
+@pytest.mark.parametrize("order", ["--cfg job {}", "-c {}", "{} --cfg job"])
+def test_cfg_shows_what_the_rest_of_the_command_makes_of_it(order, capsys):
+    overrides = "norm=bn dataset=digits seed=4"
+    assert train.main(order.format(overrides).split()) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == to_dict(load(overrides.split()))
 
 
 def test_a_sweep_is_all_combinations_in_order():
