@@ -1,5 +1,4 @@
-"""What a network is handed: a triple of constructors (conv, norm, act), one function per `norm=` option,
-to which `mbn.methods` leads.
+"""What a network is handed: a triple of constructors (conv, norm, act), one function per entry of `mbn.methods`.
 
 It is a triple because normalisation propagation rescales filters before, and the ReLU after, and has nothing to put
 where the others have `norm(channels)`.
