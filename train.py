@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Train one network: `python train.py dataset=cifar10 model=resnet56 norm=mbn` is the paper's run."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,56 +10,48 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mbn import config as configuration
+from mbn.methods import METHODS
 from mbn.system import signals
+from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
-from mbn.system.files import cannot_write, is_full
 
-HELP = """Train one network and write its record.
+DESCRIPTION = """Train one network and write its record.
 
   python train.py dataset=cifar10 model=resnet56 norm=mbn     the paper's run
   python train.py experiment=quickstart                       two minutes on a CPU, no download
   python train.py -m norm=bn,mbn seed=0,1,2                   a sweep, one run after another
   python train.py -m seed=0,1,2,3 machine.together=4          on a GPU: four at a time
 
-The same command again resumes an unfinished run, and shows the result of a finished one.
-
-Options: --help; --cfg job prints the resolved configuration; -m sweeps over a,b,c and range(0,3).
-
-Choices:
-{choices}
-Settings (key=value; the defaults, or what the rest of this command makes of them):
-{settings}"""
+The same command again resumes an unfinished run, and shows the result of a finished one."""
 
 
+@entry_point
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done, 1 a failed run, 2 a configuration error, 75 stopped by a signal and to be resumed, 76 held by
     another process, 130 Ctrl-C."""
-    flags = [a for a in arguments if a.startswith("-")]
-    overrides = [a for a in arguments if not a.startswith("-")]
-    try:
-        if flags and flags[0] in ("-h", "--help"):
-            print(HELP.format(choices=choices(), settings=settings(overrides)))
-        elif flags and flags[0] in ("-c", "--cfg"):
-            print(settings([o for o in overrides if o not in ("job", "all", "hydra")]))
-        elif flags and flags[0] in ("-m", "--multirun"):
-            with signals.Exit():
+    p = Parser(
+        prog="train.py",
+        description=DESCRIPTION,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings; what they can be stands below")
+    p.add_argument("-h", "--help", action="store_true", help="show this, with what the rest of the command sets")
+    p.add_argument("-c", "--cfg", action="store_true", help="--cfg job: print the configuration and train nothing")
+    p.add_argument("-m", "--multirun", action="store_true", help="a sweep over a,b,c and range(0,3)")
+    options = p.parse_intermixed_args(arguments)
+    overrides = options.overrides
+    if options.help:
+        p.epilog = f"choices:\n{choices()}\nsettings:\n{configuration.explained(configuration.compose(overrides))}"
+        p.print_help()
+    elif options.cfg:
+        composed = configuration.compose([o for o in overrides if o not in ("job", "all", "hydra")])
+        print(configuration.to_yaml(configuration.resolved(composed)))
+    else:
+        with signals.Exit():
+            if options.multirun:
                 return sweep(overrides)
-        elif flags:
-            raise configuration.ConfigError(f"there is no option {flags[0]}: `python train.py --help` lists them.")
-        else:
-            with signals.Exit():
-                run(configuration.load(overrides))
-    except (configuration.ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    except OSError as error:
-        if not is_full(error):
-            raise
-        print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # before training answers to signals itself
-        print("error: stopped before training began.", file=sys.stderr)
-        return 130
+            run(configuration.load(overrides))
     return 0
 
 
@@ -78,13 +71,13 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
     if path.exists() and not config.machine.again:
         result = record.read(path)
         if config.evaluate.precise and result["test_error_precise"] is None:
-            if config.norm.name in ("bn", "brn", "mbn"):
+            if METHODS[config.norm.name].statistics:
                 from mbn.training.run import add_precise_error
 
                 result = add_precise_error(config, build, stop)
             else:
                 print(f"warning: norm={config.norm.name} has no statistics to take anew.", file=sys.stderr)
-        print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it anew.")
+        print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it again.")
     else:
         from mbn.training.run import train
 
@@ -146,13 +139,6 @@ def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) 
 
 def choices() -> str:
     return "".join(f"  {group}={'|'.join(configuration.options(group))}\n" for group in configuration.groups())
-
-
-def settings(overrides: list[str]) -> str:
-    """The composed configuration, one line a setting."""
-    from omegaconf import OmegaConf
-
-    return configuration.to_yaml(OmegaConf.to_container(configuration.compose(overrides), resolve=True))
 
 
 if __name__ == "__main__":

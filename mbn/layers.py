@@ -1,21 +1,23 @@
-"""What a network is handed: a triple of constructors (conv, norm, act), one function per `norm=` option.
+"""What a network is handed: a triple of constructors (conv, norm, act), one function per entry of `mbn.methods`.
 
 It is a triple because normalisation propagation rescales filters before, and the ReLU after, and has nothing to put
 where the others have `norm(channels)`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 from torch import nn
 
 from mbn.config import Config
+from mbn.methods import METHODS
 from mbn.norm.batch import BatchNorm2d
 from mbn.norm.memorized import MemorizedBatchNorm2d
 from mbn.norm.propagation import StandardReLU, UnitConv2d
 from mbn.norm.renorm import BatchRenorm2d
+from mbn.system.settings import leaves
 
 
 class Layers(NamedTuple):
@@ -27,13 +29,14 @@ class Layers(NamedTuple):
 
 
 def from_config(config: Config) -> Layers:
-    """The layers of `norm=`, with its settings; lambda starts at the schedule's first value."""
-    settings = dataclasses.asdict(config.norm)
-    name = settings.pop("name")
-    if "lam" in settings:
-        settings["lam"] = settings["lam"][0]
-    options: dict[str, Callable[..., Layers]] = {"bn": bn, "mbn": mbn, "brn": brn, "normprop": normprop, "gn": gn}
-    return options[name](config.forwards, **settings)
+    """The layers of `norm=`, with its settings; those with a value for each stage start at the first."""
+    settings = {
+        key: value[0] if field.metadata.get("staged") else value
+        for key, field, value in leaves(config.norm)
+        if key != "name"
+    }
+    layers: Layers = resolve_name(METHODS[config.norm.name].layers)(config.forwards, **settings)
+    return layers
 
 
 def bn(forwards: int, eps: float = 1e-5, momentum: float = 0.1) -> Layers:

@@ -1,5 +1,5 @@
 """The networks of the paper. They import torch only and are handed their layers: see `build`."""
 
-from .build import CIFAR, IMAGENET, build
+from .build import build
 
-__all__ = ["CIFAR", "IMAGENET", "build"]
+__all__ = ["build"]

@@ -1,34 +1,19 @@
-"""Names to networks."""
+"""From a network's name in this package to the network."""
 
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from . import nin, resnet_cifar, resnet_imagenet, vgg
 
-# `model=vgg16` is two architectures, by the size of the data set's images.
-CIFAR: dict[str, Callable[..., nn.Module]] = {
-    "resnet20": resnet_cifar.resnet20,
-    "resnet56": resnet_cifar.resnet56,
-    "vgg16": vgg.vgg16_cifar,
-    "nin": nin.nin,
-}
-IMAGENET: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": resnet_imagenet.resnet18,
-    "resnet34": resnet_imagenet.resnet34,
-    "resnet50": resnet_imagenet.resnet50,
-    "vgg16": vgg.vgg16_imagenet,
-}
+def build(builder: str, layers: Any, classes: int, **settings: Any) -> nn.Module:
+    """Build a network with that many classes.
 
-
-def build(name: str, image_size: int, layers: Any, classes: int, **settings: Any) -> nn.Module:
-    """Build the network `name` for images of image_size x image_size pixels and that many classes.
-
-    layers: a triple (conv, norm, act) of constructors: conv(in_channels, out_channels, kernel_size, stride=, padding=,
-    bias=), norm(channels), act(). No network names a convolution, a normalisation or an activation of its own.
-    settings: the network's own, such as dropout for nin. Input (N, 3, H, W), output (N, classes).
-
-    Errors: KeyError for a network that does not exist at this image size.
+    builder: its function in this package, such as "nin.nin". layers: a triple (conv, norm, act) of constructors:
+    conv(in_channels, out_channels, kernel_size, stride=, padding=, bias=), norm(channels), act(). No network names a
+    convolution, a normalisation or an activation of its own. settings: the network's own, such as dropout for nin.
+    Input (N, 3, H, W), output (N, classes).
     """
-    return (CIFAR if image_size <= 64 else IMAGENET)[name](layers, classes, **settings)
+    module, _, function = builder.partition(".")
+    network: nn.Module = getattr(import_module(f".{module}", __package__), function)(layers, classes, **settings)
+    return network

@@ -28,18 +28,19 @@ import models
 from mbn.benchmark import cpu as benchmark
 from mbn.benchmark import cuda as benchmark_cuda
 from mbn.benchmark.cpu import BASE, PLAIN, Arm, Case, Result
-from mbn.config import ConfigError, cores
+from mbn.config import cores
 from mbn.config.folders import data_and_results
 from mbn.records import provenance
+from mbn.system.command_line import entry_point
 from mbn.system.cuda_graph import own_stream
-from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
 COMPILED = Arm("bn", mode="compile")
 ROUNDS = 12
 
 
-def main(arguments: list[str]) -> int:
+@entry_point
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Milliseconds an iteration of every arm, interleaved round by round, and their ratios."
     )
@@ -62,31 +63,26 @@ def main(arguments: list[str]) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda" and (options.limit is not None or options.only or options.skip or options.random):
         parser.error(f"--limit, --only, --skip and --random are for CUDA, not for {device.type}")
-    try:
-        data, results = data_and_results(options.settings)
-        if options.quick:
-            benchmark_cuda.prepare(device)
-            case = Case("resnet20", 128, cores())
-            with own_stream(device):
-                result = benchmark.measure(case, benchmark.arms(quick=True), data, device, models.build, 3, say)
-            print(benchmark.table(result))
-        elif device.type == "cuda":
-            benchmark_cuda.run(
-                data,
-                results / "benchmarks",
-                device,
-                models.build,
-                limit=300.0 if options.limit is None else options.limit,
-                only=(options.only or "*").split(","),
-                skip=(options.skip or "").split(","),
-                random=options.random,
-            )
-        else:
-            run(data, results / "benchmarks", device)
-    except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    return 0
+    data, results = data_and_results(options.settings)
+    if options.quick:
+        benchmark_cuda.prepare(device)
+        case = Case("resnet20", 128, cores())
+        with own_stream(device):
+            result = benchmark.measure(case, benchmark.arms(quick=True), data, device, models.build, 3, say)
+        print(benchmark.table(result))
+    elif device.type == "cuda":
+        benchmark_cuda.run(
+            data,
+            results / "benchmarks",
+            device,
+            models.build,
+            limit=300.0 if options.limit is None else options.limit,
+            only=(options.only or "*").split(","),
+            skip=(options.skip or "").split(","),
+            random=options.random,
+        )
+    else:
+        run(data, results / "benchmarks", device)
 
 
 def say(text: str) -> None:

@@ -44,6 +44,7 @@ from mbn.norm.memorized import MemorizedBatchNorm2d, set_lambda
 from mbn.norm.renorm import BatchRenorm2d, set_renorm
 from mbn.records import provenance
 from mbn.system import cuda_graph
+from mbn.system.command_line import entry_point
 from mbn.system.cuda_graph import own_stream
 from mbn.system.files import write_atomically
 from mbn.training.iteration import WINDOW, Update
@@ -89,7 +90,7 @@ class Scale:
     seconds: float = 0.7
 
 
-FULL = Scale({name: partial(models.build, name, 32, classes=10) for name in ("resnet20", "resnet56")})
+FULL = Scale({name: partial(models.build, f"resnet_cifar.{name}", classes=10) for name in ("resnet20", "resnet56")})
 
 
 class TimeUp(BaseException):
@@ -574,6 +575,7 @@ def run_step(name: str, seconds: float, device: torch.device, scale: Scale) -> S
     return step
 
 
+@entry_point
 def main(arguments: list[str], scale: Scale = FULL) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; default: cuda")

@@ -17,10 +17,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import config as configuration
+from mbn.system.command_line import entry_point
 from mbn.system.errors import UserError
 
 
-def main(arguments: list[str]) -> int:
+@entry_point
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Loss, top-1 and top-5 error of a checkpoint of ours or a state_dict file on a test set."
     )
@@ -40,12 +42,7 @@ def main(arguments: list[str]) -> int:
         "is what does not generalise",
     )
     options = parser.parse_intermixed_args(arguments)
-    try:
-        run(options.weights, options.overrides, options.export, options.train)
-    except (configuration.ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    return 0
+    run(options.weights, options.overrides, options.export, options.train)
 
 
 def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> None:

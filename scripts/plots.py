@@ -11,13 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mbn.config import ConfigError
 from mbn.config.folders import results_to_read
-from mbn.system.errors import UserError
+from mbn.system.command_line import entry_point
 from mbn.tables import page
 
 
-def main(arguments: list[str]) -> int:
+@entry_point
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Draw results/figures from results/records: Figures 1 to 3 of the paper, error against batch size, "
         "and the statistics gap over time. Figures without any data are not written."
@@ -28,12 +28,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.scale <= 0 or options.seeds < 1:
         parser.error("--scale must be above 0 and --seeds at least 1")
-    try:
-        run(results_to_read(options.settings), options.scale, options.seeds)
-    except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    return 0
+    run(results_to_read(options.settings), options.scale, options.seeds)
 
 
 def run(results: Path, scale: float, seeds: int) -> None:

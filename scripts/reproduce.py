@@ -23,49 +23,35 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
-from mbn.config import REPOSITORY, Config, ConfigError, cores, load
+from mbn.config import REPOSITORY, Config, cores, load
 from mbn.launch.estimate import Estimate, duration
 from mbn.launch.missing_runs import Run, runs
 from mbn.records.import_records import gather
+from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
 
 # What belongs to the machine, and to no run's identity.
 SETTINGS = ("machine.", "evaluate.")
 
 
+@entry_point
 def main(arguments: list[str]) -> int:
-    try:
-        options = parser().parse_intermixed_args(arguments)
-        settings = [item for item in options.items if item.lstrip("+").startswith(SETTINGS)]
-        items = [item for item in options.items if item not in settings]
-        config = common(settings)
-        code = import_records(options, Path(config.machine.results)) if options.source is not None else 0
-        if items or options.source is None:
-            code = max(code, reproduce(items, settings, config, options))
-        return code
-    except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    except KeyboardInterrupt:  # before anything was started
-        return 130
-    except BrokenPipeError:  # `--dry-run | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    options = parser().parse_intermixed_args(arguments)
+    settings = [item for item in options.items if item.lstrip("+").startswith(SETTINGS)]
+    items = [item for item in options.items if item not in settings]
+    config = common(settings)
+    code = import_records(options, Path(config.machine.results)) if options.source is not None else 0
+    if items or options.source is None:
+        code = max(code, reproduce(items, settings, config, options))
+    return code
 
 
 # Options.
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows how it is used.", code=2)
 
 
 def parser() -> Parser:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mbn.config import REPOSITORY, ConfigError
+from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
-from mbn.system.errors import UserError
+from mbn.system.command_line import entry_point
 from mbn.system.files import write_atomically
 from mbn.tables import page as table
 
@@ -23,7 +23,8 @@ README = REPOSITORY / "README.md"
 EVIDENCE = RESULTS / "README.md"
 
 
-def main(arguments: list[str]) -> int:
+@entry_point
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Write results/tables from results/records: markdown, LaTeX (booktabs) and one CSV of all cells; "
         "with all tables and the default results also the parts of README.md and results/README.md between markers."
@@ -39,13 +40,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.scale <= 0 or options.seeds < 1:
         parser.error("--scale must be above 0 and --seeds at least 1")
-    try:
-        results = results_to_read([item for item in options.items if "=" in item])
-        run([item for item in options.items if "=" not in item], results, options.seeds, options.scale)
-    except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    return 0
+    results = results_to_read([item for item in options.items if "=" in item])
+    run([item for item in options.items if "=" not in item], results, options.seeds, options.scale)
 
 
 def run(names: list[str], results: Path, seeds: int, scale: float) -> None:

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from mbn import config as configuration
 from mbn.data import datasets, in_memory
 from mbn.layers import Layers, from_config
+from mbn.methods import METHODS
 from mbn.norm.memorized import set_lambda
 from mbn.training.iteration import WINDOW, Update, autocast
 
@@ -71,7 +72,7 @@ BASE = Arm("bn")
 
 def arms(quick: bool) -> list[Arm]:
     """Every arm of a case; quick ones need no compiler."""
-    eager = [Arm(n, f) for n in ("bn", "brn", "mbn") for f in (1, 2)] + [Arm("gn")]
+    eager = [Arm(n, f) for n, method in METHODS.items() if method.statistics for f in (1, 2)] + [Arm("gn")]
     if quick:
         return [*eager, PLAIN]
     more = [Arm("mbn", 2, gradient="batch"), Arm("bn", evaluates=True), Arm("mbn", evaluates=True)]

@@ -1,15 +1,29 @@
-"""From a command line to a checked Config, by way of Hydra. Does not import torch."""
+"""From a command line to a checked Config, through Hydra. Does not import torch."""
 
 import dataclasses
 import difflib
+import functools
 import itertools
-from collections.abc import Iterator
+import typing
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mbn.config.schema import CONFIGS, MODELS, NORMS, REPOSITORY, Config, ConfigError, check
+from mbn.config.registry import DATASETS, NETWORKS
+from mbn.config.run_identity import to_yaml
+from mbn.config.schema import CONFIGS, REPOSITORY, Config, check
+from mbn.methods import METHODS
+from mbn.system.errors import ConfigError
+from mbn.system.settings import leaves
+
+# The groups whose options have an entry in a registry, and the file in which it stands.
+REGISTRIES: dict[str, tuple[dict[str, Any], str]] = {
+    "dataset": (DATASETS, "mbn/config/registry.py"),
+    "model": (NETWORKS, "mbn/config/registry.py"),
+    "norm": (METHODS, "mbn/methods.py"),
+}
+
 
 # From the command line to a checked Config.
 
@@ -58,34 +72,27 @@ def compose(overrides: list[str]) -> DictConfig:
     import hydra
     from hydra.errors import HydraException
 
-    register_resolvers()
+    OmegaConf.register_new_resolver("repository", lambda path: str(REPOSITORY / path), replace=True)
+    OmegaConf.register_new_resolver("schedule_of", _schedule_of, replace=True)
+    parsed = [o for o in _parse(overrides) if (o.key_or_group, o.value()) != ("experiment", None)]
+    for override in parsed:
+        _check_override(override)
+    # What is forced to be added is there already.
+    forced = [o.is_force_add() and o.key_or_group not in groups() for o in parsed]
+    lines = [o.input_line.lstrip("+") if force else o.input_line for o, force in zip(parsed, forced, strict=True)]
     try:
-        parsed = [o for o in _parse(overrides) if (o.key_or_group, o.value()) != ("experiment", None)]
-        for override in parsed:
-            if override.is_sweep_override():
-                raise ConfigError(
-                    f"{override.input_line}: one value is wanted here; several are a sweep, `python train.py -m "
-                    f"{override.input_line}`, or a list in brackets."
-                )
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            chosen = [o for o in parsed if _is_group(o.key_or_group)]
-            for override in chosen:
-                _check_option(override.key_or_group, override.value())
-            bare = hydra.compose("config", overrides=[str(o.input_line) for o in chosen])
-            known = set(_keys(bare))
-            for override in parsed:
-                if not _is_group(override.key_or_group):
-                    _check_key(override, known)
-            if len(chosen) == len(parsed):
-                return bare
-            return hydra.compose("config", overrides=[str(o.input_line) for o in parsed])
+            return hydra.compose("config", overrides=lines)
     except (HydraException, OmegaConfBaseException) as error:
+        for key in (o.key_or_group for o in parsed):
+            if f"'{key}'" in str(error) and (home := _home(key)):
+                raise ConfigError(f"{key} is not a setting here: it belongs to {home}.") from None
         raise ConfigError(_one_sentence(error)) from None
 
 
-def register_resolvers() -> None:
-    """`${repository:data}` is the folder data beside train.py: defaults stand there wherever the command is typed."""
-    OmegaConf.register_new_resolver("repository", lambda path: str(REPOSITORY / path), replace=True)
+def _schedule_of(dataset: str) -> str:
+    """The data set's schedule: the paper's where it has none of its own."""
+    return dataset if dataset in options("schedule") else "paper"
 
 
 def options(group: str) -> list[str]:
@@ -97,58 +104,50 @@ def groups() -> list[str]:
     return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 
 
-def _is_group(key: str) -> bool:
-    return key in groups()
-
-
-def _check_option(group: str, value: Any) -> None:
-    if value is None and group == "experiment":
-        return
-    if value not in options(group):
-        close = _suggestion(str(value), options(group))
-        raise ConfigError(f"{group}={value} does not exist{close}; choose one of {', '.join(options(group))}.")
-
-
-def _check_key(override: Any, known: set[str]) -> None:
-    key = override.key_or_group
-    if key not in known:
-        home = _home(key)
-        if home:
-            raise ConfigError(f"{key} is not a setting here: it belongs to {home}.")
+def _check_override(override: Any) -> None:
+    """Errors: ConfigError for one that no configuration would take."""
+    key, value, line = override.key_or_group, override.value(), override.input_line
+    if override.is_sweep_override():
         raise ConfigError(
-            f"there is no setting {key!r}{_suggestion(key, known | set(groups()))}; `python train.py --cfg job` shows "
-            "them all."
+            f"{line}: one value is wanted here; several are a sweep, `python train.py -m {line}`, or a list in "
+            "brackets."
         )
+    if key in groups():
+        if value not in options(key):
+            close = _suggestion(str(value), set(options(key)))
+            raise ConfigError(f"{key}={value} does not exist{close}; choose one of {', '.join(options(key))}.")
+        return
+    if key not in _known_keys():
+        close = _suggestion(key, {*_known_keys(), *groups()})
+        raise ConfigError(f"there is no setting {key!r}{close}; `python train.py --help` lists them all.")
     if override.is_delete():
         raise ConfigError(f"{key} cannot be deleted: leave it out of the command for its default.")
     if override.is_add() and not override.is_force_add():
-        raise ConfigError(f"{key} exists already: write {override.input_line.lstrip('+')} without the plus sign.")
+        raise ConfigError(f"{key} exists already: write {line.lstrip('+')} without the plus sign.")
+
+
+@functools.cache
+def _known_keys() -> set[str]:
+    """The keys of every setting and group, whatever the network and the method."""
+    schemas = [Config(norm=method.settings()) for method in METHODS.values()]
+    schemas += [Config(model=network.settings()) for network in NETWORKS.values()]
+    return {key for schema in schemas for key, *_ in leaves(schema)}
 
 
 def _home(key: str) -> str:
     """The options of a group whose files have the nested key, as 'norm=mbn or norm=brn'."""
-    group, _, rest = key.partition(".")
-    if group not in ("model", "norm") or not rest:
-        return ""
-    table = NORMS if group == "norm" else MODELS
-    return " or ".join(
-        f"{group}={name}" for name, cls in table.items() if rest in {f.name for f in dataclasses.fields(cls)}
-    )
+    group, _, name = key.partition(".")
+    table, _ = REGISTRIES[group] if group in ("model", "norm") else ({}, "")
+    homes = (option for option, entry in table.items() if name in {f.name for f in dataclasses.fields(entry.settings)})
+    return " or ".join(f"{group}={option}" for option in homes)
 
 
-def _suggestion(wrong: str, right: Any) -> str:
+def _suggestion(wrong: str, right: set[str]) -> str:
     # A key's last part counts too, so that epochs finds schedule.epochs.
     last = {key.rpartition(".")[2]: key for key in sorted(right)}
     tail = difflib.get_close_matches(wrong.rpartition(".")[2], last, n=1, cutoff=0.8)
     close = difflib.get_close_matches(wrong, sorted(right), n=1, cutoff=0.6) or [last[t] for t in tail]
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in config:
-        yield prefix + str(key)
-        if OmegaConf.is_dict(config._get_node(key)):
-            yield from _keys(config[key], f"{prefix}{key!s}.")
 
 
 def _one_sentence(error: Exception) -> str:
@@ -157,25 +156,24 @@ def _one_sentence(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def checked(composed: DictConfig) -> Config:
-    """Merge a composed configuration into the schema and check every value. Errors: ConfigError."""
+def resolved(composed: DictConfig) -> dict[str, Any]:
+    """A composed configuration as nested dictionaries. Errors: ConfigError."""
     try:
         plain = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_sentence(error)) from None
     assert isinstance(plain, dict)
-    return from_dict({str(key): value for key, value in plain.items()})
+    return {str(key): value for key, value in plain.items()}
+
+
+def checked(composed: DictConfig) -> Config:
+    """Merge a composed configuration into the schema and check every value. Errors: ConfigError."""
+    return from_dict(resolved(composed))
 
 
 def from_dict(plain: dict[str, Any]) -> Config:
     """The checked Config of nested dictionaries, such as a record holds. Errors: ConfigError."""
-    for f in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(f.type) and not isinstance(plain.get(f.name, {}), dict):
-            raise ConfigError(f"{f.name} must be a group of settings, not {plain[f.name]!r}.")
-    schema = Config(
-        model=_schema_of(plain, "model", MODELS)(),
-        norm=_schema_of(plain, "norm", NORMS)(),
-    )
+    schema = _schema_of(plain)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -184,47 +182,58 @@ def from_dict(plain: dict[str, Any]) -> Config:
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
-        known = set(_keys(OmegaConf.structured(schema)))
-        raise ConfigError(f"there is no setting {key!r}{_suggestion(key, known)}.") from None
-    except (ValidationError, OmegaConfBaseException) as error:
-        key = error.full_key or str(error.key)
-        raise ConfigError(_wrong_type(schema, key, plain)) from None
+        close = _suggestion(key, {known for known, *_ in leaves(schema)})
+        raise ConfigError(f"there is no setting {key!r}{close}.") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(_wrong_type(schema, error.full_key or str(error.key), plain)) from None
     assert isinstance(config, Config)
     check(config)
     return config
 
 
-def _schema_of(plain: dict[str, Any], group: str, table: dict[str, Any]) -> Any:
-    section = plain.get(group)
-    name = section.get("name") if isinstance(section, dict) else section
-    if not isinstance(section, dict) or name not in table:
-        raise ConfigError(f"{group}={name} does not exist; choose one of {', '.join(sorted(table))}.")
-    return table[name]
+def explained(composed: DictConfig) -> str:
+    """The settings as YAML, each with its line of explanation."""
+    settings = resolved(composed)
+    explanations = {key: spec.metadata["explanation"] for key, spec, _ in leaves(_schema_of(settings))}
+    lines, group = [], ""
+    for line in to_yaml(settings).splitlines():
+        key = line.partition(":")[0]
+        group = group if key.startswith(" ") else key
+        explanation = explanations.get(key if key == group else f"{group}.{key.strip()}")
+        lines.append(f"{line:<34}  # {explanation}" if explanation else line)
+    return "\n".join(lines)
 
 
-_TYPE_NAMES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a text",
-    "int | None": "a whole number or null",
-    "list[float]": "a list of numbers such as [0.1,0.5]",
+def _schema_of(plain: dict[str, Any]) -> Config:
+    """The schema with the settings of the network and the method that nested dictionaries name. Errors: ConfigError."""
+    for f in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(f.type) and not isinstance(plain.get(f.name, {}), dict):
+            raise ConfigError(f"{f.name} must be a group of settings, not {plain[f.name]!r}.")
+    for group, (table, home) in REGISTRIES.items():
+        name = plain.get(group, {}).get("name")
+        if name not in table and name in options(group):
+            raise ConfigError(f"configs/{group}/{name}.yaml is there, but {home} lacks it: add an entry.")
+        if name not in table and group != "dataset":
+            raise ConfigError(f"{group}={name} does not exist; choose one of {', '.join(sorted(table))}.")
+    return Config(model=NETWORKS[plain["model"]["name"]].settings(), norm=METHODS[plain["norm"]["name"]].settings())
+
+
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    int | None: "a whole number or null",
+    list[float]: "a list of numbers such as [0.1,0.5]",
 }
 
 
 def _wrong_type(schema: Config, key: str, plain: dict[str, Any]) -> str:
     """'batch_size must be a whole number, not 'abc'.' for the key at which the schema refused a value."""
-    key = key.split("[")[0]
+    *parents, last = key.split("[")[0].split(".")
     node: Any = schema
     value: Any = plain
-    hint = ""
-    for part in key.split("."):
-        fields = {f.name: f for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
-        if part in fields:
-            declared = fields[part].type
-            hint = declared if isinstance(declared, str) else getattr(declared, "__name__", "")
-            hint = str(declared) if hint in ("list", "") or "|" in str(declared) else hint
-        node = getattr(node, part, None)
-        value = value.get(part) if isinstance(value, dict) else None
-    wanted = _TYPE_NAMES.get(hint, "a group of settings")
-    return f"{key} must be {wanted}, not {value!r}."
+    for part in parents:
+        node, value = getattr(node, part), value[part]
+    wanted = _TYPE_NAMES[typing.get_type_hints(type(node))[last]]
+    return f"{'.'.join([*parents, last])} must be {wanted}, not {value[last]!r}."

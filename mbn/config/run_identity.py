@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mbn.config.registry import NETWORKS
 from mbn.config.schema import Config
 
 # Length, identity, name.
@@ -36,9 +37,10 @@ def cores() -> int:
 
 
 def network(config: Config) -> dict[str, Any]:
-    """What `models.build` is told beside the layers."""
+    """What `models.build` needs beside the layers."""
     settings = dataclasses.asdict(config.model)
-    return settings | {"image_size": config.dataset.image_size, "classes": config.dataset.classes}
+    builder = NETWORKS[settings.pop("name")].builder(config.dataset.image_size)
+    return settings | {"builder": builder, "classes": config.dataset.classes}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

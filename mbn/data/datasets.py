@@ -2,11 +2,12 @@
 
 import tarfile
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import torch
 
-from mbn.config import Config
+from mbn.config import DATASETS, Config
 from mbn.data.download import download, md5
 from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_numbers
 from mbn.system.errors import UserError
@@ -18,11 +19,11 @@ def load(config: Config, device: torch.device) -> Data:
     Errors: UserError where files are missing and cannot be fetched, damaged, or not as many as configured.
     """
     dataset, folder = config.dataset, Path(config.machine.data)
-    if dataset.name == "imagenet":
-        from mbn.data.image_folder import ImageFolders
-
-        return ImageFolders(dataset, folder, config.seed, device, config.machine.workers)
-    arrays = load_digits() if dataset.name == "digits" else load_cifar(dataset.name, folder)
+    source = DATASETS[dataset.name]
+    if source.streamed:
+        opened: Data = resolve_name(source.path)(dataset, folder, config.seed, device, config.machine.workers)
+        return opened
+    arrays: Arrays = resolve_name(source.path)(folder)
     check_numbers(
         dataset,
         train_images=len(arrays.train_labels),
@@ -30,6 +31,18 @@ def load(config: Config, device: torch.device) -> Data:
         classes=int(arrays.train_labels.max()) + 1,
     )
     return DeviceDataset(arrays, dataset, config.seed, device)
+
+
+def digits(folder: Path) -> Arrays:
+    return load_digits()
+
+
+def cifar10(folder: Path) -> Arrays:
+    return load_cifar("cifar10", folder)
+
+
+def cifar100(folder: Path) -> Arrays:
+    return load_cifar("cifar100", folder)
 
 
 def load_digits() -> Arrays:

@@ -13,7 +13,7 @@ from typing import IO, Any, TextIO
 
 import torch
 
-from mbn.config import Config, Dropout
+from mbn.config import DATASETS, Config, Dropout
 from mbn.data import datasets, in_memory
 from mbn.launch.missing_runs import Run
 from mbn.launch.pool import Child
@@ -33,7 +33,7 @@ SWITCH = 0.0005
 def fits(config: Config) -> bool:
     """Whether a run can be a lane: dropout draws from the process's generator, and loaders fork the process."""
     dropout = isinstance(config.model, Dropout) and config.model.dropout > 0
-    return not dropout and config.dataset.name != "imagenet"
+    return not dropout and not DATASETS[config.dataset.name].streamed
 
 
 def check_alike(configs: list[Config]) -> None:

@@ -14,24 +14,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mbn import grid
-from mbn.config import MBN
 from mbn.grid import Cell
+from mbn.methods import MBN, METHODS
 from mbn.system.files import write_atomically
 from mbn.tables import claims
 from mbn.tables.page import BATCH_SIZES, Measured, Records, file_name
 
 # Width of one column of a two-column paper, in inches; and of both.
 COLUMN, PAGE = 3.3, 6.9
-# Colours that the colour-blind tell apart: Okabe and Ito 2008. Shape of the markers and lines says the same again.
-COLOURS = {"bn": "#D55E00", "brn": "#009E73", "mbn": "#0072B2", "gn": "#CC79A7", "normprop": "#E69F00"}
-MARKERS = {"bn": "s", "brn": "^", "mbn": "o", "gn": "D", "normprop": "v"}
-NAMES = {"bn": "BN", "brn": "BRN", "mbn": "MBN", "gn": "GN", "normprop": "NormProp"}
 NETWORK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 NETWORK_MARKERS = ("o", "s", "^", "D")
 # MBN with gradient="batch".
 BATCH_COLOUR, BATCH_MARKER = "#56B4E9", "P"
-# Methods without statistics of batches have one forward only: no number is shown for them.
-WITHOUT_FORWARDS = ("gn", "normprop")
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
     "font.size": 8,
@@ -80,13 +74,13 @@ class Look:
 def look(cell: Cell) -> Look:
     """Colour and marker say the method; solid and filled mean two forwards, dashed and hollow one."""
     config = cell.config(0)
-    method, two = config.norm.name, config.forwards == 2
-    if method in WITHOUT_FORWARDS:
-        return Look(NAMES[method], COLOURS[method], MARKERS[method], ":")
-    label = f"{NAMES[method]}-{config.forwards}"
+    method, two = METHODS[config.norm.name], config.forwards == 2
+    if not method.statistics:  # one forward only: no number is shown
+        return Look(method.label, method.colour, method.marker, ":")
+    label = f"{method.label}-{config.forwards}"
     if isinstance(config.norm, MBN) and config.norm.gradient == "batch":
         return Look(f"{label}, gradient batch", BATCH_COLOUR, BATCH_MARKER, "-" if two else "--", two)
-    return Look(label, COLOURS[method], MARKERS[method], "-" if two else "--", two)
+    return Look(label, method.colour, method.marker, "-" if two else "--", two)
 
 
 def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figure | None]:
@@ -149,11 +143,11 @@ def figure2(measured: Measured) -> Figure | None:
         lines = []
         for column in measured.grid.columns:
             cell = measured.grid.cell(row, column)
-            method = cell.config(0).norm.name
-            line = "-" if method == "mbn" else "--"
-            for key, width, marker in (("train_error", 0.7, ""), ("test_error", 1.8, MARKERS[method])):
+            method = METHODS[cell.config(0).norm.name]
+            line = "-" if method is METHODS["mbn"] else "--"
+            for key, width, marker in (("train_error", 0.7, ""), ("test_error", 1.8, method.marker)):
                 kind = "training" if key == "train_error" else "test"
-                style = Look(f"{NAMES[method]}, {kind}", COLOURS[method], marker, line, width=width)
+                style = Look(f"{method.label}, {kind}", method.colour, marker, line, width=width)
                 lines.append((style, _curve(measured, cell, key)))
         anything |= _plot(panel, lines)
         _limit(panel, [points for _, points in lines], zero=True)

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mbn.config import MBN, Config, distinction, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
+from mbn.config import Config, distinction, iterations, iterations_per_epoch, run_name, to_dict, to_yaml
 from mbn.data.datasets import load
 from mbn.data.in_memory import Batch, Data
 from mbn.layers import Layers, from_config
 from mbn.measure.precise_bn import set_precise_statistics
 from mbn.measure.statistics_gap import Statistics, draws, epoch_statistics, training_statistics
 from mbn.measure.test_error import Measured, batch_size_for, evaluate
+from mbn.methods import METHODS
 from mbn.norm.base import norm_layers
-from mbn.norm.memorized import set_lambda
-from mbn.norm.renorm import set_renorm
 from mbn.records import provenance, record
 from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import one_at_a_time, own_stream
@@ -34,7 +33,7 @@ from mbn.training import checkpoint
 from mbn.training.execution import GRAPHS, choose_mode
 from mbn.training.iteration import WINDOW, Update, autocast
 from mbn.training.journal import Journal
-from mbn.training.schedule import renorm_bounds, value_at
+from mbn.training.schedule import value_at
 
 # What a run's folder holds that is written atomically.
 WRITTEN = ("checkpoint.pt", "metrics.jsonl", "config.yaml")
@@ -156,6 +155,8 @@ class Run:
                 f"warning: norm={config.norm.name} has no batch statistics: the second forward is skipped.",
                 file=sys.stderr,
             )
+        self.change = METHODS[config.norm.name].change
+        self.changed_to: tuple[float, ...] = ()
         self.iteration = 0
         self.saved = 0
         self.seconds = 0.0
@@ -308,22 +309,17 @@ class Run:
             return training_statistics(self.model, images)
 
     def set_schedule(self, iteration: int) -> None:
-        """Put learning rate and lambda to their values for this 0-based iteration."""
-        schedule, norm = self.config.schedule, self.config.norm
+        """Put learning rate and what changes of the method to their values for this 0-based iteration."""
+        schedule = self.config.schedule
         lr = value_at(schedule.lr, schedule.milestones, iteration, self.length)
         if lr != getattr(self, "_lr_set", None):
             self._lr_set = lr
             self.lr.fill_(lr)
-        if isinstance(norm, MBN):
-            lam = value_at(norm.lam, schedule.milestones, iteration, self.length)
-            if lam != getattr(self, "_lam_set", None):
-                self._lam_set = lam
-                set_lambda(self.model, lam)
-        if norm.name == "brn":
-            bounds = renorm_bounds(iteration, self.length)
-            if bounds != getattr(self, "_bounds_set", None):
-                self._bounds_set = bounds
-                set_renorm(self.model, *bounds)
+        if self.change:
+            values = self.change.values(self.config, iteration, self.length)
+            if values != self.changed_to:
+                self.changed_to = values
+                self.change.put(self.model, *values)
 
     def drain(self) -> None:
         """Read the losses of the iterations since the last time, and stop if one of them is not finite."""
@@ -423,8 +419,8 @@ class Run:
             "lr": self._lr_set,
             "images_per_second": round(self.images_per_second(), 1),
         }
-        if isinstance(self.config.norm, MBN):
-            row["lambda"] = self._lam_set
+        if self.change and self.change.logged:
+            row[self.change.logged] = self.changed_to[0]
         self.journal.write(row | (extra or {}))
         if kind == "train":
             self.row_sums = Sums()

@@ -5,6 +5,9 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from mbn.config import Config
+from mbn.methods import MBN
+
 
 def value_at(values: Sequence[float], milestones: Sequence[float], iteration: int, iterations: int) -> float:
     """The element of values in force at a 0-based iteration of a run of that many iterations.
@@ -21,6 +24,17 @@ def value_at(values: Sequence[float], milestones: Sequence[float], iteration: in
 def _changes(milestones: tuple[float, ...], iterations: int) -> list[int]:
     """The iterations at which milestones are reached: asked for at every iteration, and exact arithmetic is slow."""
     return [math.ceil(Fraction(repr(stone)) * iterations) for stone in milestones]
+
+
+def lambda_values(config: Config, iteration: int, iterations: int) -> tuple[float]:
+    """Lambda of memorized batch normalisation."""
+    assert isinstance(config.norm, MBN)
+    return (value_at(config.norm.lam, config.schedule.milestones, iteration, iterations),)
+
+
+def renorm_values(config: Config, iteration: int, iterations: int) -> tuple[float, float]:
+    """r_max and d_max of batch renormalisation."""
+    return renorm_bounds(iteration, iterations)
 
 
 def renorm_bounds(iteration: int, iterations: int) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import os
+import pkgutil
 import random
 import re
 import shutil
@@ -12,15 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hydra
 import pytest
 import yaml
 from running import with_new_fields
 
 import models
 import train
-from mbn import config, layers
-from mbn.config import CONFIGS, REPOSITORY, ConfigError, from_dict, iterations, load, run_name, to_dict
+from mbn import config, layers, methods
+from mbn.config import CONFIGS, REPOSITORY, ConfigError, from_dict, iterations, load, loading, run_name, to_dict
+from mbn.norm.base import norm_layers
 
 # What some options need beside them, so that every option of every group is tried.
 COMPANIONS = {
@@ -231,6 +232,9 @@ def test_both_epochs_and_iterations_are_refused():
         (["+seed=3"], ["seed", "without the plus"]),
         (["~seed"], ["seed", "cannot be deleted"]),
         (["~norm"], ["norm"]),
+        (["hydra.verbose=true"], ["hydra.verbose"]),
+        (["++norm=bn"], ["norm=bn"]),
+        (["norm.name=bn"], ["norm.memory"]),
         (["seed"], ["seed", "key=value"]),
         (["norm.lam=[0.1"], ["norm.lam", "key=[1,2]"]),
         (["batch_size=${nothing}"], ["nothing"]),
@@ -313,8 +317,10 @@ def test_every_option_of_every_group_composes(option):
         assert getattr(c, group).name == name
 
 
-def test_every_data_set_has_a_schedule_of_its_name():
-    assert set(config.options("dataset")) <= set(config.options("schedule"))
+@pytest.mark.parametrize(("dataset", "epochs"), [("cifar100", 200), ("digits", 20), ("imagenet", 90)])
+def test_a_data_set_has_its_own_schedule_or_the_papers(dataset, epochs):
+    schedule = load([f"dataset={dataset}", *COMPANIONS.get(f"dataset={dataset}", [])]).schedule
+    assert (schedule.default_epochs, schedule.lr) == (epochs, [0.1, 0.01, 0.001])
 
 
 @pytest.mark.parametrize("override", ["norm=bn", "dataset=cifar10", "model=nin", "norm.gradient=paper", "forwards=1"])
@@ -322,31 +328,42 @@ def test_the_quickstart_can_be_overridden(override):
     load(["experiment=quickstart", override])
 
 
-def accepted(*overrides):
-    try:
-        load(list(overrides))
-    except ConfigError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("dataset", [d for d in config.options("dataset") if d in ("cifar10", "imagenet")])
-def test_the_networks_of_the_configuration_are_those_that_can_be_built(dataset):
-    table = models.CIFAR if dataset == "cifar10" else models.IMAGENET
-    known = {name for name in config.options("model") if accepted(f"dataset={dataset}", f"model={name}")}
-    assert known == set(table)
+@pytest.mark.parametrize("group", loading.REGISTRIES)
+def test_a_file_without_its_entry_and_an_entry_without_its_file_are_refused(experiment, group):
+    table, home = loading.REGISTRIES[group]
+    assert sorted(table) == config.options(group)
+    known = next(iter(table))
+    path = loading.CONFIGS / group / f"{known}.yaml"
+    path.with_name("new.yaml").write_text(path.read_text().replace(f"name: {known}", "name: new"))
+    path.unlink()
+    assert refusal(f"{group}=new") == f"configs/{group}/new.yaml is there, but {home} lacks it: add an entry."
+    assert f"{group}={known} does not exist" in refusal(f"{group}={known}")
+    experiment(f"defaults:\n  - override /{group}: new\n")
+    assert home in refusal("experiment=mine")
 
 
 @pytest.mark.parametrize("name", config.options("model"))
 def test_a_network_takes_every_setting_that_the_configuration_has_for_it(name):
-    c = load([f"model={name}", *COMPANIONS.get(f"model={name}", [])])
-    table = models.CIFAR if c.dataset.image_size <= 64 else models.IMAGENET
-    assert {f.name for f in dataclasses.fields(c.model)} - {"name"} <= set(inspect.signature(table[name]).parameters)
+    network = config.NETWORKS[name]
+    settings = {f.name for f in dataclasses.fields(network.settings)} - {"name"}
+    builders = [path for path in (network.small, network.large) if path]
+    assert builders
+    for path in builders:
+        builder = pkgutil.resolve_name(f"models.{path.replace('.', ':')}")
+        assert settings <= set(inspect.signature(builder).parameters)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_has_statistics_of_batches_where_the_registry_says_so(name):
+    c = load([f"norm={name}", "model=nin"])
+    assert bool(norm_layers(models.build(layers=layers.from_config(c), **config.network(c)))) == (
+        methods.METHODS[name].statistics
+    )
 
 
 @pytest.mark.parametrize("name", config.options("norm"))
 def test_a_norm_takes_every_setting_that_the_configuration_has_for_it_with_the_same_default(name):
-    fields = {f.name: f.default for f in dataclasses.fields(config.NORMS[name])}
+    fields = {f.name: f.default for f in dataclasses.fields(methods.METHODS[name].settings)}
     del fields["name"]
     parameters = dict(inspect.signature(getattr(layers, name)).parameters)
     del parameters["forwards"]
@@ -378,23 +395,36 @@ def test_the_defaults_are_the_papers_run():
 
 
 def test_help_and_cfg_show_every_setting_on_a_line_of_its_own(capsys):
-    assert train.main(["--help"]) == 0
-    text = capsys.readouterr().out
     assert train.main(["--cfg", "job"]) == 0
     shown = capsys.readouterr().out
-    assert shown.strip() in text
     plain = yaml.safe_load(shown)
     groups = sum(isinstance(v, dict) for v in plain.values())
     assert len(shown.strip().splitlines()) == len(list(leaves(plain))) + groups
     assert plain == to_dict(load([]))
+    assert train.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    explained = text.partition("settings:\n")[2]
+    assert yaml.safe_load(explained) == plain
+    lines = [line for line in explained.strip().splitlines() if not line.endswith(":")]
+    assert len(lines) >= len(list(leaves(plain)))
+    assert all(re.search(r": .*  # \w", line) for line in lines)
     for group in config.groups():
         assert f"{group}={'|'.join(config.options(group))}\n" in text
 
 
-def test_cfg_shows_what_the_rest_of_the_command_makes_of_it(capsys):
-    overrides = ["norm=bn", "dataset=digits", "seed=4"]
-    assert train.main(["--cfg", "job", *overrides]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == to_dict(load(overrides))
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_help_explains_the_settings_of_the_method_that_is_chosen(name, capsys):
+    assert train.main([f"norm={name}", "-h"]) == 0
+    shown = capsys.readouterr().out
+    explanations = [f.metadata["explanation"] for f in dataclasses.fields(methods.METHODS[name].settings)]
+    assert all(f"  # {explanation}\n" in shown for explanation in explanations)
+
+
+@pytest.mark.parametrize("order", ["--cfg job {}", "-c {}", "{} --cfg job"])
+def test_cfg_shows_what_the_rest_of_the_command_makes_of_it(order, capsys):
+    overrides = "norm=bn dataset=digits seed=4"
+    assert train.main(order.format(overrides).split()) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == to_dict(load(overrides.split()))
 
 
 def test_a_sweep_is_all_combinations_in_order():
@@ -573,7 +603,7 @@ class NewGroup:
     knob: float = 0.25
 
 
-@pytest.mark.parametrize("cls", [config.Norm, config.MBN, config.Model, config.Dataset, config.Optimizer], ids=str)
+@pytest.mark.parametrize("cls", [methods.Norm, methods.MBN, config.Model, config.Dataset, config.Optimizer], ids=str)
 def test_a_new_setting_at_its_neutral_default_changes_no_name(cls):
     plain = to_dict(load_once())
     c = from_dict(plain)
@@ -662,21 +692,6 @@ def refused(*overrides):
     return False
 
 
-@pytest.fixture
-def quick_compose(monkeypatch):
-    """Compose the same choice of groups once: it takes a tenth of a second, and a wrong key is refused after it."""
-    original = hydra.compose
-    known = {}
-
-    def compose(name, overrides):
-        key = (name, *overrides)
-        if key not in known:
-            known[key] = original(name, overrides=overrides)
-        return known[key]
-
-    monkeypatch.setattr(hydra, "compose", compose)
-
-
 def typed(slips):
     """Those of the slips that are accepted on a command line, plain or with a plus; none should be."""
     return [
@@ -709,7 +724,7 @@ def test_what_was_slipped_would_be_right_as_it_was(experiment):
             load(["experiment=mine", *base])
 
 
-def test_slips_on_a_command_line_are_refused(quick_compose):
+def test_slips_on_a_command_line_are_refused():
     assert typed(random.Random(0).sample(typos(), 300)) == []
 
 
@@ -718,7 +733,7 @@ def test_slips_in_an_experiment_file_are_refused(experiment):
 
 
 @pytest.mark.long("7", "One-letter slips of every key on a command line, plain and with a plus, that were refused")
-def test_every_slip_on_a_command_line(quick_compose, count, figure):
+def test_every_slip_on_a_command_line(count, figure):
     slips = typos()
     slips = random.Random(2).sample(slips, count(len(slips)))
     accepted = typed(slips)

@@ -12,8 +12,9 @@ from torch import nn
 
 import models
 from mbn import config
-from mbn.config import LARGE, NORMS, SMALL, ConfigError
+from mbn.config import ConfigError
 from mbn.layers import from_config, gn
+from mbn.methods import METHODS
 from mbn.norm.base import norm_layers
 from mbn.norm.propagation import unit_layers
 from mbn.norm.renorm import set_renorm
@@ -21,13 +22,14 @@ from mbn.training.iteration import Update
 from mbn.training.run import Run
 
 CPU = torch.device("cpu")
+SMALL, LARGE = config.networks(32), config.networks(224)
 # What networks are built for, the least that gives an ImageNet network, and what they are fed, which may be less.
 SIZES = {"cifar10": 32, "imagenet": 65}
 PIXELS = {"cifar10": 32, "imagenet": 33}
 NETWORKS = [("cifar10", name) for name in SMALL] + [("imagenet", name) for name in LARGE]
 ALLOWED = [
     (norm, dataset, name)
-    for norm, (dataset, name) in itertools.product(NORMS, NETWORKS)
+    for norm, (dataset, name) in itertools.product(METHODS, NETWORKS)
     if not (norm == "normprop" and name.startswith("resnet"))
 ]
 every_pair = pytest.mark.parametrize(
@@ -125,10 +127,10 @@ class Training:
 
 def test_the_combinations_tried_here_are_those_the_configuration_allows():
     """Of each norm with each network, and of nothing else: an option that is added is tried, or this fails."""
-    assert set(config.options("norm")) == set(NORMS)
+    assert set(config.options("norm")) == set(METHODS)
     assert set(config.options("model")) == {*SMALL, *LARGE}
     allowed = []
-    for norm, (dataset, name) in itertools.product(NORMS, NETWORKS):
+    for norm, (dataset, name) in itertools.product(METHODS, NETWORKS):
         try:
             combined(norm, dataset, name)
         except ConfigError:
@@ -136,8 +138,6 @@ def test_the_combinations_tried_here_are_those_the_configuration_allows():
         allowed.append((norm, dataset, name))
     assert allowed == ALLOWED
     assert len(allowed) == 5 * 8 - 5
-    assert set(SMALL) == set(models.CIFAR)
-    assert set(LARGE) == set(models.IMAGENET)
 
 
 @every_pair
@@ -269,7 +269,7 @@ def test_rows_of_normprop_have_unit_norm_before_and_after_every_step():
 # Two forwards.
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", METHODS)
 def test_a_second_forward_has_no_gradients_and_is_skipped_with_one_warning_where_nothing_remembers(
     norm, tmp_path, capsys
 ):

@@ -113,7 +113,7 @@ def test_files_are_pictures_and_the_same_each_time(figures, results, tmp_path):
         assert image.size == (660, 600)
         assert len(image.convert("RGB").getcolors(2**24)) > 50
     svg = (tmp_path / "a" / "figure1.svg").read_text()
-    assert plot.COLOURS["mbn"].lower() in svg
+    assert plot.METHODS["mbn"].colour.lower() in svg
     assert "<dc:date>" not in svg
     assert [p.name for p in plot.write(again, tmp_path / "c", scale=0.1)] == [
         *("figure1-scale0.1.png", "figure1-scale0.1.svg"),

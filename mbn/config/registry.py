@@ -1,0 +1,72 @@
+"""The networks and the data sets: a line each. Imports no torch: each is named by a path that is loaded at first use.
+
+A new network is its file, an entry in NETWORKS, and configs/model/NAME.yaml; a new data set likewise.
+"""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from mbn.system.settings import BELOW_1, setting
+
+
+@dataclass
+class Model:
+    name: str = setting(MISSING, "the network")
+
+
+@dataclass
+class Dropout(Model):
+    dropout: float = setting(0.0, "the share of features dropped in training", BELOW_1)
+
+
+@dataclass(frozen=True)
+class Network:
+    """small, large: the builder in `models` for images of up to 64 pixels, and for larger ones; None: there is none.
+
+    residual: whether it has shortcuts.
+    """
+
+    small: str | None = None
+    large: str | None = None
+    settings: type[Model] = Model
+    residual: bool = False
+
+    def builder(self, image_size: int) -> str | None:
+        return self.small if image_size <= 64 else self.large
+
+
+NETWORKS: dict[str, Network] = {
+    "resnet20": Network(small="resnet_cifar.resnet20", residual=True),
+    "resnet56": Network(small="resnet_cifar.resnet56", residual=True),
+    "vgg16": Network(small="vgg.vgg16_cifar", large="vgg.vgg16_imagenet"),
+    "nin": Network(small="nin.nin", settings=Dropout),
+    "resnet18": Network(large="resnet_imagenet.resnet18", residual=True),
+    "resnet34": Network(large="resnet_imagenet.resnet34", residual=True),
+    "resnet50": Network(large="resnet_imagenet.resnet50", residual=True),
+}
+
+
+def networks(image_size: int) -> list[str]:
+    """The networks for images of that many pixels a side."""
+    return [name for name, network in NETWORKS.items() if network.builder(image_size)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set's images come from.
+
+    path: of f(folder), which gives all images as `Arrays`, to be kept on the device; with streamed of a class such as
+    `mbn.data.image_folder.ImageFolders`, whose processes read each image from its file.
+    """
+
+    path: str
+    streamed: bool = False
+
+
+DATASETS: dict[str, Source] = {
+    "cifar10": Source("mbn.data.datasets:cifar10"),
+    "cifar100": Source("mbn.data.datasets:cifar100"),
+    "digits": Source("mbn.data.datasets:digits"),
+    "imagenet": Source("mbn.data.image_folder:ImageFolders", streamed=True),
+}

@@ -1,0 +1,121 @@
+"""The methods: what each `norm=` is. Imports no torch: what needs it is named by a path that is loaded at first use.
+
+A new method is its layers, an entry in METHODS, and configs/norm/NAME.yaml.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pkgutil import resolve_name
+from typing import Any
+
+from omegaconf import MISSING
+
+from mbn.system.settings import ABOVE_0, SHARE, Rule, among, at_least, setting
+
+# Settings. A default here is what a setting's absence means, see `mbn.config.schema`.
+
+
+@dataclass
+class Norm:
+    name: str = setting(MISSING, "the method")
+
+
+@dataclass
+class BN(Norm):
+    eps: float = setting(1e-5, "added to the variance", ABOVE_0)
+    momentum: float = setting(0.1, "share of the newest batch in the moving averages", SHARE)
+
+
+@dataclass
+class MBN(Norm):
+    eps: float = setting(1e-5, "added to the variance", ABOVE_0)
+    memory: int = setting(20, "k, batches remembered", at_least(1))
+    decay: float = setting(0.9, "eta, the weight of a remembered batch for each batch of its age", SHARE)
+    lam: list[float] = setting(
+        MISSING,
+        "lambda, the memory's weight: a value for each stage of the schedule, or one for all",
+        Rule("a list of numbers from 0 to 1", lambda lam: all(0 <= value <= 1 for value in lam)),
+        staged=True,
+    )
+    gradient: str = setting("paper", "paper, or batch: batch norm's whole gradient", among("paper", "batch"))
+
+
+@dataclass
+class BRN(Norm):
+    eps: float = setting(1e-5, "added to the variance", ABOVE_0)
+    momentum: float = setting(0.01, "share of the newest batch in the moving averages", SHARE)
+
+
+@dataclass
+class GN(Norm):
+    eps: float = setting(1e-5, "added to the variance", ABOVE_0)
+    groups: int = setting(32, "groups, at most", at_least(1))
+    channels: int = setting(4, "channels in a group, at least", at_least(1))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changes over training: values of `value_path(config, iteration, iterations)`, handed to the layers by
+    `put_path(model, *values)`. logged: the name under which the journal has the first value, if it has it."""
+
+    value_path: str
+    put_path: str
+    logged: str = ""
+
+    @cached_property
+    def values(self) -> Any:
+        return resolve_name(self.value_path)
+
+    @cached_property
+    def put(self) -> Any:
+        return resolve_name(self.put_path)
+
+
+@dataclass(frozen=True)
+class Method:
+    """label, colour, marker: in figures. layers: the path of f(forwards, **settings), which gives a `Layers`.
+
+    statistics: whether its layers have statistics of batches, which a second forward refreshes and precise statistics
+    replace. not_residual: why it cannot be applied to networks with shortcuts, if it cannot.
+    """
+
+    label: str
+    layers: str
+    colour: str
+    marker: str
+    settings: type[Norm] = Norm
+    statistics: bool = True
+    change: Change | None = None
+    not_residual: str = ""
+
+
+# Colours that the colour-blind tell apart: Okabe and Ito 2008.
+METHODS: dict[str, Method] = {
+    "bn": Method("BN", "mbn.layers:bn", "#D55E00", "s", BN),
+    "brn": Method(
+        "BRN",
+        "mbn.layers:brn",
+        "#009E73",
+        "^",
+        BRN,
+        change=Change("mbn.training.schedule:renorm_values", "mbn.norm.renorm:set_renorm"),
+    ),
+    "mbn": Method(
+        "MBN",
+        "mbn.layers:mbn",
+        "#0072B2",
+        "o",
+        MBN,
+        change=Change("mbn.training.schedule:lambda_values", "mbn.norm.memorized:set_lambda", logged="lambda"),
+    ),
+    "gn": Method("GN", "mbn.layers:gn", "#CC79A7", "D", GN, statistics=False),
+    "normprop": Method(
+        "NormProp",
+        "mbn.layers:normprop",
+        "#E69F00",
+        "v",
+        statistics=False,
+        not_residual="has no rule for the sum of a residual block and its shortcut (the paper says that it cannot be "
+        "applied there)",
+    ),
+}

@@ -1,0 +1,45 @@
+"""What the commands have in common: options whose errors are one sentence, and exit codes."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
+
+from mbn.system.errors import UserError
+from mbn.system.files import cannot_write, is_full
+
+P = ParamSpec("P")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors. Errors: UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows how it is used.", code=2)
+
+
+def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
+    """main, with what a user can cause or mend as one sentence on stderr. It returns the exit code, 0 for None."""
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.code
+        except BrokenPipeError:  # `--dry-run | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            if not is_full(error):
+                raise
+            print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:  # before training answers to signals itself
+            print("error: stopped by Ctrl-C: the same command begins again.", file=sys.stderr)
+            return 130
+
+    return run

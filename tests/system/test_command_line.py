@@ -1,0 +1,49 @@
+"""What every command makes of an error."""
+
+import errno
+
+import pytest
+
+from mbn.system.command_line import Parser, entry_point
+from mbn.system.errors import ConfigError, UserError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("seed must be 3."), 2, "seed must be 3."),
+        (UserError("it failed."), 1, "it failed."),
+        (UserError("stopped.", code=75), 75, "stopped."),
+        (OSError(errno.ENOSPC, "No space left", "file"), 1, "cannot write file (No space left): free some space"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    ],
+)
+def test_an_error_that_a_user_can_mend_is_a_sentence_and_an_exit_code(error, code, said, capsys):
+    @entry_point
+    def main():
+        raise error
+
+    assert main() == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {said}")
+    assert err.endswith(".\n")
+    assert err.count("\n") == 1
+
+
+def test_other_errors_show_where_they_arose_and_no_code_is_success():
+    @entry_point
+    def main(error):
+        if error:
+            raise error
+
+    assert main(None) == 0
+    for error in (OSError(errno.ENOENT, "No such file"), ValueError("x")):
+        with pytest.raises(type(error)):
+            main(error)
+
+
+def test_a_wrong_option_is_a_sentence():
+    with pytest.raises(UserError, match=r"--nonsense; --help shows how it is used\.") as caught:
+        Parser().parse_args(["--nonsense"])
+    assert caught.value.code == 2
