@@ -682,7 +682,7 @@ TWO_EPOCHS = ("norm=mbn", "batch_size=5", "schedule.epochs=2")
 # After so many iterations in this process it says so in a file and waits for what comes.
 WAITING = """
 import pathlib, sys, time
-sys.path[:0] = [".", "tests"]
+sys.path[:0] = [".", "tests", "tests/data"]
 import jpegs, mbn.training.iteration, models, train
 models.build = jpegs.build_tiny
 call = mbn.training.iteration.Update.__call__
