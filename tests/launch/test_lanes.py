@@ -13,7 +13,7 @@ import torch
 from running import TIMES, TINY, Run, assert_same_bits, assert_same_run, run_here, without
 from torch import nn
 
-from mbn.config import REPOSITORY
+from mbn.config import REPOSITORY, sweep
 from mbn.launch import lanes
 from mbn.system.errors import UserError
 from mbn.training.iteration import Update
@@ -37,7 +37,6 @@ def build(*, layers, classes, **_):
 
 BUILD_TINY = running.build_tiny
 LONGER = ("schedule.iterations=20",)
-NORMS = ("norm=bn", "norm=mbn", "norm=mbn norm.gradient=batch", "norm=brn", "norm=gn")
 
 
 @pytest.fixture
@@ -76,32 +75,24 @@ def after(monkeypatch, iterations, action, name=""):
 def test_lanes_leave_what_processes_would(here, left, recording, mode, norms):
     done = here("-m", *norms, f"machine.mode={mode}", "machine.together=4")
     assert (done.code, done.err) == (0, "")
-    assert (
-        len(re.findall(r"^digits/\S+: test error", done.out, re.MULTILINE))
-        == len(norms[0].split(",")) + len(norms[1].split(",")) - 1
-    )
-    for norm in norms[0].removeprefix("norm=").split(","):
-        for seed in norms[1].removeprefix("seed=").split(","):
-            one = (f"norm={norm}", f"seed={seed}", f"machine.mode={mode}", "machine.together=4")
-            alone = here(*one, folder="alone")
-            assert alone.code == 0
-            assert_same_run(left(*one), left(*one, folder="alone"))
-            assert left(*one).record()["mode"] == mode
-            log = (left(*one).folder / "log.txt").read_text()
-            times = re.compile(r"[\d.]+ (images/)?s\b")
-            assert times.sub("", log) == times.sub("", alone.out).replace("/alone/", "/lanes/")
+    lines = sweep(list(norms))
+    assert len(re.findall(r"^digits/\S+: test error", done.out, re.MULTILINE)) == len(lines)
+    for line in lines:
+        one = (*line, f"machine.mode={mode}", "machine.together=4")
+        alone = here(*one, folder="alone")
+        assert alone.code == 0
+        assert_same_run(left(*one), left(*one, folder="alone"))
+        assert left(*one).record()["mode"] == mode
+        log = (left(*one).folder / "log.txt").read_text()
+        times = re.compile(r"[\d.]+ (images/)?s\b")
+        assert times.sub("", log) == times.sub("", alone.out).replace("/alone/", "/lanes/")
     assert bool(recording) == (mode == "graph-eager")
 
 
 @pytest.mark.parametrize("network", ["without dropout", "with dropout"])
 @pytest.mark.parametrize("norm", ["norm=bn", "norm=mbn", "norm=brn"])
 def test_a_run_played_back_is_an_eager_one_and_goes_on_from_any_iteration(
-    here,
-    left,
-    monkeypatch,
-    recording,
-    norm,
-    network,
+    here, left, monkeypatch, recording, norm, network
 ):
     """Stopped in the warm-up, right after a recording, and where iterations are played."""
     if network == "with dropout":
@@ -186,16 +177,8 @@ def test_a_finished_run_is_shown_and_again_is_refused(here):
 
 
 def test_networks_that_draw_and_data_with_loaders_are_no_lanes():
-    fitting = {
-        overrides: lanes.fits(running.compose(*overrides.split()))
-        for overrides in (
-            "model=resnet20",
-            "model=nin",
-            "model=nin model.dropout=0",
-            "dataset=imagenet model=resnet18",
-        )
-    }
-    assert list(fitting.values()) == [True, False, True, False]
+    networks = ("model=resnet20", "model=nin", "model=nin model.dropout=0", "dataset=imagenet model=resnet18")
+    assert [lanes.fits(running.compose(*o.split())) for o in networks] == [True, False, True, False]
 
 
 def test_a_run_that_is_no_lane_comes_first_and_stops_nobody_where_it_fails(here, left, monkeypatch):
@@ -219,11 +202,11 @@ def test_images_are_opened_once_and_drawn_by_each_runs_own_seed():
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = {folders}
 import torch, running, models, train
 import test_lanes
 models.build = test_lanes.build
-from mbn.update import Update
+from mbn.training.iteration import Update
 import threading
 original, count = Update.__call__, dict()
 def call(self, images, labels):
@@ -242,7 +225,8 @@ def test_an_error_that_spoils_the_device_ends_the_process_and_every_lane_goes_on
     overrides = [*TINY, "schedule.iterations=60", f"machine.results={tmp_path}", "machine.checkpoint_seconds=0.01"]
 
     def call(faulty, *more):
-        code = SCRIPT.format(tests=str(REPOSITORY / "tests"), root=str(REPOSITORY), faulty=faulty)
+        tests = REPOSITORY / "tests"
+        code = SCRIPT.format(folders=[str(tests / "launch"), str(tests), str(REPOSITORY)], faulty=faulty)
         return subprocess.run(
             [sys.executable, "-c", code, "-m", *overrides, "norm=bn", "seed=0,1,2", "machine.together=3", *more],
             capture_output=True,

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 from running import COMMIT
-from test_reproduce import TOY
 
 from mbn.config import REPOSITORY
 from mbn.records import record
 
 SCRIPT = REPOSITORY / "scripts" / "rented_gpu.sh"
+COMMON = ["--seeds", "1", "--jobs", "2", "machine.device=cpu", "machine.mode=eager"]
 
 
 @pytest.fixture
-def rental(tmp_path):
-    """A function that gives rented_gpu.sh a command, with this Python and folders of its own."""
-    for folder in ("bin", "load", "out", "grids", "home"):
+def rental(tmp_path, write_toy):
+    """A function that gives rented_gpu.sh a command, with this Python, and folders and grids of its own."""
+    for folder in ("bin", "load", "load/data", "out", "grids", "home"):
         (tmp_path / folder).mkdir()
+    write_toy(tmp_path / "grids" / "short.yaml", 4)
+    write_toy(tmp_path / "grids" / "long.yaml", 100_000)
 
     def call(*arguments, code=0, **more):
         environment = {
@@ -43,13 +45,9 @@ def rental(tmp_path):
 @pytest.mark.timeout(600)
 def test_runs_are_trained_brought_home_and_gone_on_with(rental, tmp_path):
     """Two runs end, two in one process are stopped by the budget: their checkpoints come home too."""
-    (tmp_path / "load" / "data").mkdir()
-    (tmp_path / "grids" / "short.yaml").write_text(TOY.format(iterations=4))
-    (tmp_path / "grids" / "long.yaml").write_text(TOY.format(iterations=100_000))
     load, out = str(tmp_path / "load"), str(tmp_path / "out")
-    grids = ["--grids", str(tmp_path / "grids"), "--seeds", "1", "--jobs", "2"]
-    machine = ["--", "machine.device=cpu", "machine.mode=eager"]
-    rental("train", load, out, "9m", "short", *grids, *machine)
+    common = [*COMMON, "--grids", str(tmp_path / "grids")]
+    rental("train", load, out, "9m", "short", *common)
     with tarfile.open(Path(out) / "results.tgz") as archive:
         names = archive.getnames()
     assert sum(name.endswith(".json") for name in names) == 2  # not those that the checkout brought along
@@ -61,7 +59,7 @@ def test_runs_are_trained_brought_home_and_gone_on_with(rental, tmp_path):
 
     for file in Path(out).iterdir():
         file.unlink()
-    rental("train", load, out, "40s", "long", "--lanes", *grids, *machine)
+    rental("train", load, out, "40s", "long", "--lanes", *common)
     assert len(list(Path(out).iterdir())) <= 8
     rental("home", out)
     begun = [path for path in (tmp_path / "home" / "runs").rglob("checkpoint.pt") if "s0" in str(path)]
@@ -74,11 +72,9 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
     if installed:
         server.write_text(f'#!/bin/sh\n[ "$1" = -d ] || read said\necho "$1$said" >>{tmp_path}/told\n')
         server.chmod(0o755)
-    (tmp_path / "load" / "data").mkdir()
-    (tmp_path / "grids" / "short.yaml").write_text(TOY.format(iterations=4))
     said = rental(
-        *("train", str(tmp_path / "load"), str(tmp_path / "out"), "9m", "short", "--seeds", "1", "--jobs", "2"),
-        *("--grids", str(tmp_path / "grids"), "--", "machine.device=cpu", "machine.mode=eager"),
+        *("train", str(tmp_path / "load"), str(tmp_path / "out"), "9m", "short"),
+        *("--grids", str(tmp_path / "grids"), *COMMON),
         code=0 if installed else 2,
         MPS="1",
         PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
