@@ -6,6 +6,7 @@ import pytest
 
 from mbn import grid
 from mbn.config import load
+from mbn.system.errors import UserError
 
 # The lines of the paper's tables as its text has them (tabs between columns).
 TEXT = r"""
@@ -105,6 +106,7 @@ def test_every_cell_and_its_baseline_can_run(name):
     g = grid.read(name)
     cells = [c for c in g.cells if c.overrides is not None]
     assert cells
+    assert g.claims
     keys = [[o.partition("=")[0] for o in c.overrides] for c in cells]
     assert all(len(set(k)) == len(k) for k in keys)
     runs = {c.name(0) for c in cells}
@@ -155,3 +157,9 @@ def test_quoted_and_impossible_cells_have_no_runs():
     assert len(absent) == 2 + 2 + 4
     assert ("table1", "NormProp", "ResNet-56") in absent
     assert ("table3", "GoogLeNet", "BN") in absent
+
+
+def test_a_table_with_wrong_keys_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"{(grid.GRIDS / 'table6.yaml').read_text()}\nnots: []\n")
+    with pytest.raises(UserError, match="nots"):
+        grid.read("mine", tmp_path)

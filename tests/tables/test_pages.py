@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import shutil
 import statistics
@@ -16,7 +15,10 @@ from scipy import stats
 from mbn import grid
 from mbn.config import REPOSITORY
 from mbn.system.errors import UserError
-from mbn.tables import page as table
+from mbn.tables.cells import BATCH_SIZES, Table, read_records, tables
+from mbn.tables.export import cells_csv, files, latex
+from mbn.tables.page import markdown
+from mbn.tables.readme import END, START, evidence_part, readme_part, replace_part
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
 
@@ -28,8 +30,8 @@ def results(tmp_path_factory):
     g = grid.read("table4")
     for seed in range(5):
         toy.write(folder, g.cell("8", "BN"), seed, BN[seed])
-        precise = 8.0 if seed == 3 else None
-        toy.write(folder, g.cell("8", "MBN"), seed, MBN[seed], device="cpu: Toy", seconds=900.0, precise=precise)
+        fields = {"device": "cpu: Toy", "seconds": 900.0, "test_error_precise": 8.0 if seed == 3 else None}
+        toy.write(folder, g.cell("8", "MBN"), seed, MBN[seed], **fields)
     for seed in range(3):
         toy.write(folder, g.cell("16", "BN"), seed, 7 + seed / 10)
     toy.write(folder, g.cell("16", "MBN"), 1, 6.5)
@@ -38,8 +40,13 @@ def results(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(results):
-    return table.files(table.load(results), ["table4"])
+def records(results):
+    return read_records(results)
+
+
+@pytest.fixture(scope="module")
+def table4(records):
+    return Table(grid.read("table4"), records)
 
 
 GOLDEN = """\
@@ -66,13 +73,15 @@ BESIDE = """\
 | 16, MBN | 1 | 6.50 | - | 6.50 | 1.00 |
 """
 CLAIM = """\
-- MBN has a lower test error than BN at every batch size: holds for 8 (-0.64 [-0.83, -0.45], n = 5); is not decided at \
-this n for 16 (-0.60, n = 1), 32 (n = 0), 64 (n = 0) and 128 (n = 0).
+- MBN has a lower test error than BN at every batch size
+  - 8: MBN - BN = -0.64 [-0.83, -0.45], n = 5: the claim holds
+  - 16: MBN - BN = -0.60, n = 1: not decided yet, 15 seeds would
+  - 32; 64; 128: not measured yet
 """
 
 
-def test_markdown(files):
-    page = files["table4.md"]
+def test_markdown(table4):
+    page = markdown(table4)
     assert page.startswith("# Table 4: Batch sizes, ResNet-56 on CIFAR-10\n\nTable 4 of the paper. Test error in ")
     assert f"\n\n{GOLDEN}\n" in page
     assert f"## Difference to BN\n\n{DIFFERENCES}\n" in page
@@ -97,60 +106,66 @@ def test_golden_numbers_by_hand():
     assert f"{stats.ttest_ind(MBN, BN, equal_var=False).pvalue:.3f}" == "0.004"
 
 
-def test_worse_or_undecided_is_not_bold(tmp_path):
+@pytest.mark.parametrize(("mbn", "word"), [((6.9, 7.1, 7.0), "does not hold"), ((5.0, 6.2, 6.0), "not decided yet")])
+def test_worse_or_undecided_is_not_bold(tmp_path, mbn, word):
     g = grid.read("table4")
-    for seed, (bn, mbn) in enumerate([(6.0, 6.9), (6.1, 7.1), (6.2, 7.0)]):
-        toy.write(tmp_path, g.cell("8", "BN"), seed, bn)
-        toy.write(tmp_path, g.cell("8", "MBN"), seed, mbn)
-    for seed, (bn, mbn) in enumerate([(6.0, 5.0), (6.1, 6.2), (6.2, 6.0)]):
-        toy.write(tmp_path, g.cell("16", "BN"), seed, bn)
-        toy.write(tmp_path, g.cell("16", "MBN"), seed, mbn)
-    page = table.files(table.load(tmp_path), ["table4"])["table4.md"]
+    for seed in range(3):
+        toy.write(tmp_path, g.cell("8", "BN"), seed, 6 + seed / 10)
+        toy.write(tmp_path, g.cell("8", "MBN"), seed, mbn[seed])
+    page = markdown(Table(g, read_records(tmp_path)))
+    assert "(3 of 5) | 15.37 |" in page
     assert "(3 of 5)**" not in page
-    assert "does not hold for 8 (+0.90" in page
-    assert "is not decided at this n for 16 (-0.37" in page
+    assert word in page
 
 
-def rows_of(latex):
-    body = latex.partition(r"\toprule")[2].partition(r"\bottomrule")[0]
+def test_a_run_without_bn_beside_it(tmp_path):
+    g = grid.read("table1")
+    toy.write(tmp_path, g.cell("MBN", "VGG"), 0, 6.0)
+    page = markdown(Table(g, read_records(tmp_path)))
+    assert "No run can be compared yet" in page
+    assert "- MBN has a lower test error than BN: not measured yet" in page
+    assert f"## Notes\n\n- {g.notes[0]}\n" in page
+
+
+def rows_of(text):
+    body = text.partition(r"\toprule")[2].partition(r"\bottomrule")[0]
     return [line.removesuffix(r" \\") for line in body.strip().splitlines() if line != r"\midrule"]
 
 
-def assert_parses(latex):
+def assert_parses(tex):
     depth = 0
-    for brace in re.findall(r"(?<!\\)[{}]", latex):
+    for brace in re.findall(r"(?<!\\)[{}]", tex):
         depth += 1 if brace == "{" else -1
         assert depth >= 0
     assert depth == 0
-    assert latex.count("$") % 2 == 0
-    columns = re.search(r"\\begin\{tabular\}\{(lr*)\}", latex)[1]
-    rows = rows_of(latex)
+    assert tex.count("$") % 2 == 0
+    columns = re.search(r"\\begin\{tabular\}\{(lr*)\}", tex)[1]
+    rows = rows_of(tex)
     assert rows
     assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {len(columns)}
     for environment in ("table", "tabular"):
-        assert latex.count(rf"\begin{{{environment}}}") == latex.count(rf"\end{{{environment}}}") == 1
-    text = re.sub(r"\\[&%$#_{}]", "", latex)
+        assert tex.count(rf"\begin{{{environment}}}") == tex.count(rf"\end{{{environment}}}") == 1
+    text = re.sub(r"\\[&%$#_{}]", "", tex)
     assert not re.search(r"[%#_λ±]", text), "a character that LaTeX takes for something else"
 
 
-def test_latex(files):
-    assert_parses(files["table4.tex"])
-    assert rows_of(files["table4.tex"])[:3] == [
+def test_latex(table4):
+    assert rows_of(latex(table4))[:3] == [
         "& BN & paper & MBN & paper",
         r"8 & 8.32 $\pm$ 0.19 (5) & 19.64 & \textbf{7.68 $\pm$ 0.28 (5)} & 15.37",
         r"16 & 7.10 $\pm$ 0.10 (3 of 5) & 13.26 & 6.50 (1 of 5) & 11.87",
     ]
+    assert rows_of(latex(Table(grid.read("table5"), {})))[5] == r"$\lambda$ = \{0.1, 0.5, 0.9\} & - & 6.23"
 
 
 @pytest.mark.parametrize("name", grid.names())
-def test_latex_of_every_grid_parses(name):
-    for content in (table.latex(table.Measured(grid.read(name), {}, scale=s)) for s in (1.0, 0.1)):
-        assert_parses(content)
+def test_latex_of_every_grid_parses(name, records):
+    assert_parses(latex(Table(grid.read(name), records)))
+    assert_parses(latex(Table(grid.read(name), {}, scale=0.1)))
 
 
-def test_csv(results):
-    tables = [table.Measured(grid.read(name), table.load(results)) for name in ("table4", "table3")]
-    rows = list(csv.DictReader(io.StringIO(table.cells_csv(tables))))
+def test_csv(table4, records):
+    rows = list(csv.DictReader(io.StringIO(cells_csv([table4, Table(grid.read("table3"), records)]))))
     assert len(rows) == 10 + 24
     first, second, third, fourth = rows[:4]
     assert (first["table"], first["row"], first["column"], first["paper"]) == ("table4", "8", "BN", "19.64")
@@ -168,10 +183,10 @@ def test_csv(results):
     ]
 
 
-def test_short_runs_have_tables_of_their_own(results, files):
-    assert "55.5" not in files["table4.md"]
-    short = table.files(table.load(results), ["table4"], scale=0.1)
-    assert set(short) == {"table4-scale0.1.md", "table4-scale0.1.tex"}
+def test_short_runs_have_tables_of_their_own(records, table4):
+    assert "55.5" not in markdown(table4)
+    short = files(tables(records, scale=0.1), with_csv=True)
+    assert {"table4-scale0.1.md", "table4-scale0.1.tex", "cells-scale0.1.csv"} < set(short)
     page = short["table4-scale0.1.md"]
     assert "**Not the paper's protocol: every run has 0.1 of its length.**" in page
     assert "| 8 | 55.50 (1 of 5) | 19.64 | - | 15.37 |" in page
@@ -179,73 +194,77 @@ def test_short_runs_have_tables_of_their_own(results, files):
     assert " schedule.scale=0.1 seed=0 " in page
 
 
-def test_fewer_seeds(results):
-    page = table.files(table.load(results), ["table4"], seeds=3)["table4.md"]
+def test_a_table_without_runs_is_not_written(records):
+    assert set(files(tables(records, ["table4", "table6"]), with_csv=False)) == {"table4.md", "table4.tex"}
+    assert files(tables(records, scale=0.5), with_csv=True) == {}
+
+
+def test_fewer_seeds(records):
+    page = markdown(Table(grid.read("table4"), records, seeds=3))
     assert "| 16 | 7.10 ± 0.10 (3) |" in page
     assert "| 8 | 8.27 ± 0.15 (3) |" in page
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "scripts/tables.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True
-    )
+def command(results, *names):
+    line = [sys.executable, "scripts/tables.py", "--results", str(results), *names]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def test_a_record_edited_by_hand_is_refused(results, tmp_path):
+def test_a_record_that_was_edited_or_moved_is_refused(results, tmp_path):
     shutil.copytree(results, tmp_path / "copy")
     path = next((tmp_path / "copy" / "records").rglob("*.json"))
-    path.write_text(path.read_text().replace('"test_loss": 0.2,', '"test_loss": 0.1,'))
-    done = command("--results", str(tmp_path / "copy"), "table4")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "was changed after it was written" in done.stderr
+    whole = path.read_text()
+    path.write_text(whole.replace('"test_loss": 0.2,', '"test_loss": 0.1,'))
+    done = command(tmp_path / "copy", "table4")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert path.name in done.stderr
     assert not (tmp_path / "copy" / "tables").exists()
-
-
-def test_a_record_in_the_place_of_another_is_refused(results, tmp_path):
-    shutil.copytree(results, tmp_path / "copy")
-    path = next((tmp_path / "copy" / "records").rglob("*.json"))
-    path.rename(path.with_name(f"{json.loads(path.read_text())['name'].rpartition('/')[2]}x.json"))
+    path.write_text(whole)
+    path.rename(path.with_name(f"{path.stem}x.json"))
     with pytest.raises(UserError, match="move it to"):
-        table.load(tmp_path / "copy")
+        read_records(tmp_path / "copy")
 
 
-def test_the_command_writes_files(results):
-    done = command("--results", str(results), "table6", "table4")
+def test_the_command_writes_files_and_deletes_none(results, table4):
+    old = results / "tables" / "table6.md"
+    old.parent.mkdir()
+    old.write_text("of a run that is gone")
+    done = command(results, "table6", "table4")
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (results / "tables").iterdir()} == {
-        *("table4.md", "table4.tex", "table6.md", "table6.tex"),
-    }
-    assert f"\n{GOLDEN}\n" in (results / "tables" / "table4.md").read_text()
+    assert "table6: not written" in done.stdout
+    assert {p.name for p in old.parent.iterdir()} == {"table4.md", "table4.tex", "table6.md"}
+    assert (results / "tables" / "table4.md").read_text() == markdown(table4)
+    assert old.read_text() == "of a run that is gone"
 
 
 def test_an_unknown_table_is_one_sentence():
     with pytest.raises(UserError, match="there is no table 'table7'"):
-        table.measure({}, ["table7"])
+        tables({}, ["table7"])
 
 
-def test_readme_part(results):
-    names = [*table.PAPER, *table.BATCH_SIZES]
-    part = table.readme_part(table.measure(table.load(results), names))
+def test_readme_part(records):
+    names = ["table3", "table4", *BATCH_SIZES]
+    part = readme_part(tables(records, names))
     assert "| [Table 4](results/tables/table4.md) | Batch sizes, ResNet-56 on CIFAR-10 | 4 / 10 | 1 to 5 |" in part
-    assert "| [Table 3](results/tables/table3.md) | ImageNet | 0 / 20 (4 only quoted there) | - |" in part
+    assert "| Table 3 | ImageNet | 0 / 20 (4 only quoted there) | - |" in part
+    assert "[Table 4, methods](results/tables/table4-methods.md): 4 / 35." in part
     assert GOLDEN.strip() in part
+    assert CLAIM.strip() in part
     assert "](results/figures/batch-size.png)" in part  # its runs are table4-methods' too
-    assert "png" not in table.readme_part(table.measure({}, names))
-    old = f"a\n{table.MARKERS[0]}\nold\n{table.MARKERS[1]}\nb\n"
-    assert table.replace_part(old, "new") == old.replace("old", "new")
-    for wrong in ("", table.MARKERS[0], f"{table.MARKERS[1]}{table.MARKERS[0]}"):
+    assert "](results/" not in readme_part(tables({}, names)).replace("[results/README.md](results/README.md)", "")
+    old = f"a\n{START}\nold\n{END}\nb\n"
+    assert replace_part(old, "new") == old.replace("old", "new")
+    for wrong in ("", START, f"{END}{START}"):
         with pytest.raises(UserError, match="must hold"):
-            table.replace_part(wrong, "new")
+            replace_part(wrong, "new")
 
 
-def test_evidence_part(results):
-    records = table.load(results)
-    part = table.evidence_part(table.measure(records, ["table4", "gradient"]), records)
+def test_evidence_part(records):
+    part = evidence_part(tables(records, ["table4", "gradient"]), records)
     where = "[Table 4](tables/table4.md) | MBN has a lower test error than BN at every batch size"
     assert [line for line in part.splitlines() if line.startswith("| [Table")] == [
-        f"| {where} | 8 | -0.64 [-0.83, -0.45], n = 5 | -4.27 | holds |  |",
-        f"| {where} | 16 | -0.60, n = 1 | -1.39 | is not decided at this n | 15 |",
+        f"| {where} | 8 | MBN - BN = -0.64 [-0.83, -0.45], n = 5 | -4.27 | the claim holds |  |",
+        f"| {where} | 16 | MBN - BN = -0.60, n = 1 | -1.39 | not decided yet | 15 |",
     ]
     runs = [line for line in part.splitlines() if line.startswith("| [cifar10")]
     assert len(runs) == len(records) == 15
@@ -256,28 +275,23 @@ def test_evidence_part(results):
         "8.10 | 1.00 | 78,200 | 0.25 | cpu: Toy, 2 threads | eager | 0123456 | "
     )
     assert sum("| no table |" in line for line in runs) == 1  # the short one
-    assert "None yet." in table.evidence_part(table.measure({}, ["table4"]), {})
+    assert evidence_part(tables({}, ["table4"]), {}).count("None yet.") == 2
 
 
-def test_committed_tables_follow_from_committed_records(tmp_path):
-    """In a clean copy: every committed table, byte for byte, and the README's part."""
-    shutil.copytree(REPOSITORY / "results", tmp_path / "results", ignore=shutil.ignore_patterns("runs", "*.partial"))
-    committed = {p.name: p.read_text() for p in (tmp_path / "results" / "tables").iterdir()}
-    records = table.load(tmp_path / "results")
-    expected = table.files(records)
+def test_committed_tables_follow_from_committed_records():
+    """Every committed table, byte for byte, and the parts of the READMEs; every link from these leads somewhere."""
+    results = REPOSITORY / "results"
+    committed = {p.name: p.read_text() for p in (results / "tables").iterdir()}
+    records = read_records(results)
+    every = tables(records)
+    expected = files(every, with_csv=True)
     for scale in sorted({m[1] for name in committed if (m := re.search(r"-scale([\d.]+)\.(?:md|tex|csv)$", name))}):
-        expected |= table.files(records, scale=float(scale))
-    assert committed.keys() == expected.keys()
+        expected |= files(tables(records, scale=float(scale)), with_csv=True)
+    assert committed.keys() == expected.keys(), "run scripts/tables.py, and delete the others"
     for name, content in expected.items():
         assert committed[name] == content, f"{name}: run scripts/tables.py"
-    tables = table.measure(records)
-    for path, part in (
-        (REPOSITORY / "README.md", table.readme_part(tables)),
-        (REPOSITORY / "results" / "README.md", table.evidence_part(tables, records)),
-    ):
-        assert path.read_text() == table.replace_part(path.read_text(), part), f"{path}: run scripts/tables.py"
-
-
-def test_braces_and_greek_in_latex():
-    rows = rows_of(table.latex(table.Measured(grid.read("table5"), {})))
-    assert rows[5] == r"$\lambda$ = \{0.1, 0.5, 0.9\} & - & 6.23"
+    parts = {REPOSITORY / "README.md": readme_part(every), results / "README.md": evidence_part(every, records)}
+    for path, part in parts.items():
+        assert path.read_text() == replace_part(path.read_text(), part), f"{path}: run scripts/tables.py"
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path}: {link}"
