@@ -81,8 +81,8 @@ class Claim:
     """What the paper, or we, say of a table: that a number made of a few of its cells has a certain sign or size.
 
     metric: the field of a record that is compared; for a drop or a rise, the curve of that name.
-    cells: those that are compared, by place: a row where the claim names columns, a column where it names rows, ''
-    where the table has only one.
+    cells: those that are compared, by place: a row where the claim names columns, a column where it names rows; a gain
+    has one place, ''.
     number: what is made of them, in words, such as 'MBN - BN'.
     """
 
@@ -233,13 +233,11 @@ def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:
     if rest or metric not in METRICS:
         raise ValueError(f"there is no {next(iter(rest), metric)!r}")
     compared = grid.across(labels)
-    several = len(compared) > 1
     if kind is Gain:
-        compared, several = {"": (*compared[start], *compared[end])}, False
+        compared = {"": (*compared[start], *compared[end])}
     elif places is not None:
         compared = {place: compared[place] for place in places}
     run = {place: cells for place, cells in compared.items() if all(cell.overrides is not None for cell in cells)}
     if not run:
         raise ValueError("nothing is run for it")
-    named = {place if several else "": cells for place, cells in run.items()}
-    return kind(text, metric, named, " - ".join(f"{of}{label}" for label in labels), *more)
+    return kind(text, metric, run, " - ".join(f"{of}{label}" for label in labels), *more)

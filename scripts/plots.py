@@ -43,7 +43,7 @@ def run(results: Path, scale: float, seeds: int) -> None:
         print(f"wrote {path}")
     for name, figure in drawn.items():
         if figure is None:
-            print(f"{name}: not drawn, for no record has anything for it")
+            print(f"{name}: not drawn: no record has data for it")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def run(names: list[str], results: Path, seeds: int, scale: float) -> None:
         print(f"wrote {results / 'tables' / name}")
     for name, table in chosen.items():
         if not table.has_runs:
-            print(f"{name}: not written, for none of its runs has a record")
+            print(f"{name}: not written: none of its runs has a record")
     if every and scale == 1 and results.resolve() == RESULTS.resolve():
         for page, part in ((README, readme_part(chosen)), (EVIDENCE, evidence_part(chosen, records))):
             write_atomically(page, replace_part(page.read_text(), part, str(page)).encode())

@@ -19,7 +19,7 @@ AVERAGED = Fraction(1, 20)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the numbers say in one row or column (place; empty where there is only one).
+    """What the numbers say at one place of a claim.
 
     needed: seeds that would decide it, where it is not decided and is about a side of zero.
     """

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mbn import grid
@@ -208,22 +207,19 @@ def gap(table: Table) -> Figure | None:
     figure = Figure(figsize=(PAGE, 4.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for i, (key, name) in enumerate(kinds.items()):
-        for j, row in enumerate((first, last)):
-            panel = axes[i][j]
+        for panel, row in zip(axes[i], (first, last), strict=True):
             cells = [table.grid.cell(row, column) for column in table.grid.columns]
             lines = [(look(cell), _curve(table, cell, key, of_training=True)) for cell in cells]
-            _plot(panel, [(style, points) for style, points in lines if points])
-            if any(points for _, points in lines):
-                panel.set_yscale("log")
-                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-                panel.yaxis.set_minor_locator(NullLocator())
+            _plot(panel, lines)
+            panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            panel.yaxis.set_minor_locator(NullLocator())
             if i == 0:
                 panel.set_title(f"{table.grid.title.rpartition(', ')[2]}, batch {row}")
-            else:
-                panel.set_xlabel("share of training (%)")
-            if j == 0:
-                panel.set_ylabel(name)
+        axes[i][0].set_ylabel(name)
+    for panel in axes[1]:
+        panel.set_xlabel("share of training (%)")
     return _with_legend(figure, list(axes.flat))
 
 
@@ -307,18 +303,12 @@ def _limit(panel: Axes, curves: list[Points], zero: bool = False) -> None:
 
 def _with_legend(figure: Figure, panels: list[Axes], columns: int = 7) -> Figure | None:
     """Add one legend for all panels, each label once; None where no line is drawn."""
-    shown: dict[str, Line2D] = {}
+    shown: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            assert isinstance(handle, Line2D)
-            # A line of its own: markevery would leave the legend's short one without a marker.
-            copy = Line2D([], [])
-            copy.update_from(handle)
-            copy.set_markevery(None)
-            shown.setdefault(label, copy)
+            shown.setdefault(label, handle)
     if not shown:
         return None
-    figure.legend(
-        list(shown.values()), shown, loc="outside lower center", ncols=min(columns, len(shown)), handlelength=2.8
-    )
+    columns = min(columns, len(shown))
+    figure.legend(list(shown.values()), shown, loc="outside lower center", ncols=columns, handlelength=2.8)
     return figure
