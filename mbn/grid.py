@@ -2,7 +2,9 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cache, cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from mbn.config import REPOSITORY, Config, checked, compose, groups, run_name
 from mbn.system.errors import UserError
 
 GRIDS = REPOSITORY / "scripts" / "grids"
+# The fields of a record that a table may show, and what it calls them.
+METRICS = {"test_error": "test error", "test_error_top5": "top-5 test error", "train_error": "training error"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table: what `train.py` is told for it, but for the seed and the scale.
+    """One cell of a table: the settings of its runs, except seed and scale.
 
     overrides: None where nothing is run (quoted numbers; methods that do not fit the network).
     paper: for each metric the number as printed, None for '-'.
@@ -73,10 +77,69 @@ def _chosen(options: tuple[str, ...]) -> DictConfig:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table; the fields are the keys of its YAML, `own` being `cells`, what one cell has of its own.
+class Claim:
+    """What the paper, or we, say of a table: that a number made of a few of its cells has a certain sign or size.
 
-    shown: its `metrics`, the fields of a record that it shows where the paper prints none.
+    metric: the field of a record that is compared; for a drop or a rise, the curve of that name.
+    cells: those that are compared, by place: a row where the claim names columns, a column where it names rows; a gain
+    has one place, ''.
+    number: what is made of them, in words, such as 'MBN - BN'.
+    """
+
+    text: str
+    metric: str
+    cells: dict[str, tuple[Cell, ...]]
+    number: str
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The claim holds for a number between these."""
+        return 0, inf
+
+
+class Lower(Claim):
+    """lower: X, than: Y. X - Y is below 0."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return -inf, 0
+
+
+@dataclass(frozen=True)
+class Equal(Claim):
+    """equal: [X, Y], within: margin. X - Y is between -margin and margin."""
+
+    margin: float
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return -self.margin, self.margin
+
+
+class Gain(Claim):
+    """gain: [from, to], of: X, above: Y. (X at from - X at to) - (Y at from - Y at to) is above 0."""
+
+
+@dataclass(frozen=True)
+class Drop(Claim):
+    """drop: curve, at: share of training, with: X [, above: Y]. X's curve falls there [further than that of Y]."""
+
+    at: Fraction
+
+
+@dataclass(frozen=True)
+class Rise(Claim):
+    """rise: curve, at: share of training, with: X. The rise of X's curve there, for a moment, is above 0."""
+
+    at: Fraction
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table; the fields are the keys of its YAML, except two.
+
+    own: its `cells`, the settings that one cell has of its own. shown: its `metrics`, the fields of a record that it
+    shows where the paper prints none.
     """
 
     name: str
@@ -86,11 +149,11 @@ class Grid:
     columns: dict[str, list[str]]
     base: list[str]
     own: dict[str, list[str]]
-    absent: list[str]
-    paper: dict[str, dict[str, list[str | None]]]
-    claims: list[dict[str, Any]]
-    notes: list[str]
     shown: list[str]
+    claims: list[Claim]
+    paper: dict[str, dict[str, list[str | None]]] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def metrics(self) -> list[str]:
@@ -104,6 +167,14 @@ class Grid:
 
     def cell(self, row: str, column: str) -> Cell:
         return next(c for c in self.cells if (c.row, c.column) == (row, column))
+
+    def across(self, labels: list[str]) -> dict[str, tuple[Cell, ...]]:
+        """The cells of some rows in every column, or of some columns in every row. Errors: ValueError."""
+        if all(label in self.rows for label in labels):
+            return {column: tuple(self.cell(row, column) for row in labels) for column in self.columns}
+        if all(label in self.columns for label in labels):
+            return {row: tuple(self.cell(row, column) for column in labels) for row in self.rows}
+        raise ValueError(f"{' and '.join(map(str, labels))} are neither all rows nor all columns")
 
     def _cell(self, row: str, position: int, column: str) -> Cell:
         printed = {metric: rows[row][position] for metric, rows in self.paper.items() if row in rows}
@@ -120,22 +191,53 @@ def names(folder: Path = GRIDS) -> list[str]:
 
 
 def read(name: str, folder: Path = GRIDS) -> Grid:
-    """Read a grid. Errors: UserError where there is none of that name."""
+    """Read a grid. Errors: UserError where there is none of that name, or where a key or a claim is wrong."""
     path = folder / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"there is no table {name!r}: choose among {', '.join(names(folder))}, or all.")
     content = yaml.safe_load(path.read_text())
-    return Grid(
-        name=name,
-        title=content["title"],
-        about=content["about"],
-        rows=content["rows"],
-        columns=content["columns"],
-        base=content["base"],
-        own=content.get("cells", {}),
-        absent=content.get("absent", []),
-        paper=content.get("paper", {}),
-        claims=content.get("claims", []),
-        notes=content.get("notes", []),
-        shown=content.get("metrics", ["test_error"]),
-    )
+    own, shown, claims = content.pop("cells", {}), content.pop("metrics", ["test_error"]), content.pop("claims", [])
+    try:
+        grid = Grid(name=name, own=own, shown=shown, claims=[], **content)
+    except TypeError as error:
+        raise UserError(f"{path} is not a table ({error}): correct its keys.") from None
+    for claim in claims:
+        try:
+            grid.claims.append(read_claim(grid, claim))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: the claim {claim} means nothing ({error}): correct it.") from None
+    return grid
+
+
+def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:
+    """A claim from its YAML. Errors: AttributeError, KeyError, TypeError or ValueError for a wrong one."""
+    form = dict(content)
+    text, metric, places = form.pop("claim"), form.pop("metric", grid.metrics[0]), form.pop("in", None)
+    kind: type[Claim]
+    more: list[Any] = []
+    match form:
+        case {"lower": x, "than": y, **rest}:
+            kind, of, labels = Lower, "", [x, y]
+        case {"equal": [x, y], "within": margin, **rest}:
+            kind, of, labels, more = Equal, "", [x, y], [float(margin)]
+        case {"gain": [start, end], "of": x, "above": y, **rest}:
+            kind, of, labels = Gain, "gain of ", [x, y]
+        case {"drop": metric, "at": share, "with": x, "above": y, **rest}:
+            kind, of, labels, more = Drop, "drop of ", [x, y], [Fraction(str(share))]
+        case {"drop": metric, "at": share, "with": x, **rest}:
+            kind, of, labels, more = Drop, "drop of ", [x], [Fraction(str(share))]
+        case {"rise": metric, "at": share, "with": x, **rest}:
+            kind, of, labels, more = Rise, "rise of ", [x], [Fraction(str(share))]
+        case _:
+            raise ValueError("it is of no known form")
+    if rest or metric not in METRICS:
+        raise ValueError(f"there is no {next(iter(rest), metric)!r}")
+    compared = grid.across(labels)
+    if kind is Gain:
+        compared = {"": (*compared[start], *compared[end])}
+    elif places is not None:
+        compared = {place: compared[place] for place in places}
+    run = {place: cells for place, cells in compared.items() if all(cell.overrides is not None for cell in cells)}
+    if not run:
+        raise ValueError("nothing is run for it")
+    return kind(text, metric, run, " - ".join(f"{of}{label}" for label in labels), *more)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import entry_point
-from mbn.tables import page
+from mbn.tables.cells import read_records
 
 
 @entry_point
@@ -32,14 +32,14 @@ def main(arguments: list[str]) -> None:
 
 
 def run(results: Path, scale: float, seeds: int) -> None:
-    from mbn.tables import figures as plot
+    from mbn.tables import figures
 
-    figures = plot.draw(page.load(results), scale, seeds)
-    for path in plot.write(figures, results / "figures", scale):
+    drawn = figures.draw(read_records(results), scale, seeds)
+    for path in figures.write(drawn, results / "figures", scale):
         print(f"wrote {path}")
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         if figure is None:
-            print(f"{name}: not drawn, for no record has anything for it")
+            print(f"{name}: not drawn: no record has data for it")
 
 
 if __name__ == "__main__":

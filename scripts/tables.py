@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Write the tables from the records: results/tables/*.md, *.tex and cells.csv, and parts of the two READMEs.
 
+A table of which nothing has run is not written.
+
 python scripts/tables.py
 python scripts/tables.py table4 table6 --seeds 3
 python scripts/tables.py --scale 0.1 machine.results=/results
@@ -16,7 +18,9 @@ from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import entry_point
 from mbn.system.files import write_atomically
-from mbn.tables import page as table
+from mbn.tables.cells import read_records, tables
+from mbn.tables.export import files
+from mbn.tables.readme import evidence_part, readme_part, replace_part
 
 RESULTS = REPOSITORY / "results"
 README = REPOSITORY / "README.md"
@@ -45,16 +49,18 @@ def main(arguments: list[str]) -> None:
 
 
 def run(names: list[str], results: Path, seeds: int, scale: float) -> None:
-    records = table.load(results)
-    chosen = None if not names or "all" in names else names
-    folder = results / "tables"
-    for name, content in table.files(records, chosen, seeds, scale).items():
-        write_atomically(folder / name, content.encode())
-        print(f"wrote {folder / name}")
-    if chosen is None and scale == 1 and results.resolve() == RESULTS.resolve():
-        tables = table.measure(records, None, seeds)
-        for page, part in ((README, table.readme_part(tables)), (EVIDENCE, table.evidence_part(tables, records))):
-            write_atomically(page, table.replace_part(page.read_text(), part, str(page)).encode())
+    records = read_records(results)
+    every = not names or "all" in names
+    chosen = tables(records, None if every else names, seeds, scale)
+    for name, content in files(chosen, with_csv=every).items():
+        write_atomically(results / "tables" / name, content.encode())
+        print(f"wrote {results / 'tables' / name}")
+    for name, table in chosen.items():
+        if not table.has_runs:
+            print(f"{name}: not written: none of its runs has a record")
+    if every and scale == 1 and results.resolve() == RESULTS.resolve():
+        for page, part in ((README, readme_part(chosen)), (EVIDENCE, evidence_part(chosen, records))):
+            write_atomically(page, replace_part(page.read_text(), part, str(page)).encode())
             print(f"wrote {page}, between its markers")
 
 

@@ -6,7 +6,7 @@ from mbn.records import record
 EPOCHS = tuple(range(1, 101))
 
 
-def curves_of(config, test_error, train_error, bump=0.0, fall=0.0):
+def curves_of(config, test_error, train_error, bump, fall):
     """A hundred points: the test error falls by `fall`, the training error rises by `bump` at 60 % of training."""
     images = config.dataset.train_images * iterations(config) // iterations_per_epoch(config)
     points = [images * i // 100 for i in EPOCHS]
@@ -28,21 +28,10 @@ def curves_of(config, test_error, train_error, bump=0.0, fall=0.0):
     }
 
 
-def write(
-    results,
-    cell,
-    seed,
-    test_error,
-    scale=1.0,
-    device="cuda: Toy",
-    train_error=1.0,
-    seconds=1800.0,
-    precise=None,
-    **curve,
-):
-    """Write one record of a cell and return it."""
+def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0, fall=0.0, **fields):
+    """Write one record of a cell, with other fields as they are given, and return its path."""
     config = cell.config(seed, scale)
-    curves = curves_of(config, test_error, train_error, **curve)
+    curves = curves_of(config, test_error, train_error, bump, fall)
     content = {
         "name": run_name(config),
         "config": record.config_for_record(config),
@@ -50,15 +39,15 @@ def write(
         "test_error_best": test_error,
         "train_error": train_error,
         "test_error_top5": test_error / 4,
-        "test_error_precise": precise,
+        "test_error_precise": None,
         "test_loss": 0.2,
         "train_loss": 0.1,
         "iterations": iterations(config),
         "images": curves["images"][-1],
         "parameters": 1,
-        "seconds": seconds,
+        "seconds": 1800.0,
         "images_per_second": 1.0,
-        "device": device,
+        "device": "cuda: Toy",
         "mode": "eager",
         "threads": 2,
         "commit": "0123456789" * 4,
@@ -66,4 +55,5 @@ def write(
         "versions": {"torch": "2.11"},
         "curves": curves,
     }
-    return record.write(results, content)
+    record.write(results, content | fields)
+    return record.path_of(results, content["name"])

@@ -10,15 +10,13 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mbn import grid
 from mbn.grid import Cell
 from mbn.methods import MBN, METHODS
 from mbn.system.files import write_atomically
-from mbn.tables import claims
-from mbn.tables.page import BATCH_SIZES, Measured, Records, file_name
+from mbn.tables.cells import BATCH_SIZES, Records, Table, file_name
 
 # Width of one column of a two-column paper, in inches; and of both.
 COLUMN, PAGE = 3.3, 6.9
@@ -86,8 +84,8 @@ def look(cell: Cell) -> Look:
 def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figure | None]:
     """Every figure by its name; None where no record has anything for it."""
 
-    def read(name: str) -> Measured:
-        return Measured(grid.read(name), records, seeds, scale)
+    def read(name: str) -> Table:
+        return Table(grid.read(name), records, seeds, scale)
 
     with matplotlib.rc_context(STYLE):
         return {
@@ -123,132 +121,118 @@ def write(figures: dict[str, Figure | None], folder: Path, scale: float = 1.0) -
 # The paper's.
 
 
-def figure1(measured: Measured) -> Figure | None:
+def figure1(table: Table) -> Figure | None:
     """Test error over epochs of BN, BRN and MBN with one and with two forwards, ResNet-56."""
-    figure, (panel,) = _panels(1, COLUMN, 3.0)
-    lines = [(look(cell), _curve(measured, cell, "test_error")) for cell in measured.grid.cells]
-    if not _plot(panel, lines):
-        return None
-    _limit(panel, [points for _, points in lines])
-    panel.set(xlabel="epoch", ylabel="test error (%)")
-    _legend_below(figure, [panel], columns=3)
-    return figure
+    lines = [(look(cell), _curve(table, cell, "test_error")) for cell in table.grid.cells]
+    return _errors(lines, "test error (%)", columns=3)
 
 
-def figure2(measured: Measured) -> Figure | None:
+def figure2(table: Table) -> Figure | None:
     """Training error (thin) and test error (bold) over epochs of BN and MBN, a panel for each network."""
-    figure, panels = _panels(len(measured.grid.rows), PAGE, 2.6)
-    anything = False
-    for panel, row in zip(panels, measured.grid.rows, strict=True):
+    figure, panels = _panels(len(table.grid.rows), PAGE, 2.6)
+    for panel, row in zip(panels, table.grid.rows, strict=True):
         lines = []
-        for column in measured.grid.columns:
-            cell = measured.grid.cell(row, column)
+        for column in table.grid.columns:
+            cell = table.grid.cell(row, column)
             method = METHODS[cell.config(0).norm.name]
             line = "-" if method is METHODS["mbn"] else "--"
             for key, width, marker in (("train_error", 0.7, ""), ("test_error", 1.8, method.marker)):
                 kind = "training" if key == "train_error" else "test"
                 style = Look(f"{method.label}, {kind}", method.colour, marker, line, width=width)
-                lines.append((style, _curve(measured, cell, key)))
-        anything |= _plot(panel, lines)
+                lines.append((style, _curve(table, cell, key)))
+        _plot(panel, lines)
         _limit(panel, [points for _, points in lines], zero=True)
         panel.set(title=row, xlabel="epoch")
     panels[0].set_ylabel("error (%)")
-    _legend_below(figure, panels)
-    return figure if anything else None
+    return _with_legend(figure, panels)
 
 
-def figure3(measured: Measured) -> Figure | None:
+def figure3(table: Table) -> Figure | None:
     """ImageNet: test error over epochs; solid MBN, dashed BN; a colour for each network."""
-    figure, (panel,) = _panels(1, COLUMN, 3.0)
     lines = []
-    networks = [row for row, overrides in measured.grid.rows.items() if overrides is not None]
+    networks = [row for row, overrides in table.grid.rows.items() if overrides is not None]
     for row, colour, marker in zip(networks, NETWORK_COLOURS, NETWORK_MARKERS, strict=True):
         for column in ("MBN", "BN"):
             style = Look(f"{row}, {column}", colour, marker, "-" if column == "MBN" else "--", column == "MBN")
-            lines.append((style, _curve(measured, measured.grid.cell(row, column), "test_error")))
-    if not _plot(panel, lines):
-        return None
+            lines.append((style, _curve(table, table.grid.cell(row, column), "test_error")))
+    return _errors(lines, "top-1 test error (%)", columns=2)
+
+
+def _errors(lines: Sequence[tuple[Look, Points]], ylabel: str, columns: int) -> Figure | None:
+    figure, (panel,) = _panels(1, COLUMN, 3.0)
+    _plot(panel, lines)
     _limit(panel, [points for _, points in lines])
-    panel.set(xlabel="epoch", ylabel="top-1 test error (%)")
-    _legend_below(figure, [panel], columns=2)
-    return figure
+    panel.set(xlabel="epoch", ylabel=ylabel)
+    return _with_legend(figure, [panel], columns)
 
 
 # Ours.
 
 
-def batch_size(grids: Sequence[Measured]) -> Figure | None:
+def batch_size(tables: Sequence[Table]) -> Figure | None:
     """Test error against batch size for each method: mean over seeds, and a bar of one standard deviation."""
-    drawn = [m for m in grids if any(m.runs(cell) for cell in m.grid.cells)]
+    drawn = [table for table in tables if table.has_runs]
     if not drawn:
         return None
     figure, panels = _panels(len(drawn), COLUMN if len(drawn) == 1 else PAGE, 3.0)
-    for panel, measured in zip(panels, drawn, strict=True):
+    for panel, table in zip(panels, drawn, strict=True):
         lines = []
-        for column in measured.grid.columns:
-            cells = [measured.grid.cell(row, column) for row in measured.grid.rows]
-            found = [(c.config(0).batch_size, claims.values(measured.runs(c), "test_error")) for c in cells]
+        for column in table.grid.columns:
+            cells = [table.grid.cell(row, column) for row in table.grid.rows]
+            found = [(c.config(0).batch_size, table.values(c, "test_error")) for c in cells]
             lines.append((look(cells[0]), [(float(b), list(v.values())) for b, v in found if v]))
         _plot(panel, lines, sparse=True)
-        sizes = [measured.grid.cell(row, column).config(0).batch_size for row in measured.grid.rows]
+        sizes = [table.grid.cell(row, column).config(0).batch_size for row in table.grid.rows]
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.set_xlim(min(sizes) * 0.85, max(sizes) * 1.18)
-        panel.set(title=measured.grid.title.rpartition(", ")[2], xlabel="batch size")
+        panel.set(title=table.grid.title.rpartition(", ")[2], xlabel="batch size")
     panels[0].set_ylabel("test error (%)")
-    _legend_below(figure, panels)
-    return figure
+    return _with_legend(figure, panels)
 
 
-def gap(measured: Measured) -> Figure | None:
+def gap(table: Table) -> Figure | None:
     """How far the statistics of training are from those of evaluation, over training, at the least and largest batch.
 
     The means over layers and channels of |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|.
     """
-    first, *_, last = measured.grid.rows
+    first, *_, last = table.grid.rows
     kinds = {"gap_mean": "gap of the mean (σ)", "gap_std": "gap of log σ"}
     figure = Figure(figsize=(PAGE, 4.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    anything = False
     for i, (key, name) in enumerate(kinds.items()):
-        for j, row in enumerate((first, last)):
-            panel = axes[i][j]
-            cells = [measured.grid.cell(row, column) for column in measured.grid.columns]
-            lines = [(look(cell), _curve(measured, cell, key, of_training=True)) for cell in cells]
-            anything |= _plot(panel, [(style, points) for style, points in lines if points])
-            if any(points for _, points in lines):
-                panel.set_yscale("log")
-                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-                panel.yaxis.set_minor_locator(NullLocator())
+        for panel, row in zip(axes[i], (first, last), strict=True):
+            cells = [table.grid.cell(row, column) for column in table.grid.columns]
+            lines = [(look(cell), _curve(table, cell, key, of_training=True)) for cell in cells]
+            _plot(panel, lines)
+            panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            panel.yaxis.set_minor_locator(NullLocator())
             if i == 0:
-                panel.set_title(f"{measured.grid.title.rpartition(', ')[2]}, batch {row}")
-            else:
-                panel.set_xlabel("share of training (%)")
-            if j == 0:
-                panel.set_ylabel(name)
-    _legend_below(figure, list(axes.flat))
-    return figure if anything else None
+                panel.set_title(f"{table.grid.title.rpartition(', ')[2]}, batch {row}")
+        axes[i][0].set_ylabel(name)
+    for panel in axes[1]:
+        panel.set_xlabel("share of training (%)")
+    return _with_legend(figure, list(axes.flat))
 
 
-def training(measured: Measured, row: str) -> Figure | None:
+def training(table: Table, row: str) -> Figure | None:
     """One row of the gradients' table: training loss, test error and weight norm over training.
 
     Dotted: where learning rate and lambda change.
     """
     keys = {"loss": "training loss", "test_error": "test error (%)", "weight_norm": "norm of all weights"}
     figure, panels = _panels(len(keys), PAGE, 2.7)
-    cells = [measured.grid.cell(row, column) for column in measured.grid.columns]
-    anything = False
+    cells = [table.grid.cell(row, column) for column in table.grid.columns]
     for panel, (key, name) in zip(panels, keys.items(), strict=True):
-        lines = [(look(cell), _curve(measured, cell, key, of_training=True)) for cell in cells]
-        anything |= _plot(panel, lines)
+        lines = [(look(cell), _curve(table, cell, key, of_training=True)) for cell in cells]
+        _plot(panel, lines)
         _limit(panel, [points for _, points in lines], zero=key == "loss")
         for milestone in cells[0].config(0).schedule.milestones:
             panel.axvline(100 * milestone, color="#888888", linestyle=":", linewidth=0.8)
         panel.set(title=name, xlabel="share of training (%)")
-    _legend_below(figure, panels, columns=3)
-    return figure if anything else None
+    return _with_legend(figure, panels, columns=3)
 
 
 # Parts.
@@ -260,16 +244,14 @@ def _panels(n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[0])
 
 
-def _curve(measured: Measured, cell: Cell, key: str, of_training: bool = False) -> Points:
+def _curve(table: Table, cell: Cell, key: str, of_training: bool = False) -> Points:
     """(x, one value a seed) of a curve of a cell's records at the points that all of them have.
 
     key: a curve with a point an epoch, or "loss" or "error" for the finer ones of training. x: images seen, in epochs,
     or in percent of training. Empty where nothing has run.
     """
-    if cell.overrides is None:
-        return []
     found = []
-    for one in measured.runs(cell).values():
+    for one in table.runs(cell).values():
         unit = one["images"] / 100 if of_training else one["config"]["dataset"]["train_images"]
         curves = one["curves"].get("training", {}) if key in ("loss", "error") else one["curves"]
         images, numbers = curves.get("images", []), curves.get(key, [])
@@ -280,8 +262,8 @@ def _curve(measured: Measured, cell: Cell, key: str, of_training: bool = False) 
     return [(x, [f[x] for f in found]) for x in common]
 
 
-def _plot(panel: Axes, lines: Iterable[tuple[Look, Points]], sparse: bool = False) -> bool:
-    """Draw means, and bands of one standard deviation where there are several seeds; whether there was any line.
+def _plot(panel: Axes, lines: Iterable[tuple[Look, Points]], sparse: bool = False) -> None:
+    """Draw means, and bands of one standard deviation where there are several seeds.
 
     sparse: a few points, each with as many seeds as it happens to have: a marker at every one, and a bar for a band.
     Else about eight markers a line, at other places for each line.
@@ -302,7 +284,6 @@ def _plot(panel: Axes, lines: Iterable[tuple[Look, Points]], sparse: bool = Fals
             panel.vlines(at, low, high, color=style.colour, linewidth=0.9)
         else:
             panel.fill_between(at, low, high, color=style.colour, alpha=0.15, linewidth=0)
-    return bool(drawn)
 
 
 def _limit(panel: Axes, curves: list[Points], zero: bool = False) -> None:
@@ -314,19 +295,14 @@ def _limit(panel: Axes, curves: list[Points], zero: bool = False) -> None:
     panel.set_ylim(bottom, max(top, bottom + 1))
 
 
-def _legend_below(figure: Figure, panels: list[Axes], columns: int = 7) -> None:
-    """One legend for all panels, each label once."""
-    handles: dict[str, Any] = {}
+def _with_legend(figure: Figure, panels: list[Axes], columns: int = 7) -> Figure | None:
+    """Add one legend for all panels, each label once; None where no line is drawn."""
+    shown: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    if handles:
-        # A line of its own: markevery would leave the legend's short one without a marker.
-        shown = []
-        for handle in handles.values():
-            assert isinstance(handle, Line2D)
-            copy = Line2D([], [])
-            copy.update_from(handle)
-            copy.set_markevery(None)
-            shown.append(copy)
-        figure.legend(shown, handles, loc="outside lower center", ncols=min(columns, len(handles)), handlelength=2.8)
+            shown.setdefault(label, handle)
+    if not shown:
+        return None
+    columns = min(columns, len(shown))
+    figure.legend(list(shown.values()), shown, loc="outside lower center", ncols=columns, handlelength=2.8)
+    return figure

@@ -6,6 +6,7 @@ import pytest
 
 from mbn import grid
 from mbn.config import load
+from mbn.system.errors import UserError
 
 # The lines of the paper's tables as its text has them (tabs between columns).
 TEXT = r"""
@@ -55,9 +56,8 @@ FIGURE1 = (
     "MBN with single forward scheme (MBN-1) yields better performance than BN with whether single or Double-Forward "
     "scheme (6.53% vs. 6.97% and 6.81%)"
 )
-# Runs a seed, and numbers that the paper prints.
-COUNTS = {"table1": (14, 12), "table2": (14, 12), "table3": (8, 20), "table4": (10, 10), "table5": (5, 5)}
-COUNTS |= {"table6": (3, 3)}
+# Runs a seed.
+COUNTS = {"table1": 14, "table2": 14, "table3": 8, "table4": 10, "table5": 5, "table6": 3}
 
 
 def printed(number):
@@ -77,12 +77,9 @@ def printed(number):
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
 def test_every_digit_is_the_papers(number):
     g = grid.read(f"table{number}")
-    ours = {}
-    for row in g.rows:
-        ours[row] = [g.cell(row, c).paper[m] for m in g.metrics for c in g.columns]
-    assert ours == printed(number)
-    cells = [number for row in ours.values() for number in row if number is not None]
-    assert len(cells) == COUNTS[g.name][1]
+    assert printed(number) == {
+        row: [g.cell(row, column).paper[metric] for metric in g.metrics for column in g.columns] for row in g.rows
+    }
 
 
 def test_columns_are_the_papers():
@@ -94,10 +91,8 @@ def test_columns_are_the_papers():
 def test_figure1s_numbers_are_the_texts():
     g = grid.read("figure1")
     mbn1, bn1, bn2 = re.findall(r"(\d\.\d\d)%", FIGURE1)
-    assert g.cell("one forward", "MBN").paper["test_error"] == mbn1
-    assert g.cell("one forward", "BN").paper["test_error"] == bn1
-    assert g.cell("two forwards", "BN").paper["test_error"] == bn2
-    assert g.cell("two forwards", "MBN").paper["test_error"] == printed(1)["MBN"][2]
+    numbers = {"one forward": [bn1, None, mbn1], "two forwards": [bn2, None, printed(1)["MBN"][2]]}
+    assert g.paper == {"test_error": numbers}
 
 
 @pytest.mark.parametrize("name", grid.names())
@@ -105,12 +100,13 @@ def test_every_cell_and_its_baseline_can_run(name):
     g = grid.read(name)
     cells = [c for c in g.cells if c.overrides is not None]
     assert cells
+    assert g.claims
     keys = [[o.partition("=")[0] for o in c.overrides] for c in cells]
     assert all(len(set(k)) == len(k) for k in keys)
     runs = {c.name(0) for c in cells}
     assert len(runs) == len(cells), "two cells of a table are the same run"
     if name in COUNTS:
-        assert len(runs) == COUNTS[name][0]
+        assert len(runs) == COUNTS[name]
     for c in cells:
         baseline, own = c.baseline().config(3), c.config(3)
         assert (baseline.norm.name, baseline.forwards) == ("bn", 1)
@@ -155,3 +151,9 @@ def test_quoted_and_impossible_cells_have_no_runs():
     assert len(absent) == 2 + 2 + 4
     assert ("table1", "NormProp", "ResNet-56") in absent
     assert ("table3", "GoogLeNet", "BN") in absent
+
+
+def test_a_table_with_wrong_keys_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"{(grid.GRIDS / 'table6.yaml').read_text()}\nnots: []\n")
+    with pytest.raises(UserError, match="nots"):
+        grid.read("mine", tmp_path)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mbn import grid
 from mbn.tables import figures as plot
-from mbn.tables import page
+from mbn.tables.cells import read_records
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def figures(results) -> dict[str, Figure | None]:
-    return plot.draw(page.load(results))
+    return plot.draw(read_records(results))
 
 
 def lines(panel):
@@ -103,7 +103,7 @@ def test_every_method_has_a_look_of_its_own():
 
 def test_files_are_pictures_and_the_same_each_time(figures, results, tmp_path):
     some = {"figure1": figures["figure1"], "figure3": None}
-    again = {"figure1": plot.draw(page.load(results))["figure1"], "figure3": None}
+    again = {"figure1": plot.draw(read_records(results))["figure1"], "figure3": None}
     written = plot.write(some, tmp_path / "a")
     plot.write(again, tmp_path / "b")
     assert sorted(p.name for p in written) == ["figure1.png", "figure1.svg"]

@@ -1,0 +1,79 @@
+"""Tables for other programs: LaTeX, one CSV of all cells; and all files of results/tables."""
+
+import csv
+import io
+
+from mbn.tables.cells import Table, file_name, heads, lines
+from mbn.tables.page import command, markdown
+from mbn.tables.statistics import Summary
+
+
+def latex(table: Table) -> str:
+    r"""A table environment for \usepackage{booktabs}."""
+    g = table.grid
+    caption = f"{g.title}. {g.about}"
+    if table.scale != 1:
+        caption = f"Not the paper's protocol: every run has {table.scale:g} of its length. {caption}"
+    rows = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_escape(caption)}}}",
+        rf"\label{{tab:{file_name(g.name, table.scale)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(heads(table))}}}",
+        r"\toprule",
+        " & ".join(["", *map(_escape, heads(table))]).strip() + r" \\",
+        r"\midrule",
+        *(" & ".join([_escape(row), *cells]) + r" \\" for row, *cells in lines(table, r"$\pm$", r"\textbf{%s}")),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _escape(text: str) -> str:
+    special = {c: f"\\{c}" for c in "&%$#_{}"} | {"λ": r"$\lambda$", "±": r"$\pm$", "\\": r"\textbackslash{}"}
+    return "".join(special.get(c, c) for c in text)
+
+
+CSV_FIELDS = (
+    *("table", "row", "column", "metric", "paper", "n", "seeds", "mean", "sd", "bn_seeds", "difference", "low", "high"),
+    *("p", "p_welch", "better", "command"),
+)
+
+
+def cells_csv(tables: list[Table]) -> str:
+    """One line a number. Empty where there is none; seeds are those that have records."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(CSV_FIELDS)
+    for table in tables:
+        for e in table.entries:
+            d = e.to_bn or Summary(0)
+            writer.writerow(
+                [
+                    *(table.grid.name, e.cell.row, e.cell.column, e.metric, e.paper or "", len(e.values)),
+                    " ".join(map(str, sorted(e.values))),
+                    *map(_plain, (e.over_seeds.mean, e.over_seeds.sd)),
+                    *("" if e.to_bn is None else d.n, *map(_plain, (d.mean, d.low, d.high, d.p, e.welch))),
+                    "yes" if e.better else "",
+                    "" if e.cell.overrides is None else command(e.cell, table.scale),
+                ]
+            )
+    return file.getvalue()
+
+
+def _plain(number: float | None) -> str:
+    return "" if number is None else f"{number:.6g}"
+
+
+def files(tables: dict[str, Table], with_csv: bool) -> dict[str, str]:
+    """The content of each file of results/tables, by its name; none for a table of which nothing has run."""
+    run = {file_name(name, table.scale): table for name, table in tables.items() if table.has_runs}
+    content = {}
+    for name, table in run.items():
+        content[f"{name}.md"] = markdown(table)
+        content[f"{name}.tex"] = latex(table)
+    if with_csv and run:
+        content[f"{file_name('cells', next(iter(run.values())).scale)}.csv"] = cells_csv(list(tables.values()))
+    return content

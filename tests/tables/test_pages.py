@@ -1,0 +1,290 @@
+"""Tables from toy records: golden markdown, LaTeX and CSV, parsed too; and the committed ones from the committed."""
+
+import csv
+import io
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+
+import pytest
+import toy
+from scipy import stats
+
+from mbn import grid
+from mbn.config import REPOSITORY
+from mbn.system.errors import UserError
+from mbn.tables.cells import BATCH_SIZES, Table, read_records, tables
+from mbn.tables.export import cells_csv, files, latex
+from mbn.tables.page import markdown
+from mbn.tables.readme import END, START, evidence_part, readme_part, replace_part
+
+BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Table 4: batch 8 is complete, batch 16 has three seeds of BN and one of MBN, the rest nothing; one short run."""
+    folder = tmp_path_factory.mktemp("results")
+    g = grid.read("table4")
+    for seed in range(5):
+        toy.write(folder, g.cell("8", "BN"), seed, BN[seed])
+        fields = {"device": "cpu: Toy", "seconds": 900.0, "test_error_precise": 8.0 if seed == 3 else None}
+        toy.write(folder, g.cell("8", "MBN"), seed, MBN[seed], **fields)
+    for seed in range(3):
+        toy.write(folder, g.cell("16", "BN"), seed, 7 + seed / 10)
+    toy.write(folder, g.cell("16", "MBN"), 1, 6.5)
+    toy.write(folder, g.cell("8", "BN"), 0, 55.5, scale=0.1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(results):
+    return read_records(results)
+
+
+@pytest.fixture(scope="module")
+def table4(records):
+    return Table(grid.read("table4"), records)
+
+
+GOLDEN = """\
+|  | BN | paper | MBN | paper |
+|---|---|---|---|---|
+| 8 | 8.32 ± 0.19 (5) | 19.64 | **7.68 ± 0.28 (5)** | 15.37 |
+| 16 | 7.10 ± 0.10 (3 of 5) | 13.26 | 6.50 (1 of 5) | 11.87 |
+| 32 | - | 10.45 | - | 9.37 |
+| 64 | - | 8.60 | - | 7.79 |
+| 128 | - | 6.97 | - | 6.23 |
+"""
+DIFFERENCES = """\
+|  | seeds | difference | 95 % interval | p | p (Welch) |
+|---|---|---|---|---|---|
+| 8, MBN | 5 | -0.64 | -0.83 to -0.45 | < 0.001 | 0.004 |
+| 16, MBN | 1 | -0.60 | - | - | - |
+"""
+BESIDE = """\
+|  | seeds | test error | with precise statistics | best epoch | training error |
+|---|---|---|---|---|---|
+| 8, BN | 5 | 8.32 | - | 8.32 | 1.00 |
+| 8, MBN | 5 | 7.68 | 8.00 (n = 1) | 7.68 | 1.00 |
+| 16, BN | 3 | 7.10 | - | 7.10 | 1.00 |
+| 16, MBN | 1 | 6.50 | - | 6.50 | 1.00 |
+"""
+CLAIM = """\
+- MBN has a lower test error than BN at every batch size
+  - 8: MBN - BN = -0.64 [-0.83, -0.45], n = 5: the claim holds
+  - 16: MBN - BN = -0.60, n = 1: not decided yet, 15 seeds would
+  - 32; 64; 128: not measured yet
+"""
+
+
+def test_markdown(table4):
+    page = markdown(table4)
+    assert page.startswith("# Table 4: Batch sizes, ResNet-56 on CIFAR-10\n\nTable 4 of the paper. Test error in ")
+    assert f"\n\n{GOLDEN}\n" in page
+    assert f"## Difference to BN\n\n{DIFFERENCES}\n" in page
+    assert f"## Claims\n\n{CLAIM}\n" in page
+    assert f"## Beside the test error\n\n{BESIDE}\n" in page
+    # 8 runs of 0.5 h on a GPU and 1 more, 5 of 0.25 h with 2 threads.
+    assert "14 runs, 4.5 GPU hours and 2.5 CPU hours (time x threads), on cpu: Toy; cuda: Toy." in page
+    commands = re.findall(r"^python train.py .*", page, re.MULTILINE)
+    assert len(commands) == 10
+    assert commands[1] == (
+        "python train.py dataset=cifar10 model=resnet56 schedule.iterations=78200 batch_size=8 norm=mbn seed=0"
+        "   # 8, MBN"
+    )
+
+
+@pytest.mark.parametrize(("mbn", "word"), [((6.9, 7.1, 7.0), "does not hold"), ((5.0, 6.2, 6.0), "not decided yet")])
+def test_worse_or_undecided_is_not_bold(tmp_path, mbn, word):
+    g = grid.read("table4")
+    for seed in range(3):
+        toy.write(tmp_path, g.cell("8", "BN"), seed, 6 + seed / 10)
+        toy.write(tmp_path, g.cell("8", "MBN"), seed, mbn[seed])
+    page = markdown(Table(g, read_records(tmp_path)))
+    assert "(3 of 5) | 15.37 |" in page
+    assert "(3 of 5)**" not in page
+    assert word in page
+
+
+def test_a_run_without_bn_beside_it(tmp_path):
+    g = grid.read("table1")
+    toy.write(tmp_path, g.cell("MBN", "VGG"), 0, 6.0)
+    page = markdown(Table(g, read_records(tmp_path)))
+    assert "No run can be compared yet" in page
+    assert "- MBN has a lower test error than BN: not measured yet" in page
+    assert f"## Notes\n\n- {g.notes[0]}\n" in page
+
+
+def rows_of(text):
+    body = text.partition(r"\toprule")[2].partition(r"\bottomrule")[0]
+    return [line.removesuffix(r" \\") for line in body.strip().splitlines() if line != r"\midrule"]
+
+
+def assert_parses(tex):
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", tex):
+        depth += 1 if brace == "{" else -1
+        assert depth >= 0
+    assert depth == 0
+    assert tex.count("$") % 2 == 0
+    columns = re.search(r"\\begin\{tabular\}\{(lr*)\}", tex)[1]
+    rows = rows_of(tex)
+    assert rows
+    assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {len(columns)}
+    for environment in ("table", "tabular"):
+        assert tex.count(rf"\begin{{{environment}}}") == tex.count(rf"\end{{{environment}}}") == 1
+    text = re.sub(r"\\[&%$#_{}]", "", tex)
+    assert not re.search(r"[%#_λ±]", text), "a character that LaTeX takes for something else"
+
+
+def test_latex(table4):
+    assert rows_of(latex(table4))[:3] == [
+        "& BN & paper & MBN & paper",
+        r"8 & 8.32 $\pm$ 0.19 (5) & 19.64 & \textbf{7.68 $\pm$ 0.28 (5)} & 15.37",
+        r"16 & 7.10 $\pm$ 0.10 (3 of 5) & 13.26 & 6.50 (1 of 5) & 11.87",
+    ]
+    assert rows_of(latex(Table(grid.read("table5"), {})))[5] == r"$\lambda$ = \{0.1, 0.5, 0.9\} & - & 6.23"
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_latex_of_every_grid_parses(name, records):
+    assert_parses(latex(Table(grid.read(name), records)))
+    assert_parses(latex(Table(grid.read(name), {}, scale=0.1)))
+
+
+def test_csv(table4, records):
+    rows = list(csv.DictReader(io.StringIO(cells_csv([table4, Table(grid.read("table3"), records)]))))
+    assert len(rows) == 10 + 24
+    first, second, third, fourth = rows[:4]
+    assert (first["table"], first["row"], first["column"], first["paper"]) == ("table4", "8", "BN", "19.64")
+    assert (first["n"], first["seeds"], first["mean"], first["difference"]) == ("5", "0 1 2 3 4", "8.32", "")
+    test, welch = stats.ttest_rel(MBN, BN), stats.ttest_ind(MBN, BN, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    by_hand = {"mean": statistics.mean(MBN), "sd": statistics.stdev(MBN), "p": test.pvalue, "p_welch": welch.pvalue}
+    by_hand |= {"difference": statistics.mean(MBN) - statistics.mean(BN), "low": interval.low, "high": interval.high}
+    assert {name: float(second[name]) for name in by_hand} == pytest.approx(by_hand, rel=1e-5)
+    assert (second["better"], second["bn_seeds"], third["bn_seeds"]) == ("yes", "5", "")
+    assert (fourth["seeds"], fourth["sd"], fourth["difference"], fourth["p"]) == ("1", "", "-0.6", "")
+    assert fourth["command"].startswith("python train.py dataset=cifar10 ")
+    quoted = [r for r in rows if r["row"] == "GoogLeNet" and r["paper"]]
+    assert [(r["metric"], r["paper"], r["command"]) for r in quoted] == [
+        ("test_error", "27.31", ""),
+        ("test_error_top5", "9.15", ""),
+    ]
+
+
+def test_short_runs_have_tables_of_their_own(records, table4):
+    assert "55.5" not in markdown(table4)
+    short = files(tables(records, scale=0.1), with_csv=True)
+    assert {"table4-scale0.1.md", "table4-scale0.1.tex", "cells-scale0.1.csv"} < set(short)
+    page = short["table4-scale0.1.md"]
+    assert "**Not the paper's protocol: every run has 0.1 of its length.**" in page
+    assert "| 8 | 55.50 (1 of 5) | 19.64 | - | 15.37 |" in page
+    assert "| paper, full length |" in page
+    assert " schedule.scale=0.1 seed=0 " in page
+
+
+def test_a_table_without_runs_is_not_written(records):
+    assert set(files(tables(records, ["table4", "table6"]), with_csv=False)) == {"table4.md", "table4.tex"}
+    assert files(tables(records, scale=0.5), with_csv=True) == {}
+
+
+def test_fewer_seeds(records):
+    page = markdown(Table(grid.read("table4"), records, seeds=3))
+    assert "| 16 | 7.10 ± 0.10 (3) |" in page
+    assert "| 8 | 8.27 ± 0.15 (3) |" in page
+
+
+def command(results, *names):
+    line = [sys.executable, "scripts/tables.py", f"machine.results={results}", *names]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_a_record_that_was_edited_or_moved_is_refused(results, tmp_path):
+    shutil.copytree(results, tmp_path / "copy")
+    path = next((tmp_path / "copy" / "records").rglob("*.json"))
+    whole = path.read_text()
+    path.write_text(whole.replace('"test_loss": 0.2,', '"test_loss": 0.1,'))
+    done = command(tmp_path / "copy", "table4")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert path.name in done.stderr
+    assert not (tmp_path / "copy" / "tables").exists()
+    path.write_text(whole)
+    path.rename(path.with_name(f"{path.stem}x.json"))
+    with pytest.raises(UserError, match="move it to"):
+        read_records(tmp_path / "copy")
+
+
+def test_the_command_writes_files_and_deletes_none(results, table4):
+    old = results / "tables" / "table6.md"
+    old.parent.mkdir()
+    old.write_text("of a run that is gone")
+    done = command(results, "table6", "table4")
+    assert done.returncode == 0, done.stderr
+    assert "table6: not written" in done.stdout
+    assert {p.name for p in old.parent.iterdir()} == {"table4.md", "table4.tex", "table6.md"}
+    assert (results / "tables" / "table4.md").read_text() == markdown(table4)
+    assert old.read_text() == "of a run that is gone"
+
+
+def test_an_unknown_table_is_one_sentence():
+    with pytest.raises(UserError, match="there is no table 'table7'"):
+        tables({}, ["table7"])
+
+
+def test_readme_part(records):
+    names = ["table3", "table4", *BATCH_SIZES]
+    part = readme_part(tables(records, names))
+    assert "| [Table 4](results/tables/table4.md) | Batch sizes, ResNet-56 on CIFAR-10 | 4 / 10 | 1 to 5 |" in part
+    assert "| Table 3 | ImageNet | 0 / 20 (4 only quoted there) | - |" in part
+    assert "[Table 4, methods](results/tables/table4-methods.md): 4 / 35." in part
+    assert GOLDEN.strip() in part
+    assert CLAIM.strip() in part
+    assert "](results/figures/batch-size.png)" in part  # its runs are table4-methods' too
+    assert "](results/" not in readme_part(tables({}, names)).replace("[results/README.md](results/README.md)", "")
+    old = f"a\n{START}\nold\n{END}\nb\n"
+    assert replace_part(old, "new") == old.replace("old", "new")
+    for wrong in ("", START, f"{END}{START}"):
+        with pytest.raises(UserError, match="must hold"):
+            replace_part(wrong, "new")
+
+
+def test_evidence_part(records):
+    part = evidence_part(tables(records, ["table4", "gradient"]), records)
+    where = "[Table 4](tables/table4.md) | MBN has a lower test error than BN at every batch size"
+    assert [line for line in part.splitlines() if line.startswith("| [Table")] == [
+        f"| {where} | 8 | MBN - BN = -0.64 [-0.83, -0.45], n = 5 | -4.27 | the claim holds |  |",
+        f"| {where} | 16 | MBN - BN = -0.60, n = 1 | -1.39 | not decided yet | 15 |",
+    ]
+    runs = [line for line in part.splitlines() if line.startswith("| [cifar10")]
+    assert len(runs) == len(records) == 15
+    name = grid.read("table4").cell("8", "MBN").name(3)
+    (line,) = [line for line in runs if name in line]
+    assert line.startswith(
+        f"| [{name}](records/{name}.json) | Table 4: 8, MBN; Gradient: ResNet-56, batch 8, MBN-2 paper | 8.10 | 8.00 | "
+        "8.10 | 1.00 | 78,200 | 0.25 | cpu: Toy, 2 threads | eager | 0123456 | "
+    )
+    assert sum("| no table |" in line for line in runs) == 1  # the short one
+    assert evidence_part(tables({}, ["table4"]), {}).count("None yet.") == 2
+
+
+def test_committed_tables_follow_from_committed_records():
+    """Every committed table, byte for byte, and the parts of the READMEs; every link from these leads somewhere."""
+    results = REPOSITORY / "results"
+    committed = {p.name: p.read_text() for p in (results / "tables").iterdir()}
+    records = read_records(results)
+    every = tables(records)
+    expected = files(every, with_csv=True)
+    for scale in sorted({m[1] for name in committed if (m := re.search(r"-scale([\d.]+)\.(?:md|tex|csv)$", name))}):
+        expected |= files(tables(records, scale=float(scale)), with_csv=True)
+    assert committed.keys() == expected.keys(), "run scripts/tables.py, and delete the others"
+    for name, content in expected.items():
+        assert committed[name] == content, f"{name}: run scripts/tables.py"
+    parts = {REPOSITORY / "README.md": readme_part(every), results / "README.md": evidence_part(every, records)}
+    for path, part in parts.items():
+        assert path.read_text() == replace_part(path.read_text(), part), f"{path}: run scripts/tables.py"
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path}: {link}"
