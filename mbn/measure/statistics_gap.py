@@ -14,7 +14,7 @@ def named_norm_layers(model: nn.Module) -> dict[str, BatchStatisticsNorm]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchStatisticsNorm)}
 
 
-def draws(model: nn.Module) -> bool:
+def uses_dropout(model: nn.Module) -> bool:
     """Whether training forwards draw random numbers."""
     return any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
 
@@ -37,7 +37,7 @@ def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
     devices = [images.device] if images.device.type == "cuda" else []
     try:
         # Dropout's draws belong to the training forward. Without it the generators are left alone: threads share them.
-        with torch.random.fork_rng(devices, enabled=draws(model)), held(model):
+        with torch.random.fork_rng(devices, enabled=uses_dropout(model)), held(model):
             model(images)
     finally:
         for hook in hooks:

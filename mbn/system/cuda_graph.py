@@ -1,7 +1,9 @@
 """A function of tensors played back from a recording: on a GPU one launch instead of hundreds."""
 
 import contextlib
+import functools
 import gc
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ one_at_a_time = threading.RLock()
 def record(function: Callable[[], object]) -> Callable[[], None]:
     """What function does on the GPU, as a CUDA graph: nothing is done now, and the same at each call of the result.
 
-    Must be called on a stream of one's own (`own_stream`). Errors: whatever CUDA or torch object to.
+    Must be called inside `own_stream`. Errors: whatever CUDA or torch object to.
     """
     graph = torch.cuda.CUDAGraph()
     collects = gc.isenabled()
@@ -52,6 +54,11 @@ def own_stream(device: torch.device) -> Iterator[None]:
 # Handles of the streams in use. torch has a few tens, and hands them out in turns whether they are in use or not.
 _streams: set[int] = set()
 STREAMS = 32
+
+
+def allow_many_streams() -> None:
+    """Let all STREAMS reach a GPU at a time, unless the environment says how many: before CUDA is first used."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(STREAMS))
 
 
 def _free_stream(device: torch.device) -> "torch.cuda.Stream":
@@ -110,8 +117,9 @@ def supported(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@functools.cache
 def fault(device: torch.device) -> str | None:
-    """Why nothing can be recorded here, or None: tried on one small function."""
+    """Why nothing can be recorded here, or None: tried once in a process, on one small function."""
     x = torch.zeros(8, device=device)
     try:
         with one_at_a_time, own_stream(device):

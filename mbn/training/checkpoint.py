@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged: {(str(error).splitlines() or ['it ends early'])[0]}") from None
 
 
-def load(path: Path) -> dict[str, Any] | None:
+def newest(path: Path) -> dict[str, Any] | None:
     """The newest undamaged generation of path; None where there is none. Warns of each that is damaged.
 
     A damaged one is set aside, for the next save would make it the generation before, and a crash in mid-save leaves

@@ -52,7 +52,7 @@ class Update:
 
     mode: "eager"; "compile" to compile both forwards with torch.compile for batches of batch_size images (an epoch's
     last, smaller one is not worth it); "graph" to record the whole iteration, the compiled forwards inside it, once for
-    each size of batch and play it back, on a CUDA stream of one's own; "graph-eager" for that without a compiler. Where
+    each size of batch and play it back, inside `own_stream`; "graph-eager" for that without a compiler. Where
     recording fails `mode` becomes "eager", with a warning.
 
     The learning rate and everything a layer remembers are tensors changed in place. Loss and number of errors of the

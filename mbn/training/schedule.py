@@ -4,6 +4,20 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
+
+from mbn.config import MBN, Config
+
+
+def scheduled(config: Config, iteration: int, length: int) -> dict[str, Any]:
+    """What is set at a 0-based iteration of length: "lr", with MBN "lambda", with BRN "bounds" (r_max and d_max)."""
+    schedule, norm = config.schedule, config.norm
+    values: dict[str, Any] = {"lr": value_at(schedule.lr, schedule.milestones, iteration, length)}
+    if isinstance(norm, MBN):
+        values["lambda"] = value_at(norm.lam, schedule.milestones, iteration, length)
+    if norm.name == "brn":
+        values["bounds"] = renorm_bounds(iteration, length)
+    return values
 
 
 def value_at(values: Sequence[float], milestones: Sequence[float], iteration: int, iterations: int) -> float:

@@ -23,9 +23,10 @@ from mbn.data.datasets import load
 from mbn.layers import from_config
 from mbn.system.errors import UserError
 from mbn.system.files import lock
-from mbn.training import checkpoint
+from mbn.training import checkpoint, execution, report
 from mbn.training import run as trainer
 from mbn.training.iteration import Update
+from mbn.training.state import devices_so_far
 
 
 @pytest.fixture
@@ -386,7 +387,7 @@ def test_what_auto_chose_is_kept_for_a_resume(here, left, after, monkeypatch):
 )
 def test_a_record_names_every_device_that_its_run_has_used(monkeypatch, state, devices):
     monkeypatch.setattr(trainer.record, "device_name", lambda device: "H100")
-    assert trainer.devices_so_far(state, torch.device("cuda")) == devices
+    assert devices_so_far(state, torch.device("cuda")) == devices
 
 
 def test_a_run_that_went_on_elsewhere_names_both_devices(here, left, after, monkeypatch):
@@ -417,17 +418,17 @@ def test_a_run_of_two_versions_of_the_code_is_dirty(here, left, after, monkeypat
 
 
 def test_choices_are_made_once():
-    assert trainer.choose_threads(None, 3) == 3
-    assert trainer.choose_threads(None, None) == torch.get_num_threads()
-    assert trainer.choose_device("auto", "cpu") == torch.device("cpu")
+    assert execution.choose_threads(None, 3) == 3
+    assert execution.choose_threads(None, None) == torch.get_num_threads()
+    assert execution.choose_device("auto", "cpu") == torch.device("cpu")
 
 
 def test_a_device_that_is_not_there_is_a_users_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no cuda here"):
-        trainer.choose_device("cuda", None)
+        execution.choose_device("cuda", None)
     with pytest.raises(UserError, match="the run began on it"):
-        trainer.choose_device("auto", "cuda")
+        execution.choose_device("auto", "cuda")
 
 
 # Finished runs.
@@ -514,7 +515,7 @@ def test_a_second_process_is_told_who_holds_the_run(here, left):
 
 @pytest.mark.parametrize("more", [(), ("machine.again=true",)], ids=["first", "again"])
 def test_a_run_is_locked_while_it_trains(here, left, after, more):
-    """Also one that is trained anew, for which the folder is emptied first."""
+    """Also one that is trained again, for which the folder is emptied first."""
     if more:
         here()
     refusals = []
@@ -736,7 +737,7 @@ def test_dead_channels_and_layers_are_counted(here, left, monkeypatch, channels,
 
 
 def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, monkeypatch):
-    for owner, name in ((trainer.checkpoint, "save"), (trainer, "evaluate")):
+    for owner, name in ((trainer.checkpoint, "save"), (report, "evaluate")):
         original = getattr(owner, name)
 
         def slow(*args, original=original):

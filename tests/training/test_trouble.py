@@ -187,7 +187,7 @@ def test_signals_to_real_runs(tmp_path, count, figure):
             process.send_signal(getattr(signal, name))
         ended = outcome(process)
         slowest = max(slowest, time.monotonic() - began)
-        state = checkpoint.load(run.checkpoint_path)
+        state = checkpoint.newest(run.checkpoint_path)
         now = state["iteration"] if state else 0
         sound = ended.code == code and "Traceback" not in ended.err and time.monotonic() - began < 30 and now >= reached
         right, reached = right + sound, now
@@ -245,7 +245,7 @@ def damages(run, flips, cuts, capsys):
         capsys.readouterr()
         resumed = trainer.Run(run.config, lambda layers: build_tiny(layers=layers, classes=10), run.folder)
         said = capsys.readouterr().err
-        same = resumed.iteration == expected["iteration"] and all(
+        same = resumed.state.iteration == expected["iteration"] and all(
             torch.equal(value, expected["model"][name]) for name, value in resumed.model.state_dict().items()
         )
         noticed += same and f"warning: {path} is damaged" in said and before.read_bytes() == older
