@@ -66,21 +66,11 @@ def measure(
 
 
 def peak_memory(case: Case, arm: Arm, folder: Path, device: torch.device, build: Build) -> int:
-    """Bytes that iterations of an arm take at most above what stands there before them; in a process of its own."""
+    """Bytes that an iteration of an arm takes on a CPU at its peak: the profiler's; in a process of its own."""
     torch.set_num_threads(case.threads)
     work = prepare(case, arm, datasets.load(settings(case, BASE, folder), device), folder, device, build)
     for _ in range(3):
         work.step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work.seconds(3)
-        return torch.cuda.max_memory_allocated(device) - before
-    return _allocated(work)
-
-
-def _allocated(work: Workload) -> int:
-    """Peak of the CPU allocator's bytes during one iteration, from the profiler's events."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         work.step()
     now = peak = 0

@@ -1,7 +1,7 @@
 """The benchmark on a GPU: iterations played back from recordings, many networks at once, and ImageNet's loader.
 
-Cases run one after the other, the most telling first, each with a limit in seconds of its own. What does not fit, or
-fails, is named with its reason, and the rest goes on. Clocks are looked at between iterations: nothing is interrupted.
+Cases run one after the other, the most important first, each with its own limit in seconds. What does not fit, or
+fails, is named with its reason, and the rest goes on. The clock is read between iterations: nothing is interrupted.
 """
 
 import contextlib
@@ -166,7 +166,7 @@ def check_mode(work: Workload) -> None:
 
 @contextlib.contextmanager
 def _noted(missing: dict[str, str], name: str) -> Iterator[None]:
-    """Whatever fails inside (memory, a compiler, a driver) is put into missing under name, and the rest goes on."""
+    """Put whatever fails inside (memory, a compiler, a driver) into missing under name, and go on."""
     try:
         yield
     except Exception as error:
@@ -174,7 +174,7 @@ def _noted(missing: dict[str, str], name: str) -> Iterator[None]:
 
 
 def _free(device: torch.device) -> None:
-    """Give back what nobody holds: after an error, only once nothing holds the error."""
+    """Give unused memory back; after an error nothing may refer to that error any more."""
     gc.collect()
     _new_peak(device)
 

@@ -18,7 +18,7 @@ from mbn import config as configuration
 from mbn.data import in_memory
 from mbn.layers import Layers, from_config
 from mbn.norm.memorized import set_lambda
-from mbn.training.iteration import WINDOW, Update, autocast
+from mbn.training.iteration import READ_EVERY, Update, autocast
 
 Build = Callable[..., nn.Module]
 # The plain loop's loader has this many batches ready before it is needed; they must not count as its speed.
@@ -117,7 +117,7 @@ class Training(Workload):
 
     def _step(self) -> None:
         self.update(*next(self.batches))
-        if self.update.pending == WINDOW:
+        if self.update.pending == READ_EVERY:
             self.update.drain()
 
     @property

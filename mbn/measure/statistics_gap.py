@@ -1,4 +1,4 @@
-"""Of training's statistics: the gap (how far they are from those evaluation would use), and which channels are dead."""
+"""How far training's statistics are from those that evaluation would use (the gap), and which channels are dead."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def uses_dropout(model: nn.Module) -> bool:
 def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
     """Each layer's mu^ and sigma^ = sqrt(s2^ + eps) for a training forward of images now. Changes nothing.
 
-    An extra forward pass, instead of copies kept in every iteration: only an epoch's last iteration is asked for.
+    This costs a forward pass, but only at the end of an epoch; copies would be made in every iteration.
     """
     seen: Statistics = {}
 
@@ -47,7 +47,7 @@ def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
 
 @torch.no_grad()
 def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
-    """What the journal's row of an epoch says of weights and statistics, read from the device in one go.
+    """The numbers of weights and statistics in the journal's row of an epoch, read from the device at once.
 
     weight_norm(s): of all weights together and of each. gap_means, gap_stds: for each layer the means over channels of
     |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|; gap_mean, gap_std: their means over layers.

@@ -18,13 +18,13 @@ one_at_a_time = threading.RLock()
 
 
 def record(function: Callable[[], object]) -> Callable[[], None]:
-    """What function does on the GPU, as a CUDA graph: nothing is done now, and the same at each call of the result.
+    """Record what function does on the GPU as a CUDA graph, without doing it; each call of the result does it.
 
     Must be called inside `own_stream`. Errors: whatever CUDA or torch object to.
     """
     graph = torch.cuda.CUDAGraph()
     collects = gc.isenabled()
-    gc.disable()  # what it frees on the GPU, of whichever thread, would spoil the recording
+    gc.disable()  # memory of the GPU that it freed, of any thread, would spoil the recording
     try:
         # Other threads may use the GPU meanwhile.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
@@ -51,7 +51,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
         _streams.remove(stream.cuda_stream)
 
 
-# Handles of the streams in use. torch has a few tens, and hands them out in turns whether they are in use or not.
+# Handles of the streams in use. torch has 32, and hands them out in turn, whether they are in use or not.
 _streams: set[int] = set()
 STREAMS = 32
 

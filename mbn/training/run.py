@@ -31,7 +31,7 @@ from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.signals import Stop, Told
 from mbn.training import checkpoint, report
 from mbn.training.execution import GRAPHS, choose_device, choose_mode, choose_threads, set_arithmetic
-from mbn.training.iteration import WINDOW, Update, autocast
+from mbn.training.iteration import READ_EVERY, Update, autocast
 from mbn.training.journal import Journal
 from mbn.training.schedule import scheduled
 from mbn.training.state import State, Sums, saved_state
@@ -140,7 +140,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def open_journal(self) -> Journal:
-        """Go on writing where the checkpoint left off; what stands behind it is cut."""
+        """The journal, opened to go on where the checkpoint left off; rows after it are cut off."""
         text = to_yaml(to_dict(self.config))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", text.encode())
@@ -164,7 +164,7 @@ class Run:
                 state.iteration += 1
                 bar.update()
                 row_due = state.iteration % state.per_epoch % row_every == 0 and not ends
-                if ends or row_due or update.pending == WINDOW:
+                if ends or row_due or update.pending == READ_EVERY:
                     self.drain()
                     report.show_sums(bar, state)
                 if row_due:
@@ -309,9 +309,9 @@ class Run:
 
 
 def iterations_between_rows(per_epoch: int) -> int:
-    """Iterations between two rows of the journal within an epoch: where many, up to the next multiple of WINDOW.
+    """Iterations between two rows of the journal within an epoch: where many, up to the next multiple of READ_EVERY.
 
     Losses are read then anyway.
     """
     every = max(1, per_epoch // ROWS_PER_EPOCH)
-    return every if every <= WINDOW // 2 else -(-every // WINDOW) * WINDOW
+    return every if every <= READ_EVERY // 2 else -(-every // READ_EVERY) * READ_EVERY

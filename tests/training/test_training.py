@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -50,20 +50,13 @@ def whole(tmp_path_factory):
         if more not in done:
             results = tmp_path_factory.mktemp("whole")
             with pytest.MonkeyPatch.context() as patch:
-                capture = Silent()
-                result = run_here(capture, patch, *TINY, f"machine.results={results}", *more)
+                silent = types.SimpleNamespace(readouterr=lambda: ("", ""))  # capsys is for functions only
+                result = run_here(silent, patch, *TINY, f"machine.results={results}", *more)
             assert result.code == 0
             done[more] = Run(results, [*TINY, *more])
         return done[more]
 
     return get
-
-
-class Silent:
-    """A stand-in for capsys, which only functions may use."""
-
-    def readouterr(self):
-        return "", ""
 
 
 @pytest.fixture
@@ -158,13 +151,6 @@ def test_checkpoints_that_are_wanted_more_often_are_written_at_the_ends_of_epoch
     with pytest.raises(PowerCutError):
         here("machine.checkpoint_seconds=1e-9")
     assert left().checkpoint()["iteration"] == 6
-
-
-def test_no_checkpoint_in_mid_epoch_before_its_time(here, left, after):
-    after(5, cut)
-    with pytest.raises(PowerCutError):
-        here()
-    assert not left().checkpoint_path.exists()
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75)])
@@ -473,20 +459,14 @@ def test_again_after_again_trains_once_more(here, monkeypatch):
 
 def test_training_anew_that_was_stopped_goes_on(here, left, after):
     here()
+    before = left().record_path.read_bytes()
     after(3, send("SIGTERM"))
     assert here("machine.again=true").code == 75
+    assert left().record_path.read_bytes() == before
     assert "finished" in here().out  # the record of the first time is still there
     done = here("machine.again=true")
     assert "resuming at iteration 3 of 8" in done.out
     assert done.code == 0
-
-
-def test_training_anew_keeps_the_old_record_until_the_new_one_is_whole(here, left, after):
-    here()
-    before = left().record_path.read_bytes()
-    after(7, send("SIGTERM"))
-    here("machine.again=true")
-    assert left().record_path.read_bytes() == before
 
 
 # Two at once.
@@ -821,8 +801,3 @@ def test_a_signal_stops_a_sweep(here, left, after):
 
 def test_the_paths_of_this_machine_are_not_in_the_record(whole):
     assert str(Path(whole().results)) not in whole().record_path.read_text()
-
-
-def test_metrics_are_lines_of_json(whole):
-    for line in (whole().folder / "metrics.jsonl").read_text().splitlines():
-        json.loads(line)
