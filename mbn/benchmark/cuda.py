@@ -37,7 +37,7 @@ from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 from mbn.training.execution import GRAPHS, set_arithmetic
 
-METHODS = (("bn", 1), ("mbn", 1), ("mbn", 2), ("gn", 1))
+COMPARED = (("bn", 1), ("mbn", 1), ("mbn", 2), ("gn", 1))
 PAIR = (("bn", 1), ("mbn", 2))
 # What ratios are to: BN, recorded without a compiler.
 RECORDED = Arm("bn", mode="graph-eager")
@@ -398,7 +398,7 @@ def jobs(place: Place) -> list[Job]:
         ]
 
     return [
-        *times("", 30, [*arms(METHODS, ("graph-eager", "eager")), PLAIN]),
+        *times("", 30, [*arms(COMPARED, ("graph-eager", "eager")), PLAIN]),
         *lanes("lanes-", 30, "graph-eager", sizes.lanes),
         *times("compiled-", 60, arms(PAIR, ("graph-eager", "graph"))),
         *times("bf16-", 60, [RECORDED, *arms(PAIR, ("graph-eager", "graph"), "bf16")]),
@@ -639,7 +639,7 @@ def page(report: dict[str, Any], outcomes: dict[str, Outcome]) -> str:
 
 
 def _timed_lines(outcome: Timed) -> list[str]:
-    known = [Arm(n, f, m, precision=p) for p in ("fp32", "bf16") for m in ("eager", *GRAPHS[::-1]) for n, f in METHODS]
+    known = [Arm(n, f, m, precision=p) for p in ("fp32", "bf16") for m in ("eager", *GRAPHS[::-1]) for n, f in COMPARED]
     lines = [f"{outcome.case.model}, batch {outcome.case.batch_size}.", ""]
     lines.append(cpu.table(outcome, [*known, PLAIN], RECORDED, digits=3))
     if outcome.memory:

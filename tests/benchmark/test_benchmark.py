@@ -1,11 +1,10 @@
 """The benchmark: how ratios are taken, and what the page says; on a tiny network."""
 
-import importlib.util
 import itertools
 
 import pytest
 import torch
-from running import build_tiny, digits
+from running import build_tiny, digits, load_script
 from torch import nn
 
 from mbn import config
@@ -13,7 +12,6 @@ from mbn.benchmark import cpu as benchmark
 from mbn.benchmark import workload
 from mbn.benchmark.cpu import Result
 from mbn.benchmark.workload import BASE, PLAIN, Arm, Case
-from mbn.config import REPOSITORY
 from mbn.data.in_memory import DeviceDataset
 
 CPU = torch.device("cpu")
@@ -94,9 +92,6 @@ def test_peak_memory_is_the_allocators(tmp_path):
 
 
 def test_the_page_says_which_bars_are_met():
-    specification = importlib.util.spec_from_file_location("script", REPOSITORY / "scripts" / "benchmark.py")
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
     names = [arm.name for arm in benchmark.arms(quick=False)]
     results = {
         key: Result(
@@ -111,7 +106,7 @@ def test_the_page_says_which_bars_are_met():
         **{"device": "cpu: Toy", "cores": 2, "versions": {"torch": "2.0"}, "date": "2026-01-01", "commit": "c" * 40},
         **{"minutes": 1.0, "memory": dict.fromkeys(names, 1000), "many": {128: {"one": 1.0, "two": 2.0}}},
     }
-    page = script.page(report, results)
+    page = load_script("benchmark").page(report, results)
     assert "| batch 128: MBN, 2 forwards, best mode / the plain loop | 2.000 | 1.00 | **missed** |" in page
     assert "| batch 128, eager: MBN, 2 forwards / BN, 1 forward | 1.000 | 1.65 | met |" in page
     # Batch 8 in the time of batch 128 is a sixteenth of its images a second.

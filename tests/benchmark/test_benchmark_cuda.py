@@ -1,7 +1,6 @@
 """The benchmark's CUDA variant, on the CPU with the stand-in for CUDA graphs and a small network."""
 
 import contextlib
-import importlib.util
 import json
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import build_small
+from running import build_small, load_script
 
 from mbn.benchmark import cuda as benchmark_cuda
 from mbn.benchmark import lanes as benchmark_lanes
@@ -18,7 +17,6 @@ from mbn.benchmark import workload
 from mbn.benchmark.cuda import NO_TIME, RECORDED, Many, Place, Sizes, Timed, bars
 from mbn.benchmark.kernels import Kernels
 from mbn.benchmark.workload import BASE, PLAIN, Arm, Case
-from mbn.config import REPOSITORY
 from mbn.launch.lanes import SWITCH
 from mbn.system import cuda_graph
 from mbn.system.errors import UserError
@@ -461,16 +459,8 @@ def test_the_page_has_every_number():
 # The command.
 
 
-@pytest.fixture
-def script():
-    specification = importlib.util.spec_from_file_location("script", REPOSITORY / "scripts" / "benchmark.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_the_command_chooses_by_the_kind_of_device(script, monkeypatch, tmp_path, capsys):
-    calls = []
+def test_the_command_chooses_by_the_kind_of_device(monkeypatch, tmp_path, capsys):
+    script, calls = load_script("benchmark"), []
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.setattr(benchmark_cuda, "run", lambda *given, **options: calls.append((given, options)))
     common = ["--device", "cuda", "--data", str(tmp_path), "--results", str(tmp_path)]
