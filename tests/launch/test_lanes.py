@@ -223,7 +223,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 import torch, running, models, train
 import test_lanes
 models.build = test_lanes.build
-from mbn.training.iteration import Update
+from mbn.update import Update
 import threading
 original, count = Update.__call__, dict()
 def call(self, images, labels):
