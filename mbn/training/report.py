@@ -27,7 +27,7 @@ def statistics_of(state: State, images: Tensor) -> Statistics:
 
 def row(kind: str, state: State, sums: Sums) -> dict[str, Any]:
     """A row of the journal: "train" within an epoch, "epoch" at its end."""
-    numbers = {
+    numbers: dict[str, Any] = {
         "kind": kind,
         "iteration": state.iteration,
         "epoch": state.iteration / state.per_epoch,
@@ -37,7 +37,9 @@ def row(kind: str, state: State, sums: Sums) -> dict[str, Any]:
         "lr": state.scheduled["lr"],
         "images_per_second": round(state.images_per_second, 1),
     }
-    return numbers | {key: state.scheduled[key] for key in ("lambda",) if key in state.scheduled}
+    if "lambda" in state.scheduled:
+        numbers["lambda"] = state.scheduled["lambda"]
+    return numbers
 
 
 def epoch_row(state: State, data: Data, training: Statistics) -> dict[str, Any]:

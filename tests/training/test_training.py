@@ -29,18 +29,6 @@ from mbn.training.iteration import Update
 from mbn.training.state import devices_so_far
 
 
-@pytest.fixture
-def here(capsys, monkeypatch, tmp_path):
-    """A function that runs `train.py` with TINY and more, in this process, its results in a temporary folder."""
-    return lambda *more: run_here(capsys, monkeypatch, *TINY, f"machine.results={tmp_path}", *more)
-
-
-@pytest.fixture
-def left(tmp_path):
-    """What such a run has left."""
-    return lambda *more: Run(tmp_path, [*TINY, *more])
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A function that gives an uninterrupted run of TINY and more, trained once."""

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import toy
-from running import TINY, Run, build_tiny, digits, fingerprint, outcome, run_here, start
+from running import TINY, Run, build_tiny, digits, fingerprint, outcome, start
 from test_files import small_disk
 from test_real_cifar import FOUND
 from test_reproduce import TOY, begin, running, wait_until
@@ -30,17 +30,6 @@ from mbn.training import checkpoint
 from mbn.training import run as trainer
 
 SENTENCE = re.compile(r"(warning: [^\n]*\n)*error: [^\n]*\.\n")
-
-
-@pytest.fixture
-def here(capsys, monkeypatch, tmp_path):
-    """A function that runs `train.py` with TINY and more, in this process, its results in a temporary folder."""
-    return lambda *more: run_here(capsys, monkeypatch, *TINY, f"machine.results={tmp_path / 'results'}", *more)
-
-
-@pytest.fixture
-def left(tmp_path):
-    return lambda *more: Run(tmp_path / "results", [*TINY, *more])
 
 
 # A full disk. A file may have so many bytes; which write fails first depends on it.
