@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import json
 import multiprocessing
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,12 +26,13 @@ import torch
 import models
 from mbn.benchmark import cpu as benchmark
 from mbn.benchmark import cuda as benchmark_cuda
-from mbn.benchmark.cpu import BASE, PLAIN, Arm, Case, Result
+from mbn.benchmark.cpu import Result
+from mbn.benchmark.workload import BASE, PLAIN, WORKERS, Arm, Case
 from mbn.config import cores
 from mbn.config.folders import data_and_results
 from mbn.records import provenance
 from mbn.system.command_line import entry_point
-from mbn.system.cuda_graph import own_stream
+from mbn.system.cuda_graph import allow_many_streams, own_stream
 from mbn.system.files import write_atomically
 
 COMPILED = Arm("bn", mode="compile")
@@ -58,14 +58,13 @@ def main(arguments: list[str]) -> None:
     cuda.add_argument("--skip", help="cases to leave out, likewise")
     cuda.add_argument("--random", action="store_true", help="random images; also where machine.data holds no CIFAR-10")
     options = parser.parse_intermixed_args(arguments)
-    # As many launch queues as there are lanes; read when CUDA is first used.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    allow_many_streams()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda" and (options.limit is not None or options.only or options.skip or options.random):
         parser.error(f"--limit, --only, --skip and --random are for CUDA, not for {device.type}")
     data, results = data_and_results(options.settings)
     if options.quick:
-        benchmark_cuda.prepare(device)
+        benchmark_cuda.set_up(device)
         case = Case("resnet20", 128, cores())
         with own_stream(device):
             result = benchmark.measure(case, benchmark.arms(quick=True), data, device, models.build, 3, say)
@@ -196,7 +195,7 @@ def page(report: dict[str, Any], results: dict[str, Result]) -> str:
         "",
         "An arm's time is the median over rounds; every round runs all arms one after the other in one process. Ratios "
         "are taken round by round. The plain loop is what one would write with torchvision's data set and transforms, "
-        f"a DataLoader with {benchmark.WORKERS} workers, `nn.BatchNorm2d` and `torch.optim.SGD`; all others have the "
+        f"a DataLoader with {WORKERS} workers, `nn.BatchNorm2d` and `torch.optim.SGD`; all others have the "
         "data in memory.",
         "",
         "| bar | measured | at most | |",
@@ -206,8 +205,6 @@ def page(report: dict[str, Any], results: dict[str, Result]) -> str:
         lines.append(f"| {text} | {value:.3f} | {limit:.2f} | {'met' if value <= limit else '**missed**'} |")
     for key in ("large", "small", "one_thread"):
         lines += ["", f"## {results[key].case.title}", "", benchmark.table(results[key])]
-        if key != "one_thread":
-            lines += ["", benchmark.count_table(results[key])]
     lines += ["", "## Peak memory of an iteration, ResNet-20, batch 128", "", "| arm | MB |", "|---|---|"]
     lines += [f"| {name} | {size / 1e6:.1f} |" for name, size in report["memory"].items()]
     if report["many"]:

@@ -20,11 +20,11 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +35,8 @@ import torch
 from torch import Tensor, nn
 
 import models
-from mbn.launch.lanes import SWITCH
+from mbn.benchmark.lanes import Lanes, warm_up
+from mbn.benchmark.workload import Training
 from mbn.layers import Layers, bn, brn, gn, mbn
 from mbn.norm import functional
 from mbn.norm.base import second_forward
@@ -45,10 +46,9 @@ from mbn.norm.renorm import BatchRenorm2d, set_renorm
 from mbn.records import provenance
 from mbn.system import cuda_graph
 from mbn.system.command_line import entry_point
-from mbn.system.cuda_graph import own_stream
+from mbn.system.cuda_graph import allow_many_streams, own_stream
 from mbn.system.files import write_atomically
-from mbn.training.iteration import WINDOW, Update
-from mbn.training.run import set_arithmetic
+from mbn.training.execution import set_arithmetic
 
 # A method's layers and its number of forwards.
 METHODS: dict[str, tuple[Layers, int]] = {
@@ -73,7 +73,7 @@ ONCE = 0.3
 SMALLEST = 1e-4
 # Lanes are enough when they do this share of the most iterations a second.
 ENOUGH = 0.95
-# Real iterations and one recorded, after which an Update only plays.
+# Real iterations and one recorded, after which an Update only plays: what `warm_up` does.
 START = cuda_graph.Recorded.AS_IT_IS + 1
 
 
@@ -127,74 +127,59 @@ def shown(row: dict[str, Any]) -> str:
 # Trainings on random images.
 
 
-class Training:
-    """A network, its optimiser and its Update, as a run has them. state: what `state()` of another one has returned."""
+def new_training(
+    network: Callable[[Layers], nn.Module],
+    method: str,
+    mode: str,
+    device: torch.device,
+    batch: int | tuple[Tensor, Tensor],
+    state: dict[str, Any] | None = None,
+    precision: str = "fp32",
+) -> Training:
+    """A training of batches of that many images, or of one batch again and again. state: what `saved` has returned."""
+    layers, forwards = METHODS[method]
+    size, batches = (batch, iter(())) if isinstance(batch, int) else (len(batch[1]), repeat(batch))
+    training = Training(partial(network, layers), forwards, mode, device, size, batches, precision)
+    if state is not None:
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.optimizer.param_groups[0]["lr"] = training.lr
+    return training
 
-    def __init__(
-        self,
-        network: Callable[[Layers], nn.Module],
-        method: str,
-        mode: str,
-        device: torch.device,
-        batch: int,
-        state: dict[str, Any] | None = None,
-        precision: str = "fp32",
-    ) -> None:
-        layers, forwards = METHODS[method]
-        torch.manual_seed(0)
-        self.model = network(layers).to(device).to(memory_format=torch.channels_last)
-        self.lr = torch.tensor(0.01, device=device)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-4, fused=True
-        )
-        self.update = Update(self.model, self.optimizer, forwards, mode, precision, device, batch)
-        self.mode, self.device = mode, device
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.optimizer.param_groups[0]["lr"] = self.lr
 
-    def state(self) -> dict[str, Any]:
-        return copy.deepcopy({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+def saved(training: Training) -> dict[str, Any]:
+    return copy.deepcopy({"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()})
 
-    def train(self, batches: list[tuple[Tensor, Tensor]], first: int = 0) -> None:
-        """Iterations from number first on; learning rate, lambda and BRN's bounds are others at each."""
-        for t, (images, labels) in enumerate(batches, first):
-            self.lr.fill_([0.01, 0.02, 0.005][t % 3])
-            set_lambda(self.model, [0.1, 0.5, 0.9][t % 3])
-            set_renorm(self.model, 1 + t / 10, t / 5)
-            self.update(images, labels)
 
-    def play(self, batch: tuple[Tensor, Tensor], iterations: int) -> None:
-        for _ in range(iterations):
-            self.update(*batch)
-            if self.update.pending == WINDOW:
-                self.update.drain()
+def train(training: Training, batches: list[tuple[Tensor, Tensor]], first: int = 0) -> None:
+    """Iterations from number first on; learning rate, lambda and BRN's bounds are others at each."""
+    for t, (images, labels) in enumerate(batches, first):
+        training.lr.fill_([0.01, 0.02, 0.005][t % 3])
+        set_lambda(training.model, [0.1, 0.5, 0.9][t % 3])
+        set_renorm(training.model, 1 + t / 10, t / 5)
+        training.update(images, labels)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every parameter, buffer and momentum, themselves."""
-        found = dict(self.model.state_dict())
-        for name, parameter in self.model.named_parameters():
-            if parameter in self.optimizer.state:
-                found[f"momentum of {name}"] = self.optimizer.state[parameter]["momentum_buffer"]
-        return found
 
-    def losses(self) -> dict[str, Tensor]:
-        """Losses and numbers of errors since the last call."""
-        return {"losses and errors": torch.tensor(self.update.drain(), dtype=torch.float64)}
+def tensors(training: Training) -> dict[str, Tensor]:
+    """Every parameter, buffer and momentum, themselves."""
+    found = dict(training.model.state_dict())
+    for name, parameter in training.model.named_parameters():
+        if parameter in training.optimizer.state:
+            found[f"momentum of {name}"] = training.optimizer.state[parameter]["momentum_buffer"]
+    return found
 
-    @torch.no_grad()
-    def take(self, other: "Training") -> None:
-        """Go on from another one's state, every tensor staying where it is."""
-        own = self.tensors()
-        for name, value in other.tensors().items():
-            own[name].copy_(value)
 
-    @property
-    def recorded(self) -> bool:
-        """Whether every size of batch is played back by now, and nothing gave up on it."""
-        plays = [each.play for each in self.update.recorded.values()]
-        return self.update.mode == self.mode and bool(plays) and None not in plays
+def losses(training: Training) -> dict[str, Tensor]:
+    """Losses and numbers of errors since the last call."""
+    return {"losses and errors": torch.tensor(training.update.drain(), dtype=torch.float64)}
+
+
+@torch.no_grad()
+def take(training: Training, other: Training) -> None:
+    """Go on from another one's state, every tensor staying where it is."""
+    own = tensors(training)
+    for name, value in tensors(other).items():
+        own[name].copy_(value)
 
 
 def random_batches(sizes: list[int], image: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -234,29 +219,24 @@ def side_by_side(one: Training, other: Training, batches: list[tuple[Tensor, Ten
     found: dict[int, list[float]] = {}
     for t, batch in enumerate(batches):
         for training in (one, other):
-            training.train([batch], first=t)
-        results = one.tensors(), other.tensors()
+            train(training, [batch], first=t)
+        results = tensors(one), tensors(other)
         apart = difference(*results)
         found.setdefault(len(batch[1]), []).append(apart[0])
         worst = max(worst, apart)
         if not same_bits(*results):
             bits = False
-            one.take(other)
-    results = one.losses(), other.losses()
-    losses = difference(*results)
-    worst, bits = max(worst, losses), bits and same_bits(*results)
+            take(one, other)
+    results = losses(one), losses(other)
+    of_losses = difference(*results)
+    worst, bits = max(worst, of_losses), bits and same_bits(*results)
     played = [sorted(each[START - 1 :]) for each in found.values()]
-    typical = max(losses[0], *(each[2 * len(each) // 5] for each in played))
+    typical = max(of_losses[0], *(each[2 * len(each) // 5] for each in played))
     return {"typical": typical, "largest": worst[0], "at": worst[1], "bits": bits}
 
 
 def same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # The steps.
@@ -278,10 +258,10 @@ def check_layers(step: Step, device: torch.device, scale: Scale, iterations: int
             step.note(f"{name}, {kernels}", worst <= FLOAT32, difference=worst, at=where)
     network, batch = next(iter(scale.networks.values())), scale.batches[0]
     for mode in ("eager", "graph-eager"):
-        training = Training(network, "MBN-2", mode, device, batch, precision="bf16")
-        training.train(random_batches([batch] * (START + 2), scale.image, device))
-        finite = all(bool(value.isfinite().all()) for value in (training.tensors() | training.losses()).values())
-        step.note(f"bf16 stays finite, {mode}", finite and (mode == "eager" or training.recorded))
+        training = new_training(network, "MBN-2", mode, device, batch, precision="bf16")
+        train(training, random_batches([batch] * (START + 2), scale.image, device))
+        finite = all(bool(value.isfinite().all()) for value in (tensors(training) | losses(training)).values())
+        step.note(f"bf16 stays finite, {mode}", finite and training.in_mode)
 
 
 def layer_results(
@@ -329,11 +309,11 @@ def check_graph(step: Step, device: torch.device, scale: Scale) -> None:
     batch = scale.batches[0]
     batches = random_batches([batch, scale.smaller] * (START + 5), scale.image, device)
     for method in METHODS:
-        eager = Training(network, method, "eager", device, batch)
-        played = Training(network, method, "graph-eager", device, batch, eager.state())
+        eager = new_training(network, method, "eager", device, batch)
+        played = new_training(network, method, "graph-eager", device, batch, saved(eager))
         found = side_by_side(played, eager, batches)
-        ok = found["typical"] <= RECORDED and found["largest"] <= ONCE and played.recorded
-        step.note(f"{name}, {method}", ok, recorded=played.recorded, **found)
+        ok = found["typical"] <= RECORDED and found["largest"] <= ONCE and played.in_mode
+        step.note(f"{name}, {method}", ok, recorded=played.in_mode, **found)
 
 
 def check_deterministic(step: Step, device: torch.device, scale: Scale) -> None:
@@ -346,26 +326,21 @@ def check_deterministic(step: Step, device: torch.device, scale: Scale) -> None:
         for mode in ("eager", "graph-eager"):
             ends = []
             for stops in (False, False, True):
-                training = Training(network, method, mode, device, batch)
-                training.train(batches[:half])
+                training = new_training(network, method, mode, device, batch)
+                train(training, batches[:half])
                 training.update.drain()
                 if stops:
-                    training = Training(network, method, mode, device, batch, training.state())
-                training.train(batches[half:], first=half)
-                ends.append(copy.deepcopy(training.tensors()) | training.losses())
-            recorded = mode == "eager" or training.recorded
-            step.note(f"{name}, {method}, {mode}, twice", same_bits(ends[1], ends[0]) and recorded)
-            step.note(f"{name}, {method}, {mode}, resumed", same_bits(ends[2], ends[0]) and recorded)
+                    training = new_training(network, method, mode, device, batch, saved(training))
+                train(training, batches[half:], first=half)
+                ends.append(copy.deepcopy(tensors(training)) | losses(training))
+            step.note(f"{name}, {method}, {mode}, twice", same_bits(ends[1], ends[0]) and training.in_mode)
+            step.note(f"{name}, {method}, {mode}, resumed", same_bits(ends[2], ends[0]) and training.in_mode)
 
 
-def milliseconds(training: Training, batch: tuple[Tensor, Tensor], iterations: int) -> float:
+def milliseconds(training: Training, iterations: int) -> float:
     """An iteration's, once everything is compiled or recorded."""
-    training.play(batch, START)
-    wait(training.device)
-    began = time.perf_counter()
-    training.play(batch, iterations)
-    wait(training.device)
-    return 1e3 * (time.perf_counter() - began) / iterations
+    warm_up(training)
+    return 1e3 * training.seconds(iterations)
 
 
 def measure_speed(step: Step, device: torch.device, scale: Scale) -> None:
@@ -379,10 +354,9 @@ def measure_speed(step: Step, device: torch.device, scale: Scale) -> None:
                     if step.left() < 2:
                         step.note(f"{name}, {method}, batch {batch}, {mode}: no time left")
                         continue
-                    training = Training(network, method, mode, device, batch)
-                    ms = milliseconds(training, given, scale.plays if mode == "graph-eager" else scale.plays // 2)
-                    recorded = None if mode == "eager" or training.recorded else False
-                    step.note(f"{name}, {method}, batch {batch}, {mode}", recorded, ms=ms)
+                    training = new_training(network, method, mode, device, given)
+                    ms = milliseconds(training, scale.plays if mode == "graph-eager" else scale.plays // 2)
+                    step.note(f"{name}, {method}, batch {batch}, {mode}", None if training.in_mode else False, ms=ms)
 
 
 def check_compiled(step: Step, device: torch.device, scale: Scale) -> None:
@@ -391,22 +365,21 @@ def check_compiled(step: Step, device: torch.device, scale: Scale) -> None:
     name, network = next(iter(scale.networks.items()))
     batch = scale.batches[0]
     batches = random_batches([batch] * (START + 14), scale.image, device)
-    eager = Training(network, "MBN-2", "eager", device, batch)
+    eager = new_training(network, "MBN-2", "eager", device, batches[0])
     began = time.perf_counter()
-    compiled = Training(network, "MBN-2", "graph", device, batch, eager.state())
-    compiled.train(batches[:START])
-    wait(device)
+    compiled = new_training(network, "MBN-2", "graph", device, batches[0], saved(eager))
+    train(compiled, batches[:START])
+    compiled.wait()
     seconds = time.perf_counter() - began
-    eager.train(batches[:START])
+    train(eager, batches[:START])
     eager.update.drain()
-    compiled.take(eager)
+    take(compiled, eager)
     compiled.update.drain()
     found = side_by_side(compiled, eager, batches)
-    ok = found["typical"] <= COMPILED and found["largest"] <= ONCE and compiled.recorded
-    step.note(f"{name}, MBN-2", ok, recorded=compiled.recorded, **found)
-    recorded = Training(network, "MBN-2", "graph-eager", device, batch)
-    without = milliseconds(recorded, batches[0], scale.plays)
-    ms = milliseconds(compiled, batches[0], scale.plays)
+    ok = found["typical"] <= COMPILED and found["largest"] <= ONCE and compiled.in_mode
+    step.note(f"{name}, MBN-2", ok, recorded=compiled.in_mode, **found)
+    without = milliseconds(new_training(network, "MBN-2", "graph-eager", device, batches[0]), scale.plays)
+    ms = milliseconds(compiled, scale.plays)
     step.note(f"{name}, MBN-2, batch {batch}", start_seconds=seconds, ms=ms, ms_without=without)
 
 
@@ -415,73 +388,33 @@ def measure_lanes(step: Step, device: torch.device, scale: Scale) -> None:
     set_arithmetic(device, tf32=True, deterministic=False)
     for batch, numbers in zip(scale.batches, scale.lanes, strict=True):
         given = random_batches([batch], scale.image, device)[0]
-        wait(device)
         for name, network in scale.networks.items():
-            # Asked for one after another, torch's 32 streams are 32 different ones.
-            streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(max(numbers))]
-            ready: list[tuple[Training, torch.cuda.Stream | None]] = []
-            for n in numbers:
-                before = step.left()
-                for stream in streams[len(ready) : n]:
-                    with on(stream):
-                        training = Training(network, "MBN-2", "graph-eager", device, batch)
-                        training.play(given, START)
-                        ready.append((training, stream))
-                rate = lanes_rate(ready[:n], given, scale.seconds)
-                recorded = all(training.recorded for training, _ in ready[:n])
-                step.note(
-                    f"{name}, MBN-2, batch {batch}, {n} at once",
-                    None if recorded else False,
-                    network=name,
-                    batch=batch,
-                    lanes=n,
-                    rate=rate,
-                )
-                if step.left() < 2 * (before - step.left()) + 1:  # the next number takes about twice as long
-                    step.note(f"{name}, batch {batch}: no time left for more than {n}")
-                    break
-            del ready, training
-            gc.collect()
+            make = partial(new_training, network, "MBN-2", "graph-eager", device, given)
+            about = {"network": name, "batch": batch}
+            lanes_rates(step, device, make, about, numbers, scale.seconds)
 
 
-def on(stream: "torch.cuda.Stream | None") -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
-
-
-def lanes_rate(
-    ready: list[tuple[Training, "torch.cuda.Stream | None"]], batch: tuple[Tensor, Tensor], seconds: float
-) -> float:
-    """Iterations a second of trainings at once, added up."""
-    over = threading.Event()
-    counts, errors = [0] * len(ready), []
-
-    def lane(i: int) -> None:
-        training, stream = ready[i]
-        try:
-            with on(stream):
-                while not over.is_set():
-                    training.play(batch, 1)
-                    counts[i] += 1
-                training.update.drain()  # waits for this lane's iterations
-        except BaseException as error:
-            errors.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH)
-    threads = [threading.Thread(target=lane, args=(i,), daemon=True) for i in range(len(ready))]
-    try:
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        over.wait(seconds)
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-        sys.setswitchinterval(interval)
-    if errors:
-        raise errors[0]
-    return sum(counts) / (time.perf_counter() - began)
+def lanes_rates(
+    step: Step,
+    device: torch.device,
+    make: Callable[[], Training],
+    about: dict[str, Any],
+    numbers: tuple[int, ...],
+    seconds: float,
+) -> None:
+    """Note the rates of more and more lanes (numbers ascend), for as long as there is time."""
+    name = "{network}, MBN-2, batch {batch}".format(**about)
+    with Lanes(lambda _: make(), device) as lanes:
+        for n in numbers:
+            before = step.left()
+            while len(lanes.lanes) < n:
+                lanes.add()
+            rate = lanes.rate(seconds)
+            recorded = all(lane.work.in_mode for lane in lanes.lanes)
+            step.note(f"{name}, {n} at once", None if recorded else False, **about, lanes=n, rate=rate)
+            if step.left() < 2 * (before - step.left()) + 1:  # the next number takes about twice as long
+                step.note(f"{name}: no time left for more than {n}")
+                break
 
 
 def look_for_mps(step: Step, device: torch.device, scale: Scale) -> None:
@@ -588,6 +521,7 @@ def main(arguments: list[str], scale: Scale = FULL) -> int:
         parser.error(f"there is no step {unknown[0]}: there are {', '.join(STEPS)}")
     # cuBLAS reads it when it is first used; without it torch refuses deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    allow_many_streams()
     torch.set_num_threads(1)  # what is left to the CPU here is small
     device = torch.device(options.device)
     if not cuda_graph.supported(device) or (device.type == "cuda" and not torch.cuda.is_available()):
@@ -600,15 +534,15 @@ def main(arguments: list[str], scale: Scale = FULL) -> int:
     for name in chosen:
         left = options.limit - (time.monotonic() - began)
         steps[name] = run_step(name, min(STEPS[name][1], left), device, scale)
-        told = advice(steps, scale.batches)
+        use = advice(steps, scale.batches)
         if options.out is not None:
             found = {name: {"state": s.state, "seconds": s.seconds, "rows": s.rows} for name, s in steps.items()}
-            write_atomically(options.out, (json.dumps(about | {"steps": found, "advice": told}, indent=1)).encode())
+            write_atomically(options.out, (json.dumps(about | {"steps": found, "advice": use}, indent=1)).encode())
     small, large = scale.batches
-    print(f"\n{table(steps)}\n\n{told['why']}")
+    print(f"\n{table(steps)}\n\n{use['why']}")
     print(
-        f"use: machine.mode={told['mode']} ; reproduce.py --jobs {told['lanes'][0]} for batch {small}, "
-        f"{told['lanes'][1]} for batch {large}",
+        f"use: machine.mode={use['mode']} ; reproduce.py --jobs {use['lanes'][0]} for batch {small}, "
+        f"{use['lanes'][1]} for batch {large}",
         flush=True,
     )
     return 0 if all(step.state == "ok" for step in steps.values()) else 1

@@ -52,8 +52,8 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     from mbn.data.datasets import load
     from mbn.layers import from_config
     from mbn.measure.test_error import batch_size_for, evaluate
+    from mbn.training.execution import choose_device
     from mbn.training.iteration import autocast
-    from mbn.training.run import choose_device
 
     state, described = read_weights(path)
     config = configuration.load(command_line(described, overrides) if described else overrides)

@@ -224,7 +224,7 @@ def aim(place: str, at: int, number: int, draw: random.Random) -> None:
     """Have this process killed when it comes to a place at or after an iteration."""
     from mbn.records import record
     from mbn.system import files
-    from mbn.training import checkpoint, journal
+    from mbn.training import checkpoint, journal, report
     from mbn.training import run as trainer
 
     now = -1
@@ -260,7 +260,7 @@ def aim(place: str, at: int, number: int, draw: random.Random) -> None:
             if place == "first forward":
                 self.update.first = after(self.update.first)
             elif place == "optimiser's step":
-                patch(self.optimizer, "step", after)
+                patch(self.state.optimizer, "step", after)
             elif place == "second forward":
                 layers = self.update.layers
                 if self.update.mode == "compile" or not layers:
@@ -298,7 +298,7 @@ def aim(place: str, at: int, number: int, draw: random.Random) -> None:
 
             return call
 
-        patch(trainer, "evaluate", evaluate)
+        patch(report, "evaluate", evaluate)
     elif place == "row of the journal":
 
         def write(original):
@@ -313,7 +313,7 @@ def aim(place: str, at: int, number: int, draw: random.Random) -> None:
 
         patch(journal.Journal, "write", write)
     elif place == "end of an epoch":
-        patch(trainer.Run, "_end_of_epoch", after)
+        patch(trainer.Run, "_end_epoch", after)
     elif place == "saving":
 
         def save(original):

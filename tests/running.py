@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -209,6 +210,14 @@ def run_here(capsys, monkeypatch, *overrides) -> Outcome:
     finally:
         torch.set_num_threads(threads)
     return Outcome(code, *capsys.readouterr())
+
+
+def load_script(name):
+    """A program of scripts/ as a module."""
+    specification = importlib.util.spec_from_file_location(f"{name}_script", REPOSITORY / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def start(*arguments, cwd=None, **environment) -> subprocess.Popen:

@@ -92,19 +92,19 @@ def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others
     network, batches = SHORT.networks["resnet20"], check.random_batches([8] * 7, 32, device)
     original = Update._iterate
     with own_stream(device):
-        eager = check.Training(network, "MBN-2", "eager", device, 8)
-        eager.train(batches)
+        eager = check.new_training(network, "MBN-2", "eager", device, 8)
+        check.train(eager, batches)
         with monkeypatch.context() as patch:
             patch.setattr(Update, "_iterate", lambda self, x, y: (original(self, x, y), self.window.sum().item()))
-            waits = check.Training(network, "MBN-2", "graph-eager", device, 8)
-            waits.train(batches)
+            waits = check.new_training(network, "MBN-2", "graph-eager", device, 8)
+            check.train(waits, batches)
         assert waits.update.mode == "eager"
         assert capsys.readouterr().err.count("warning: iterations cannot be recorded here") == 1
-        assert check.same_bits(waits.tensors(), eager.tensors())
-        recorded = check.Training(network, "MBN-2", "graph-eager", device, 8)
-        recorded.train(batches)
-        assert recorded.recorded
-        assert check.same_bits(recorded.tensors(), eager.tensors())
+        assert check.same_bits(check.tensors(waits), check.tensors(eager))
+        recorded = check.new_training(network, "MBN-2", "graph-eager", device, 8)
+        check.train(recorded, batches)
+        assert recorded.in_mode
+        assert check.same_bits(check.tensors(recorded), check.tensors(eager))
 
 
 def test_recording_works_here():

@@ -1,7 +1,7 @@
 """The benchmark on a GPU: iterations played back from recordings, many networks at once, and ImageNet's loader.
 
-Cases run one after the other, the most telling first, each with a limit in seconds of its own. What does not fit, or
-fails, is named with its reason, and the rest goes on. Clocks are looked at between iterations: nothing is interrupted.
+Cases run one after the other, the most important first, each with its own limit in seconds. What does not fit, or
+fails, is named with its reason, and the rest goes on. The clock is read between iterations: nothing is interrupted.
 """
 
 import contextlib
@@ -11,12 +11,9 @@ import gc
 import json
 import math
 import statistics
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,19 +25,19 @@ from PIL import Image
 
 from mbn import config as configuration
 from mbn.benchmark import cpu
-from mbn.benchmark.cpu import BASE, PLAIN, Arm, Build, Case, Measured, Result
+from mbn.benchmark.cpu import Result
 from mbn.benchmark.kernels import Kernels, kernels
+from mbn.benchmark.lanes import Lanes, warm_up
+from mbn.benchmark.workload import BASE, PLAIN, WORKERS, Arm, Build, Case, Workload, prepare, settings
 from mbn.data import datasets, in_memory
 from mbn.data.image_folder import ImageFolders
-from mbn.launch.lanes import SWITCH
 from mbn.records import provenance
-from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, own_stream
+from mbn.system.cuda_graph import first_line, own_stream
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
-from mbn.training.execution import GRAPHS
-from mbn.training.run import set_arithmetic
+from mbn.training.execution import GRAPHS, set_arithmetic
 
-METHODS = (("bn", 1), ("mbn", 1), ("mbn", 2), ("gn", 1))
+COMPARED = (("bn", 1), ("mbn", 1), ("mbn", 2), ("gn", 1))
 PAIR = (("bn", 1), ("mbn", 2))
 # What ratios are to: BN, recorded without a compiler.
 RECORDED = Arm("bn", mode="graph-eager")
@@ -113,28 +110,28 @@ def timed(case: Case, chosen: list[Arm], place: Place, deadline: float, dataset:
 
 
 def _time(result: Timed, chosen: list[Arm], place: Place, deadline: float, dataset: in_memory.Data) -> None:
-    ready: dict[str, tuple[Measured, int]] = {}
+    ready: dict[Arm, tuple[Workload, int]] = {}
     for arm in chosen:
         if left(deadline) <= (place.sizes.compiling if arm.mode == "graph" else 0):
             result.missing[arm.name] = NO_TIME
             continue
         with _noted(result.missing, arm.name):
-            ready[arm.name] = _start(result, arm, place, dataset)
+            ready[arm] = _start(result, arm, place, dataset)
         if arm.name in result.missing:
             _free(place.device)
     done = 0
     while done < place.sizes.rounds and ready:
         took: dict[str, float] = {}
-        for name, (measured, iterations) in list(ready.items()):
+        for arm, (work, iterations) in list(ready.items()):
             if left(deadline) <= 0:
                 break
-            with _noted(result.missing, name):
-                took[name] = measured.seconds(iterations)
-                if measured.arm == PLAIN:
+            with _noted(result.missing, arm.name):
+                took[arm.name] = work.seconds(iterations)
+                if arm == PLAIN:
                     time.sleep(place.sizes.round_seconds)  # its workers fill their queues, at nobody else's cost
-            if name in result.missing:
-                del ready[name], measured
-                result.seconds.pop(name, None)
+            if arm.name in result.missing:
+                del ready[arm], work
+                result.seconds.pop(arm.name, None)
                 _free(place.device)
         else:
             for name, seconds in took.items():
@@ -146,35 +143,30 @@ def _time(result: Timed, chosen: list[Arm], place: Place, deadline: float, datas
         result.missing[f"rounds from {done + 1} to {place.sizes.rounds}"] = NO_TIME
 
 
-def _start(result: Timed, arm: Arm, place: Place, dataset: in_memory.Data) -> tuple[Measured, int]:
+def _start(result: Timed, arm: Arm, place: Place, dataset: in_memory.Data) -> tuple[Workload, int]:
     """An arm made ready and its number of iterations a round; its seconds to start and its memory go into result."""
     began = time.perf_counter()
     _new_peak(place.device)
     before = _memory(place.device)
-    measured = Measured(result.case, arm, dataset, place.folder, place.device, place.build, place.arrays)
+    work = prepare(result.case, arm, dataset, place.folder, place.device, place.build, place.arrays)
     # Peak memory is the fourth iteration's: the first ones try convolutions out, which takes more.
-    warm_up(measured, lambda: _new_peak(place.device))
+    warm_up(work, lambda: _new_peak(place.device))
+    check_mode(work)
     if before:
         result.memory[arm.name] = {key: n - before[key] for key, n in _memory(place.device, "max_{}").items()}
     result.starts[arm.name] = time.perf_counter() - began
-    return measured, min(200, max(3, round(place.sizes.round_seconds / measured.seconds(3))))
+    return work, min(200, max(3, round(place.sizes.round_seconds / work.seconds(3))))
 
 
-def warm_up(measured: Measured, before_recording: Callable[[], None] = lambda: None) -> None:
-    """Iterate until the iteration is recorded, where the arm's mode is to record. Errors: RuntimeError if it is not."""
-    for _ in range(Recorded.AS_IT_IS):
-        measured.step()
-    measured.wait()
-    before_recording()
-    measured.step()
-    measured.wait()
-    if measured.arm.mode in GRAPHS and measured.update.mode != measured.arm.mode:
+def check_mode(work: Workload) -> None:
+    """Errors: RuntimeError where iterations were to be recorded and are not."""
+    if not work.in_mode:
         raise RuntimeError("iterations cannot be recorded")
 
 
 @contextlib.contextmanager
 def _noted(missing: dict[str, str], name: str) -> Iterator[None]:
-    """Whatever fails inside (memory, a compiler, a driver) is put into missing under name, and the rest goes on."""
+    """Put whatever fails inside (memory, a compiler, a driver) into missing under name, and go on."""
     try:
         yield
     except Exception as error:
@@ -182,7 +174,7 @@ def _noted(missing: dict[str, str], name: str) -> Iterator[None]:
 
 
 def _free(device: torch.device) -> None:
-    """Give back what nobody holds: after an error, only once nothing holds the error."""
+    """Give unused memory back; after an error nothing may refer to that error any more."""
     gc.collect()
     _new_peak(device)
 
@@ -205,100 +197,11 @@ def _memory(device: torch.device, of: str = "{}") -> dict[str, int]:
 # Many networks at once.
 
 
-class Lane:
-    """One network in a thread, with a stream and a recording of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.thread, self.inside = device, ThreadPoolExecutor(1), contextlib.ExitStack()
-
-    def start(self, make: Callable[[], Measured]) -> None:
-        """Make the network and iterate until it is recorded. Errors: whatever it meets."""
-        self.thread.submit(self._start, make).result()
-
-    def _start(self, make: Callable[[], Measured]) -> None:
-        self.inside.enter_context(own_stream(self.device))
-        with one_at_a_time:  # seeds and Hydra are the process's
-            self.measured = make()
-        warm_up(self.measured)
-
-    def iterate(self, barrier: threading.Barrier, seconds: float) -> tuple[int, float]:
-        """In the lane's thread, once all lanes are there: the number of iterations, and the instant they were done."""
-        barrier.wait()
-        end, count = time.perf_counter() + seconds, 0
-        while time.perf_counter() < end:
-            self.measured.step()
-            count += 1
-        self.measured.wait()
-        return count, time.perf_counter()
-
-    def close(self) -> None:
-        """End the thread."""
-        self.thread.submit(self.inside.close)
-        self.thread.shutdown()
-
-
-class Lanes:
-    """Independent networks, each in a thread; a context, at whose end they go. make: the i-th network."""
-
-    def __init__(self, make: Callable[[int], Measured], device: torch.device) -> None:
-        self.make, self.device = make, device
-        self.lanes: list[Lane] = []
-
-    def __enter__(self) -> "Lanes":
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the images are there, whichever stream brought them
-        self.interval = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setswitchinterval(self.interval)
-        while self.lanes:
-            self.lanes.pop().close()
-        gc.collect()  # what a recording holds lies in reference cycles
-
-    def add(self) -> None:
-        """One more network, up to its recording. Errors: whatever it meets."""
-        self.lanes.append(Lane(self.device))
-        i = len(self.lanes) - 1
-        self.lanes[i].start(lambda: self.make(i))
-
-    def rate(self, seconds: float) -> float:
-        """Iterations a second of all lanes together, counted over seconds and until the last one is done."""
-        count, took = self._iterate(seconds)
-        return count / took
-
-    def count(self, seconds: float) -> int:
-        """Iterate for so long; the number of iterations of all lanes together."""
-        return self._iterate(seconds)[0]
-
-    def _iterate(self, seconds: float) -> tuple[int, float]:
-        starts: list[float] = []
-        barrier = threading.Barrier(len(self.lanes), action=lambda: starts.append(time.perf_counter()))
-        futures = [lane.thread.submit(lane.iterate, barrier, seconds) for lane in self.lanes]
-        results = [future.result() for future in futures]
-        return sum(count for count, _ in results), max(end for _, end in results) - starts[0]
-
-
-def networks(
-    case: Case, arm: Arm, dataset: in_memory.DeviceDataset, folder: Path, device: torch.device, build: Build
-) -> Lanes:
+def lanes_of(case: Case, arm: Arm, place: Place) -> Lanes:
     """Lanes of one case and arm; the images are shared, and each lane draws from them with a seed of its own."""
-    return Lanes(lambda i: Measured(case, arm, dataset.with_seed(i), folder, device, build), device)
-
-
-def lanes_rate(
-    case: Case, arm: Arm, n: int, dataset: in_memory.DeviceDataset, folder: Path, device: torch.device, build: Build,
-    seconds: float
-) -> float:  # fmt: skip
-    """Iterations a second of n independent networks together, each in a thread with a stream and a recording.
-
-    Counted over seconds, from the instant when all are recorded. Errors: whatever one of them meets.
-    """
-    with networks(case, arm, dataset, folder, device, build) as lanes:
-        for _ in range(n):
-            lanes.add()
-        return lanes.rate(seconds)
+    return Lanes(
+        lambda i: prepare(case, arm, place.dataset.with_seed(i), place.folder, place.device, place.build), place.device
+    )
 
 
 @dataclass
@@ -317,16 +220,13 @@ class Many:
 def many(case: Case, arm: Arm, numbers: tuple[int, ...], place: Place, deadline: float) -> Many:
     """Measure more and more lanes (numbers ascend), for as long as the clock allows."""
     result, sizes = Many(case, arm), place.sizes
-    with (
-        _noted(result.missing, "more lanes"),
-        networks(case, arm, place.dataset, place.folder, place.device, place.build) as lanes,
-    ):
+    with _noted(result.missing, "more lanes"), lanes_of(case, arm, place) as lanes:
         for n in numbers:
             while len(lanes.lanes) < n:
                 compiles = arm.mode == "graph" and not lanes.lanes  # the first one, for all
                 if left(deadline) <= (sizes.compiling if compiles else sizes.lane_seconds):
                     break
-                lanes.add()
+                check_mode(lanes.add())
             if len(lanes.lanes) < n or left(deadline) <= 0:
                 result.missing[f"{n} lanes and more"] = NO_TIME
                 break
@@ -374,15 +274,12 @@ class Profiled:
 def profiled(case: Case, arm: Arm, n: int, place: Place, deadline: float) -> Profiled:
     """Profile n lanes for a moment, once they are recorded."""
     result = Profiled(case, arm, n)
-    with (
-        _noted(result.missing, "profile"),
-        networks(case, arm, place.dataset, place.folder, place.device, place.build) as lanes,
-    ):
+    with _noted(result.missing, "profile"), lanes_of(case, arm, place) as lanes:
         while len(lanes.lanes) < n:
             if left(deadline) <= (0 if lanes.lanes else place.sizes.compiling):
                 result.missing["profile"] = NO_TIME
                 return result
-            lanes.add()
+            check_mode(lanes.add())
         counts: list[int] = []
         result.kernels = kernels(lambda: counts.append(lanes.count(place.sizes.profile_seconds)), place.device)
         result.iterations = counts[0]
@@ -412,7 +309,7 @@ def loader(place: Place, deadline: float) -> Loaded:
     with tempfile.TemporaryDirectory() as name:
         make_pictures(Path(name), sizes.pictures)
         case = Case("resnet50", sizes.large_batch, configuration.cores(), "imagenet")
-        imagenet = cpu.settings(case, BASE, place.folder).dataset
+        imagenet = settings(case, BASE, place.folder).dataset
         dataset = replace(imagenet, classes=2, train_images=sizes.pictures, test_images=2)
         folders = ImageFolders(dataset, Path(name), 0, place.device, sizes.workers)
         batches = folders.train_batches(0, sizes.large_batch)
@@ -432,7 +329,7 @@ def loader(place: Place, deadline: float) -> Loaded:
 def large(place: Place, deadline: float) -> Timed:
     """ResNet-50 on random images that are on the device: how many a second a loader must deliver."""
     case = Case("resnet50", place.sizes.large_batch, configuration.cores(), "imagenet")
-    config = cpu.settings(case, BASE, place.folder).dataset
+    config = settings(case, BASE, place.folder).dataset
     images = random_arrays(2 * case.batch_size, config.image_size, config.classes)
     arms = [Arm(norm, forwards, "graph-eager", precision="bf16") for norm, forwards in PAIR]
     return timed(case, arms, place, deadline, in_memory.DeviceDataset(images, config, 0, place.device))
@@ -501,7 +398,7 @@ def jobs(place: Place) -> list[Job]:
         ]
 
     return [
-        *times("", 30, [*arms(METHODS, ("graph-eager", "eager")), PLAIN]),
+        *times("", 30, [*arms(COMPARED, ("graph-eager", "eager")), PLAIN]),
         *lanes("lanes-", 30, "graph-eager", sizes.lanes),
         *times("compiled-", 60, arms(PAIR, ("graph-eager", "graph"))),
         *times("bf16-", 60, [RECORDED, *arms(PAIR, ("graph-eager", "graph"), "bf16")]),
@@ -515,7 +412,7 @@ def jobs(place: Place) -> list[Job]:
     ]
 
 
-def prepare(device: torch.device) -> None:
+def set_up(device: torch.device) -> None:
     """Convolutions and matrix products as in training: TF32, and algorithms chosen by trial."""
     set_arithmetic(device, tf32=True, deterministic=False)
 
@@ -525,7 +422,7 @@ def open_images(folder: Path, device: torch.device, random: bool, n: int) -> tup
 
     Returns the data set, the arrays if they are random (else None), and what it is in words.
     """
-    config = cpu.settings(Case("resnet20", 128, 1), BASE, folder).dataset
+    config = settings(Case("resnet20", 128, 1), BASE, folder).dataset
     arrays = None
     if not random and (folder / "cifar-10-batches-py").is_dir():
         with contextlib.suppress(UserError):
@@ -563,7 +460,7 @@ def run(
     Errors: UserError where a name fits no case.
     """
     end = time.monotonic() + limit
-    prepare(device)
+    set_up(device)
     dataset, arrays, images = open_images(folder, device, random, (sizes or Sizes()).images)
     todo = jobs(Place(folder, device, build, dataset, arrays, sizes or Sizes()))
     names = [job.name for job in todo]
@@ -705,7 +602,7 @@ def page(report: dict[str, Any], outcomes: dict[str, Outcome]) -> str:
         "An arm's time is the median over rounds; every round runs all arms of a case one after the other in one "
         "process. graph-eager: the iteration is recorded as a CUDA graph and played back; graph: it is compiled, too; "
         "of the two, a bar takes the faster one. fp32 is with TF32 in convolutions and matrix products. "
-        f"The plain loop is torchvision's data set and transforms, a DataLoader with {cpu.WORKERS} workers, "
+        f"The plain loop is torchvision's data set and transforms, a DataLoader with {WORKERS} workers, "
         "`nn.BatchNorm2d` and `torch.optim.SGD`; all others have the data on the device.",
         "",
         "| bar | measured | bound | |",
@@ -742,7 +639,7 @@ def page(report: dict[str, Any], outcomes: dict[str, Outcome]) -> str:
 
 
 def _timed_lines(outcome: Timed) -> list[str]:
-    known = [Arm(n, f, m, precision=p) for p in ("fp32", "bf16") for m in ("eager", *GRAPHS[::-1]) for n, f in METHODS]
+    known = [Arm(n, f, m, precision=p) for p in ("fp32", "bf16") for m in ("eager", *GRAPHS[::-1]) for n, f in COMPARED]
     lines = [f"{outcome.case.model}, batch {outcome.case.batch_size}.", ""]
     lines.append(cpu.table(outcome, [*known, PLAIN], RECORDED, digits=3))
     if outcome.memory:

@@ -17,7 +17,7 @@ from mbn.config import DATASETS, Config, Dropout
 from mbn.data import datasets, in_memory
 from mbn.launch.missing_runs import Run
 from mbn.launch.pool import Child
-from mbn.system.cuda_graph import one_at_a_time
+from mbn.system.cuda_graph import allow_many_streams, one_at_a_time
 from mbn.system.errors import UserError
 from mbn.system.signals import Told
 
@@ -57,8 +57,7 @@ class Lanes:
     def __init__(self, train: Train, jobs: int) -> None:
         self.train, self.jobs = train, jobs
         self.load = SharedData()
-        # How many streams reach a GPU at a time; read when CUDA starts.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        allow_many_streams()
 
     def __enter__(self) -> "Lanes":
         self.usual = sys.stdout, sys.stderr, sys.getswitchinterval()

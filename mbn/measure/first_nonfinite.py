@@ -6,6 +6,17 @@ from torch import Tensor, nn
 from mbn.norm.base import BatchStatisticsNorm
 
 
+def first_nonfinite(model: nn.Module) -> str | None:
+    """The name of the first parameter or buffer that is not finite, or None. Waits for the device."""
+    tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    # A sum is finite only if all its terms are (a finite sum that overflows is no state to go on from either).
+    sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors.values()])
+    bad = ~torch.isfinite(sums)
+    if not bad.any().item():
+        return None
+    return list(tensors)[int(bad.nonzero()[0].item())]
+
+
 def push(rows: Tensor, row: Tensor) -> None:
     """Let the oldest, first row leave, and row enter as the last one: in place, and with no index from the host."""
     rows.copy_(torch.cat([rows[1:], row[None].to(rows.dtype)]))

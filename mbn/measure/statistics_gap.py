@@ -1,4 +1,4 @@
-"""Of training's statistics: the gap (how far they are from those evaluation would use), and which channels are dead."""
+"""How far training's statistics are from those that evaluation would use (the gap), and which channels are dead."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def named_norm_layers(model: nn.Module) -> dict[str, BatchStatisticsNorm]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchStatisticsNorm)}
 
 
-def draws(model: nn.Module) -> bool:
+def uses_dropout(model: nn.Module) -> bool:
     """Whether training forwards draw random numbers."""
     return any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
 
@@ -23,7 +23,7 @@ def draws(model: nn.Module) -> bool:
 def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
     """Each layer's mu^ and sigma^ = sqrt(s2^ + eps) for a training forward of images now. Changes nothing.
 
-    An extra forward pass, instead of copies kept in every iteration: only an epoch's last iteration is asked for.
+    This costs a forward pass, but only at the end of an epoch; copies would be made in every iteration.
     """
     seen: Statistics = {}
 
@@ -37,7 +37,7 @@ def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
     devices = [images.device] if images.device.type == "cuda" else []
     try:
         # Dropout's draws belong to the training forward. Without it the generators are left alone: threads share them.
-        with torch.random.fork_rng(devices, enabled=draws(model)), held(model):
+        with torch.random.fork_rng(devices, enabled=uses_dropout(model)), held(model):
             model(images)
     finally:
         for hook in hooks:
@@ -47,7 +47,7 @@ def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
 
 @torch.no_grad()
 def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
-    """What the journal's row of an epoch says of weights and statistics, read from the device in one go.
+    """The numbers of weights and statistics in the journal's row of an epoch, read from the device at once.
 
     weight_norm(s): of all weights together and of each. gap_means, gap_stds: for each layer the means over channels of
     |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|; gap_mean, gap_std: their means over layers.

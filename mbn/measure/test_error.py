@@ -23,7 +23,7 @@ def batch_size_for(config: Config, device: torch.device) -> int:
     return max(1, images * 32**2 // config.dataset.image_size**2)
 
 
-class Measured(NamedTuple):
+class Evaluation(NamedTuple):
     """Mean loss; top-1 and top-5 error in percent."""
 
     loss: float
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Measured:
+def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
     """Run model, which must be in eval mode, over batches of images and labels."""
     n = 0
     loss = 0.0
@@ -43,4 +43,4 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, 
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         wrong += torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()]).cpu()
-    return Measured(loss / n, 100 * wrong[0].item() / n, 100 * wrong[1].item() / n)
+    return Evaluation(loss / n, 100 * wrong[0].item() / n, 100 * wrong[1].item() / n)

@@ -1,7 +1,9 @@
 """A function of tensors played back from a recording: on a GPU one launch instead of hundreds."""
 
 import contextlib
+import functools
 import gc
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,13 +18,13 @@ one_at_a_time = threading.RLock()
 
 
 def record(function: Callable[[], object]) -> Callable[[], None]:
-    """What function does on the GPU, as a CUDA graph: nothing is done now, and the same at each call of the result.
+    """Record what function does on the GPU as a CUDA graph, without doing it; each call of the result does it.
 
-    Must be called on a stream of one's own (`own_stream`). Errors: whatever CUDA or torch object to.
+    Must be called inside `own_stream`. Errors: whatever CUDA or torch object to.
     """
     graph = torch.cuda.CUDAGraph()
     collects = gc.isenabled()
-    gc.disable()  # what it frees on the GPU, of whichever thread, would spoil the recording
+    gc.disable()  # memory of the GPU that it freed, of any thread, would spoil the recording
     try:
         # Other threads may use the GPU meanwhile.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
@@ -49,9 +51,14 @@ def own_stream(device: torch.device) -> Iterator[None]:
         _streams.remove(stream.cuda_stream)
 
 
-# Handles of the streams in use. torch has a few tens, and hands them out in turns whether they are in use or not.
+# Handles of the streams in use. torch has 32, and hands them out in turn, whether they are in use or not.
 _streams: set[int] = set()
 STREAMS = 32
+
+
+def allow_many_streams() -> None:
+    """Let all STREAMS reach a GPU at a time, unless the environment says how many: before CUDA is first used."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(STREAMS))
 
 
 def _free_stream(device: torch.device) -> "torch.cuda.Stream":
@@ -110,8 +117,9 @@ def supported(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@functools.cache
 def fault(device: torch.device) -> str | None:
-    """Why nothing can be recorded here, or None: tried on one small function."""
+    """Why nothing can be recorded here, or None: tried once in a process, on one small function."""
     x = torch.zeros(8, device=device)
     try:
         with one_at_a_time, own_stream(device):

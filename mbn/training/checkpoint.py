@@ -1,6 +1,6 @@
 """Checkpoints: a state that torch.load(weights_only=True) reads, with a checksum, in two generations.
 
-A file is what torch.save wrote, followed by a line with its SHA-256; torch.load reads it directly all the same.
+A file is what torch.save wrote, followed by a line with its SHA-256; torch.load reads it directly too.
 """
 
 import hashlib
@@ -56,11 +56,11 @@ def read(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged: {(str(error).splitlines() or ['it ends early'])[0]}") from None
 
 
-def load(path: Path) -> dict[str, Any] | None:
-    """The newest undamaged generation of path; None where there is none. Warns of each that is damaged.
+def newest(path: Path) -> dict[str, Any] | None:
+    """The newest undamaged generation of path, or None; warns of each that is damaged.
 
-    A damaged one is set aside, for the next save would make it the generation before, and a crash in mid-save leaves
-    that one alone. Errors: UserError where a file cannot be read.
+    A damaged one is set aside: the next save would keep it as the generation before, and after a crash during that save
+    there would be no other. Errors: UserError where a file cannot be read.
     """
     for generation in (path, previous(path)):
         if not generation.exists():
@@ -73,7 +73,7 @@ def load(path: Path) -> dict[str, Any] | None:
             print(f"warning: {error}, and now {aside.name}; going back one checkpoint.", file=sys.stderr)
         except OSError as error:
             raise UserError(
-                f"cannot read {generation} ({error.strerror}): see to it and run the command again, or move it away to "
-                "go on from the checkpoint before."
+                f"cannot read {generation} ({error.strerror}): make it readable and run the command again, or "
+                "move it away to go on from the checkpoint before it."
             ) from None
     return None

@@ -1,6 +1,7 @@
-"""How a run executes: eager, compiled, or on a GPU recorded once and played back."""
+"""How a run executes: on which device, with how many threads and which arithmetic; eager, compiled, or recorded."""
 
 import functools
+import os
 import sys
 
 import torch
@@ -22,6 +23,47 @@ COMPILES_FROM = 900.0
 COMPILES_FROM_ITERATIONS = 30_000
 
 GRAPHS = ("graph", "graph-eager")
+
+
+def choose_device(wanted: str, earlier: str | None) -> torch.device:
+    """The device that is asked for; for auto the one the run began on, else CUDA where there is one, else the CPU."""
+    name = wanted
+    if wanted == "auto":
+        name = earlier or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name.split(":")[0]]:
+        began = "the run began on it, and " if wanted == "auto" else ""
+        raise UserError(f"there is no {name} here: {began}machine.device=cpu uses the CPU.")
+    if earlier and name != earlier:
+        print(
+            f"warning: the run began on {earlier}; on {name} it will not end with the same bits.",
+            file=sys.stderr,
+        )
+    return torch.device(name)
+
+
+def choose_threads(wanted: int | None, earlier: int | None) -> int:
+    """CPU threads: as asked for, or as the run began, or torch's choice. Another number changes the last bits."""
+    threads = wanted or earlier or torch.get_num_threads()
+    if earlier and threads != earlier:
+        print(
+            f"warning: the run began with {earlier} threads; with {threads} it will not end with the same bits.",
+            file=sys.stderr,
+        )
+    return threads
+
+
+def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:
+    """What machine.tf32 and machine.deterministic ask of torch, for this process."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # It finds bugs, and costs a launch a tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def choose_mode(

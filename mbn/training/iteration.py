@@ -43,8 +43,8 @@ def compiled(method: Callable, kind: Any) -> Callable:
     return functools.partial(_compiled[key], method.__self__)  # type: ignore[attr-defined]
 
 
-# Losses stay on the device for this many iterations, and are then read at once.
-WINDOW = 50
+# Losses stay on the device, and are read together every so many iterations.
+READ_EVERY = 50
 
 
 class Update:
@@ -52,7 +52,7 @@ class Update:
 
     mode: "eager"; "compile" to compile both forwards with torch.compile for batches of batch_size images (an epoch's
     last, smaller one is not worth it); "graph" to record the whole iteration, the compiled forwards inside it, once for
-    each size of batch and play it back, on a CUDA stream of one's own; "graph-eager" for that without a compiler. Where
+    each size of batch and play it back, inside `own_stream`; "graph-eager" for that without a compiler. Where
     recording fails `mode` becomes "eager", with a warning.
 
     The learning rate and everything a layer remembers are tensors changed in place. Loss and number of errors of the
@@ -88,8 +88,8 @@ class Update:
             self.first, self.second = compiled(self._first, kind), compiled(self._second, kind)
         # One for each size of batch.
         self.recorded: dict[int, Recorded] = {}
-        self.watch = Watch(model, WINDOW)
-        self.window = torch.zeros(WINDOW, 2, device=device)
+        self.watch = Watch(model, READ_EVERY)
+        self.window = torch.zeros(READ_EVERY, 2, device=device)
         self.pending = 0
 
     def _first(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,9 +141,9 @@ class Update:
     def drain(self) -> list[tuple[float, int]]:
         """Loss (mean over the batch) and number of errors of each iteration since the last call; waits for the device.
 
-        Must be called at least every WINDOW iterations.
+        Must be called at least every READ_EVERY iterations.
         """
-        assert self.pending <= WINDOW
-        rows = self.window.tolist()[WINDOW - self.pending :]
+        assert self.pending <= READ_EVERY
+        rows = self.window.tolist()[READ_EVERY - self.pending :]
         self.pending = 0
         return [(loss, int(errors) if errors == errors else 0) for loss, errors in rows]

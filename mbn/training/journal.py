@@ -1,10 +1,12 @@
 """What a run measures over time: metrics.jsonl, the truth, and TensorBoard's event file, a view of it."""
 
-import contextlib
+import io
 import json
 import os
-import threading
-from collections.abc import Iterator
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +53,17 @@ LAYOUT = {
 }
 
 
-# The process has one hook for its threads' exceptions, and runs in threads take turns at it.
-_one_hook = threading.RLock()
-
-
 class Journal:
     """Rows of numbers: `kind` is "train" within an epoch and "epoch" at the end of one, `images` the axis.
 
-    lines: how many lines a resumed run keeps; those after its checkpoint are cut off, whatever a crash made of them,
-    and TensorBoard's file is written anew from what is left, so that no point is doubled or missing.
+    lines: how many lines a resumed run keeps. Those after its checkpoint are cut off, whatever a crash made of them,
+    and TensorBoard's file is written again from what is left, so that no point is doubled or missing.
 
-    Errors: UserError, here and in every method, where rows are missing or damaged, or the disk is full.
+    Errors: UserError, here and in every method, where rows are missing or damaged, or the disk is full. Where
+    TensorBoard's file cannot be written that is a warning, and the file is left alone until the run is resumed.
     """
 
     def __init__(self, folder: Path, configuration: str, lines: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / "metrics.jsonl"
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,16 +77,11 @@ class Journal:
             )
         write_atomically(self.path, b"".join(row + b"\n" for row in kept))
         self.lines = len(kept)
-        with self._telling():
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
-            self.tensorboard = SummaryWriter(str(folder))
-            self.tensorboard.add_custom_scalars(LAYOUT)
-            # As Markdown's code, so that TensorBoard keeps the lines.
-            self.tensorboard.add_text("configuration", "\n".join("    " + line for line in configuration.splitlines()))
-            for row in self.rows():
-                self._show(row)
-            self.tensorboard.flush()
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self.view: Path | None = folder / name
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._show([*first_events(configuration), *(event for row in self.rows() for event in events(row))])
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row to both."""
@@ -100,9 +92,7 @@ class Journal:
         except OSError as error:
             raise cannot_write(self.path, error, len(line)) from None
         self.lines += 1
-        with self._telling():
-            self._show(row)
-            self.tensorboard.flush()
+        self._show(events(row))
 
     def sync(self) -> None:
         """Return when all rows are on the disk: before a checkpoint that counts on them is."""
@@ -121,40 +111,52 @@ class Journal:
                     f"{self.path} is damaged in row {number}: move {self.folder} away and run the command again."
                 ) from None
 
-    def close(self) -> None:
-        with self._telling():
-            self.tensorboard.close()
+    def _show(self, events: Iterable[bytes]) -> None:
+        """Append to TensorBoard's file, unless that has failed before."""
+        if self.view is None:
+            return
+        try:
+            with self.view.open("ab") as file:
+                file.write(b"".join(events))
+        except OSError as error:
+            print(
+                f"warning: cannot write {self.view} ({error.strerror}): TensorBoard shows the rest of this run once "
+                "it is resumed.",
+                file=sys.stderr,
+            )
+            self.view = None
 
-    def __enter__(self) -> "Journal":
-        return self
 
-    def __exit__(self, *raised: object) -> None:
-        # What ends the run goes before what its view of the journal lacks.
-        with contextlib.suppress(*((UserError,) if raised[0] else ())):
-            self.close()
+# What TensorBoard's file holds. torch's SummaryWriter writes it in a thread of its own, whose errors nobody can catch.
 
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Turn a failed write of TensorBoard's into a UserError; its thread's own traceback is not shown."""
-        with _one_hook:
-            show = threading.excepthook
 
-            def hook(args: threading.ExceptHookArgs) -> None:
-                if not isinstance(args.exc_value, OSError):
-                    show(args)
+def first_events(configuration: str) -> list[bytes]:
+    """The file's version, the first page, and the configuration."""
+    from torch.utils.tensorboard.summary import custom_scalars, text
 
-            threading.excepthook = hook
-            try:
-                yield
-            except OSError as error:
-                raise cannot_write(error.filename or self.folder / "events.out.tfevents", error) from None
-            finally:
-                threading.excepthook = show
+    # As Markdown's code, so that TensorBoard keeps the lines.
+    indented = "\n".join("    " + line for line in configuration.splitlines())
+    return [
+        _event(file_version="brain.Event:2"),
+        _event(summary=custom_scalars(LAYOUT)),
+        _event(summary=text("configuration", indented)),
+    ]
 
-    def _show(self, row: dict[str, Any]) -> None:
-        for key, tag in TAGS.items():
-            if row.get(key) is not None:
-                self.tensorboard.add_scalar(tag, row[key], row["images"])
-        for key, tag in LAYER_TAGS.items():
-            for layer, value in row.get(key, {}).items():
-                self.tensorboard.add_scalar(tag.format(layer), value, row["images"])
+
+def events(row: dict[str, Any]) -> list[bytes]:
+    """The points of a row of the journal."""
+    from torch.utils.tensorboard.summary import scalar
+
+    points = {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
+    for key, tag in LAYER_TAGS.items():
+        points |= {tag.format(layer): value for layer, value in row.get(key, {}).items()}
+    return [_event(step=row["images"], summary=scalar(tag, value)) for tag, value in points.items()]
+
+
+def _event(**content: Any) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(Event(wall_time=time.time(), **content).SerializeToString())
+    return buffer.getvalue()

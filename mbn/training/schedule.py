@@ -4,9 +4,19 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 from mbn.config import Config
-from mbn.methods import MBN
+from mbn.methods import MBN, METHODS
+
+
+def scheduled(config: Config, iteration: int, length: int) -> dict[str, Any]:
+    """What is set at a 0-based iteration of length: "lr", and as "method" the values of what changes of the method."""
+    schedule, change = config.schedule, METHODS[config.norm.name].change
+    values: dict[str, Any] = {"lr": value_at(schedule.lr, schedule.milestones, iteration, length)}
+    if change:
+        values["method"] = change.values(config, iteration, length)
+    return values
 
 
 def value_at(values: Sequence[float], milestones: Sequence[float], iteration: int, iterations: int) -> float:

@@ -1,7 +1,6 @@
 """The benchmark's CUDA variant, on the CPU with the stand-in for CUDA graphs and a small network."""
 
 import contextlib
-import importlib.util
 import json
 import sys
 import time
@@ -10,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import build_small
+from running import build_small, load_script
 
-from mbn.benchmark import cpu as benchmark
 from mbn.benchmark import cuda as benchmark_cuda
-from mbn.benchmark.cpu import BASE, PLAIN, Arm, Case
+from mbn.benchmark import lanes as benchmark_lanes
+from mbn.benchmark import workload
 from mbn.benchmark.cuda import NO_TIME, RECORDED, Many, Place, Sizes, Timed, bars
 from mbn.benchmark.kernels import Kernels
-from mbn.config import REPOSITORY
+from mbn.benchmark.workload import BASE, PLAIN, Arm, Case
 from mbn.launch.lanes import SWITCH
 from mbn.system import cuda_graph
 from mbn.system.errors import UserError
@@ -168,8 +167,10 @@ class Clock:
 
 def fake_measured(monkeypatch, seconds=lambda measured: 0.5, step=lambda: None):
     class Fake:
+        in_mode = True
+
         def __init__(self, case, arm, *_):
-            self.arm, self.update = arm, arm
+            self.arm = arm
 
         def step(self):
             step()
@@ -180,7 +181,7 @@ def fake_measured(monkeypatch, seconds=lambda measured: 0.5, step=lambda: None):
         def seconds(self, iterations):
             return seconds(self)
 
-    monkeypatch.setattr(benchmark_cuda, "Measured", Fake)
+    monkeypatch.setattr(benchmark_cuda, "prepare", Fake)
 
 
 def test_a_round_that_the_limit_breaks_off_does_not_count(monkeypatch, place):
@@ -275,6 +276,13 @@ def test_iterations_that_are_not_recorded_are_not_taken_for_recorded_ones(monkey
 # Lanes.
 
 
+def lanes_rate(place, n, seconds):
+    with benchmark_cuda.lanes_of(CASE, MBN2, place) as lanes:
+        for _ in range(n):
+            lanes.add()
+        return lanes.rate(seconds)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_lanes_are_counted_from_their_start_to_their_end(n, monkeypatch, place):
     """A step of 20 ms, never shorter: n lanes make at most 50 n a second, and most of them on a busy machine, too.
@@ -282,31 +290,30 @@ def test_lanes_are_counted_from_their_start_to_their_end(n, monkeypatch, place):
     The four iterations up to the recording do not count.
     """
     fake_measured(monkeypatch, step=lambda: time.sleep(0.02))
-    rate = benchmark_cuda.lanes_rate(CASE, MBN2, n, place.dataset, place.folder, CPU, build_small, 0.4)
+    rate = lanes_rate(place, n, 0.4)
     assert 25 * n < rate <= 50 * n
 
 
 def test_a_lane_that_ends_late_counts_with_the_time_it_took(monkeypatch, place):
     """One iteration of 0.3 s in a window of 0.05 s: 3.3 a second, not 20."""
     fake_measured(monkeypatch, step=lambda: time.sleep(0.3))
-    rate = benchmark_cuda.lanes_rate(CASE, MBN2, 1, place.dataset, place.folder, CPU, build_small, 0.05)
+    rate = lanes_rate(place, 1, 0.05)
     assert 2 < rate <= 1 / 0.3
 
 
 def test_lanes_are_networks_of_their_own(monkeypatch, place, recording):
     made, switch = [], set()
 
-    class Kept(benchmark.Measured):
-        def __init__(self, case, arm, dataset, *rest):
-            super().__init__(case, arm, dataset, *rest)
-            made.append((self, dataset))
-            switch.add(sys.getswitchinterval())
+    def prepare(case, arm, dataset, *rest):
+        made.append((workload.prepare(case, arm, dataset, *rest), dataset))
+        switch.add(sys.getswitchinterval())
+        return made[-1][0]
 
-    monkeypatch.setattr(benchmark_cuda, "Measured", Kept)
+    monkeypatch.setattr(benchmark_cuda, "prepare", prepare)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(0.004)
     try:
-        assert benchmark_cuda.lanes_rate(CASE, MBN2, 2, place.dataset, place.folder, CPU, build_small, 0.1) > 0
+        assert lanes_rate(place, 2, 0.1) > 0
         assert (switch, sys.getswitchinterval()) == ({SWITCH}, 0.004)
     finally:
         sys.setswitchinterval(interval)
@@ -328,7 +335,8 @@ def test_lanes_are_all_that_holds_streams(tmp_path, monkeypatch, recording):
         yield
         inside.pop()
 
-    monkeypatch.setattr(benchmark_cuda, "own_stream", own_stream)
+    for module in (benchmark_cuda, benchmark_lanes):
+        monkeypatch.setattr(module, "own_stream", own_stream)
     run(tmp_path, only=["lanes-r20-b8-mbn", "compiled-r20-b8"])
     assert (max(most), inside) == (2, [])
     assert most == [1, 2, 1]
@@ -338,8 +346,9 @@ def test_a_lane_that_fails_ends_the_case_with_what_was_measured(monkeypatch, pla
     made = []
 
     class Fake:
-        def __init__(self, case, arm, *_):
-            self.arm = self.update = arm
+        in_mode = True
+
+        def __init__(self, *_):
             made.append(self)
             if len(made) == 3:
                 raise torch.OutOfMemoryError("it is full")
@@ -350,7 +359,7 @@ def test_a_lane_that_fails_ends_the_case_with_what_was_measured(monkeypatch, pla
         def wait(self):
             pass
 
-    monkeypatch.setattr(benchmark_cuda, "Measured", Fake)
+    monkeypatch.setattr(benchmark_cuda, "prepare", Fake)
     found = benchmark_cuda.many(CASE, MBN2, (1, 2, 4), place, time.monotonic() + 100)
     assert list(found.rates) == [1, 2]
     assert found.missing == {"more lanes": "failed: OutOfMemoryError: it is full"}
@@ -365,7 +374,7 @@ def test_images_are_random_where_there_is_no_cifar(tmp_path, monkeypatch):
     assert dataset.train_images.shape == arrays.train_images.shape == (64, 32, 32, 3)
     (tmp_path / "cifar-10-batches-py").mkdir()
     whole = benchmark_cuda.random_arrays(100, 32, 10)
-    monkeypatch.setattr(benchmark_cuda.data, "load_cifar", lambda name, folder: whole)
+    monkeypatch.setattr(benchmark_cuda.datasets, "load_cifar", lambda name, folder: whole)
     dataset, arrays, what = benchmark_cuda.open_images(tmp_path, CPU, False, 64)
     assert (len(dataset.train_labels), arrays, what) == (64, None, "CIFAR-10")
     assert benchmark_cuda.open_images(tmp_path, CPU, True, 64)[2] == "random (as asked for)"
@@ -450,16 +459,8 @@ def test_the_page_has_every_number():
 # The command.
 
 
-@pytest.fixture
-def script():
-    specification = importlib.util.spec_from_file_location("script", REPOSITORY / "scripts" / "benchmark.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_the_command_chooses_by_the_kind_of_device(script, monkeypatch, tmp_path, capsys):
-    calls = []
+def test_the_command_chooses_by_the_kind_of_device(monkeypatch, tmp_path, capsys):
+    script, calls = load_script("benchmark"), []
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.setattr(benchmark_cuda, "run", lambda *given, **options: calls.append((given, options)))
     common = ["--device", "cuda", f"machine.data={tmp_path}", f"machine.results={tmp_path}"]

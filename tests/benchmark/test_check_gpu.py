@@ -1,25 +1,22 @@
 """scripts/check_gpu.py on the CPU: a tiny network, and the stand-in for CUDA graphs."""
 
-import importlib.util
 import json
 import math
 import time
 
 import pytest
 import torch
+from running import load_script
 from tape import record
 from test_graph import plant
 from test_update import Small
 
-from mbn.config import REPOSITORY
 from mbn.norm import functional
 from mbn.norm.together import Memories
 from mbn.system import cuda_graph
 from mbn.training import iteration
 
-spec = importlib.util.spec_from_file_location("check_gpu", REPOSITORY / "scripts" / "check_gpu.py")
-check = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check)
+check = load_script("check_gpu")
 
 CPU = torch.device("cpu")
 TINY = check.Scale({"small": Small}, (4, 6), 3, image=6, plays=2, lanes=((1, 2), (1,)), seconds=0.05)

@@ -1,7 +1,6 @@
 """scripts/evaluate.py: checkpoints of ours and other people's weights, tested again and written for others."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import pickle
@@ -14,6 +13,7 @@ import jpegs
 import pytest
 import torch
 import torchvision
+from running import load_script
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,9 +27,7 @@ from mbn.training import checkpoint
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 RESULT = re.compile(r"(.*): loss (\d+\.\d{4}), top-1 error (\d+\.\d\d) %, top-5 error (\d+\.\d\d) %")
 
-specification = importlib.util.spec_from_file_location("evaluate_script", REPOSITORY / "scripts" / "evaluate.py")
-script = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(script)
+script = load_script("evaluate")
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_a_checkpoint_is_read_as_it_was_saved_by_torch_too(tmp_path):
     path = tmp_path / "checkpoint.pt"
     state = {"weights": torch.randn(3, 4), "iteration": 7, "config": "{}", "sums": [0.1, 2, 3]}
     checkpoint.save(state, path)
-    for read in (checkpoint.load(path), torch.load(path, weights_only=True)):
+    for read in (checkpoint.newest(path), torch.load(path, weights_only=True)):
         assert torch.equal(read.pop("weights"), state["weights"])
         assert read == {"iteration": 7, "config": "{}", "sums": [0.1, 2, 3]}
 
@@ -121,11 +121,11 @@ def test_the_generation_before_is_kept(tmp_path):
     path = tmp_path / "checkpoint.pt"
     for iteration in range(3):
         checkpoint.save({"iteration": iteration}, path)
-    assert checkpoint.load(path) == {"iteration": 2}
+    assert checkpoint.newest(path) == {"iteration": 2}
     assert checkpoint.read(checkpoint.previous(path)) == {"iteration": 1}
     assert names(tmp_path) == ["checkpoint.previous.pt", "checkpoint.pt"]
     path.unlink()  # as between the two renames of a save
-    assert checkpoint.load(path) == {"iteration": 1}
+    assert checkpoint.newest(path) == {"iteration": 1}
 
 
 def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
@@ -143,11 +143,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_pa
     checkpoint.save({"iteration": 1}, path)
     with small_disk(10_000), pytest.raises(UserError, match="free some space"):
         checkpoint.save({"weights": torch.zeros(100_000)}, path)
-    assert checkpoint.load(path) == {"iteration": 1}
+    assert checkpoint.newest(path) == {"iteration": 1}
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.load(tmp_path / "checkpoint.pt") is None
+    assert checkpoint.newest(tmp_path / "checkpoint.pt") is None
 
 
 # The journal.
@@ -161,7 +161,6 @@ def write_rows(folder, rows, lines=0):
     journal = Journal(folder, "seed: 0\nnorm: bn", lines)
     for r in rows:
         journal.write(r)
-    journal.close()
 
 
 def read_rows(folder):
@@ -210,6 +209,20 @@ def test_a_journal_that_lacks_rows_its_checkpoint_counts_on_is_an_error(tmp_path
     write_rows(tmp_path, [row(1), row(2)])
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         write_rows(tmp_path, [row(6)], lines=5)
+
+
+def test_a_tensorboard_file_that_cannot_be_written_is_one_warning_and_loses_no_row(tmp_path, capsys):
+    rows = [row(i) for i in range(1, 6)]
+    journal = Journal(tmp_path, "")
+    with small_disk(journal.view.stat().st_size + 10):
+        for r in rows:
+            journal.write(r)
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    err = capsys.readouterr().err
+    assert err.count("\n") == err.count(f"warning: cannot write {path} (") == 1
+    assert read_rows(tmp_path) == rows
+    Journal(tmp_path, "", len(rows))
+    assert [e.step for e in events(tmp_path).Scalars("train/loss")] == [10, 20, 30, 40, 50]
 
 
 def test_the_configuration_is_shown_as_text_with_its_lines(tmp_path):

@@ -184,7 +184,9 @@ def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypa
 
 def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypatch, recording):
     cpu = torch.device("cpu")
+    cuda_graph.fault.cache_clear()
     assert cuda_graph.fault(cpu) is None
+    cuda_graph.fault.cache_clear()
 
     def does_it_at_once(function):
         function()
@@ -192,12 +194,16 @@ def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypat
 
     monkeypatch.setattr(cuda_graph, "record", does_it_at_once)
     assert cuda_graph.fault(cpu) is not None
+    cuda_graph.fault.cache_clear()
 
     def cannot(function):
         raise RuntimeError("an old driver\nand more")
 
     monkeypatch.setattr(cuda_graph, "record", cannot)
     assert cuda_graph.fault(cpu) == "RuntimeError: an old driver"
+    monkeypatch.undo()
+    assert cuda_graph.fault(cpu) == "RuntimeError: an old driver"  # asked once in a process
+    cuda_graph.fault.cache_clear()
 
 
 # All layers together.

@@ -169,7 +169,7 @@ def kill_saves(forker, path, kills, size, draw):
             before = path.stat().st_mtime_ns if path.exists() else 0
             ended = forker.run(**job, after=draw.uniform(0, 0.05), once=Changed(path, before))
         assert ended.code == -9, ended
-        found = checkpoint.load(path)
+        found = checkpoint.newest(path)
         whole = found is not None and found["iteration"] >= last and not list(path.parent.glob("*damaged*"))
         whole = whole and (found["weights"] == found["iteration"]).all().item() and len(found["weights"]) == size
         survived += bool(whole)

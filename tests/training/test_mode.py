@@ -64,7 +64,7 @@ CUDA = torch.device("cuda")
 @pytest.fixture
 def cuda(monkeypatch):
     """A GPU on which something can be recorded."""
-    monkeypatch.setattr(execution.graph, "fault", lambda device: None)
+    monkeypatch.setattr(execution.cuda_graph, "fault", lambda device: None)
 
 
 def test_auto_on_cuda_is_a_graph_and_compiled_where_that_pays(cuda):
@@ -92,7 +92,7 @@ def test_where_nothing_can_be_recorded_or_compiled_one_line_says_so(monkeypatch,
     monkeypatch.setattr(execution, "compiler_fault", lambda device: "no g++")
     assert chosen("model=resnet20", device=CUDA) == "graph-eager"
     assert capsys.readouterr().err == "warning: torch.compile does not work here (no g++): recording without it.\n"
-    monkeypatch.setattr(execution.graph, "fault", lambda device: "an old driver")
+    monkeypatch.setattr(execution.cuda_graph, "fault", lambda device: "an old driver")
     assert chosen("model=resnet20", device=CUDA) == "eager"
     assert capsys.readouterr().err == (
         "warning: iterations cannot be recorded here (an old driver): training in eager mode.\n"

@@ -1,4 +1,4 @@
-"""How batch renormalisation opens during training: r_max and d_max at each iteration, and who is told."""
+"""How batch renormalisation opens during training: r_max and d_max at each iteration, and which layers get them."""
 
 import itertools
 
@@ -39,13 +39,12 @@ class Signal:
 
     @property
     def code(self):
-        return 75 if self.run is not None and self.run.iteration >= self.at else None
+        return 75 if self.run is not None and self.run.state.iteration >= self.at else None
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A function that opens a run of T iterations on digits, anew or from where it was stopped."""
-    opened = []
+    """A function that opens a run of T iterations on digits, from its start or from where it was stopped."""
 
     def open_run(iterations, *overrides):
         settings = config.load(
@@ -54,13 +53,9 @@ def run(tmp_path):
                 *(f"schedule.iterations={iterations}", f"machine.results={tmp_path}", *overrides),
             ]
         )
-        opened.append(Run(settings, Small, tmp_path / "run"))
-        opened[-1].open_journal()
-        return opened[-1]
+        return Run(settings, Small, tmp_path / "run")
 
-    yield open_run
-    for each in opened:
-        each.journal.close()
+    return open_run
 
 
 # Plain batch norm until 1/32 of 320, d_max straight to 5 at 5/32, r_max straight to 3 at 1/4.
@@ -127,7 +122,7 @@ def test_the_trainer_sets_the_bounds_of_all_layers_before_each_iteration(run, mo
     seen = record(monkeypatch)
     training = run(32)
     assert {(layer.r_max, layer.d_max) for layer in norm_layers(training.model)} == {(1.0, 0.0)}
-    training.train(Signal())
+    training.train(Signal(), training.open_journal())
     expected = [(1.0, 0.0), (1.0, 0.0)]  # 0 and 1 of 32
     expected += [(1 + 2 * (t - 1) / 7, min(5.0, 5 * (t - 1) / 4)) for t in range(2, 8)]
     expected += [(3.0, 5.0)] * 24
@@ -139,10 +134,10 @@ def test_a_resumed_run_has_the_bounds_of_its_iteration(run, monkeypatch):
     seen = record(monkeypatch)
     first = run(32)
     with pytest.raises(UserError, match="stopped at iteration 4"):
-        first.train(Signal(first, 4))
+        first.train(Signal(first, 4), first.open_journal())
     second = run(32)
-    assert second.iteration == 4
-    second.train(Signal())
+    assert second.state.iteration == 4
+    second.train(Signal(), second.open_journal())
     assert len(seen) == 32
     assert seen[4] == pytest.approx((1 + 2 * 3 / 7, 5 * 3 / 4), abs=1e-12)
     assert seen[5] == pytest.approx((1 + 2 * 4 / 7, 5.0), abs=1e-12)
@@ -151,5 +146,5 @@ def test_a_resumed_run_has_the_bounds_of_its_iteration(run, monkeypatch):
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_averages_are_updated_once_an_iteration_from_the_first_on(run, forwards):
     training = run(3, f"forwards={forwards}")
-    training.train(Signal())
+    training.train(Signal(), training.open_journal())
     assert [int(layer.num_batches_tracked) for layer in norm_layers(training.model)] == [3, 3]

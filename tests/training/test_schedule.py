@@ -1,9 +1,7 @@
 """Learning rate and lambda over a run, as literal lists; what imports what."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -96,56 +94,3 @@ def test_the_two_lines_of_the_readme_load_torch_and_the_layers_only():
 def test_the_configuration_and_records_are_read_without_torch():
     modules = modules_after("import train, mbn.records.record; train.configuration.load([])")
     assert not modules & {"torch", "torchvision", "sklearn", "tensorboard"}
-
-
-def imported(path):
-    """What the module at path imports, anywhere in it: absolute dotted names."""
-    package = path.relative_to(REPOSITORY).with_suffix("").parts
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            home = list(package[: len(package) - node.level]) if node.level else []
-            home += node.module.split(".") if node.module else []
-            # `from . import x` may name a module or an attribute: both are kept.
-            names |= {".".join([*home, alias.name]) for alias in node.names}
-    return names
-
-
-def inside(name, *packages):
-    return any(name == p or name.startswith(p + ".") for p in packages)
-
-
-def sources(folder):
-    return sorted((REPOSITORY / folder).rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", sources("models"), ids=str)
-def test_networks_import_torch_alone(path):
-    third_party = {n for n in imported(path) if n.split(".")[0] not in sys.stdlib_module_names}
-    assert all(inside(n, "torch", "models") for n in third_party), third_party
-
-
-@pytest.mark.parametrize("path", sources("mbn"), ids=str)
-def test_the_package_imports_neither_networks_nor_scripts(path):
-    assert not [n for n in imported(path) if inside(n, "models", "scripts", "train", "tests")]
-
-
-@pytest.mark.parametrize("path", sources("mbn/norm"), ids=str)
-def test_the_layers_import_torch_and_each_other_alone(path):
-    third_party = {n for n in imported(path) if n.split(".")[0] not in sys.stdlib_module_names}
-    assert all(inside(n, "torch", "mbn.norm") for n in third_party), third_party
-
-
-def test_the_import_test_sees_every_kind_of_import(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "REPOSITORY", tmp_path)
-    path = tmp_path / "mbn" / "norm" / "x.py"
-    path.parent.mkdir(parents=True)
-    path.write_text("import a.b\nfrom c import d\nfrom . import e\nfrom .f import g\nfrom ..h import i\n")
-    assert imported(path) == {"a.b", "c.d", "mbn.norm.e", "mbn.norm.f.g", "mbn.h.i"}
-
-
-def test_there_is_something_to_look_at():
-    assert {p.name for p in sources("models")} >= {"build.py", "vgg.py"}
-    assert Path("mbn/norm/memorized.py") in [p.relative_to(REPOSITORY) for p in sources("mbn/norm")]

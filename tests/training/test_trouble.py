@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import toy
-from running import TINY, Run, build_tiny, digits, fingerprint, outcome, run_here, start
+from running import TINY, Run, build_tiny, digits, fingerprint, outcome, start
 from test_files import small_disk
 from test_real_cifar import FOUND
 from test_reproduce import TOY, begin, running, wait_until
@@ -30,17 +30,6 @@ from mbn.training import checkpoint
 from mbn.training import run as trainer
 
 SENTENCE = re.compile(r"(warning: [^\n]*\n)*error: [^\n]*\.\n")
-
-
-@pytest.fixture
-def here(capsys, monkeypatch, tmp_path):
-    """A function that runs `train.py` with TINY and more, in this process, its results in a temporary folder."""
-    return lambda *more: run_here(capsys, monkeypatch, *TINY, f"machine.results={tmp_path / 'results'}", *more)
-
-
-@pytest.fixture
-def left(tmp_path):
-    return lambda *more: Run(tmp_path / "results", [*TINY, *more])
 
 
 # A full disk. A file may have so many bytes; which write fails first depends on it.
@@ -187,7 +176,7 @@ def test_signals_to_real_runs(tmp_path, count, figure):
             process.send_signal(getattr(signal, name))
         ended = outcome(process)
         slowest = max(slowest, time.monotonic() - began)
-        state = checkpoint.load(run.checkpoint_path)
+        state = checkpoint.newest(run.checkpoint_path)
         now = state["iteration"] if state else 0
         sound = ended.code == code and "Traceback" not in ended.err and time.monotonic() - began < 30 and now >= reached
         right, reached = right + sound, now
@@ -245,7 +234,7 @@ def damages(run, flips, cuts, capsys):
         capsys.readouterr()
         resumed = trainer.Run(run.config, lambda layers: build_tiny(layers=layers, classes=10), run.folder)
         said = capsys.readouterr().err
-        same = resumed.iteration == expected["iteration"] and all(
+        same = resumed.state.iteration == expected["iteration"] and all(
             torch.equal(value, expected["model"][name]) for name, value in resumed.model.state_dict().items()
         )
         noticed += same and f"warning: {path} is damaged" in said and before.read_bytes() == older

@@ -14,7 +14,7 @@ from mbn.norm.base import norm_layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
 from mbn.training import iteration as update_module
-from mbn.training.iteration import WINDOW, Update
+from mbn.training.iteration import READ_EVERY, Update
 
 CPU = torch.device("cpu")
 
@@ -179,7 +179,7 @@ def test_dropout_draws_a_fresh_mask_in_the_second_forward():
 
 def test_drain_gives_losses_and_errors_in_order():
     model, _, update = prepare(bn(1), forwards=1)
-    for count in (3, 1, WINDOW, 0, 2):
+    for count in (3, 1, READ_EVERY, 0, 2):
         expected = []
         for _ in range(count):
             images, labels = batch()
@@ -304,10 +304,10 @@ def test_fifty_iterations_read_from_the_device_once(monkeypatch):
                 reads.append(function)
             return function(*args, **(kwargs or {}))
 
-    batches = [batch() for _ in range(WINDOW)]
+    batches = [batch() for _ in range(READ_EVERY)]
     with Values():
         for images, labels in batches:
             update(images, labels)
         assert reads == []
-        assert len(update.drain()) == WINDOW
+        assert len(update.drain()) == READ_EVERY
     assert reads == ["tolist"]
