@@ -76,7 +76,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
                 result = add_precise_error(config, build, stop)
             else:
-                print(f"warning: norm={config.norm.name} has no statistics to take anew.", file=sys.stderr)
+                print(f"warning: norm={config.norm.name} has no statistics to take again.", file=sys.stderr)
         print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it again.")
     else:
         from mbn.training.run import train
