@@ -104,16 +104,16 @@ def test_a_claim_with_its_verdicts_is_a_list():
     numbers = {("one forward", "BN"): [7.0, 7.1, 7.3], ("two forwards", "BN"): [6.0, 6.2, 6.3]}
     numbers |= {("one forward", "MBN"): [6.0], ("two forwards", "MBN"): [7.0], ("one forward", "BRN"): [6.0]}
     claim = grid.read_claim(FIGURE1, content)
-    assert claims.told(claim, judge(content, numbers)).splitlines() == [
+    assert claims.listed(claim, judge(content, numbers)).splitlines() == [
         "- The second forward helps",
         "  - BN: two forwards - one forward = -0.97 [-1.11, -0.82], n = 3: the claim holds",
         "  - MBN: two forwards - one forward = +1.00, n = 1: not decided yet, 7 seeds would",
         "  - BRN: not measured yet",
     ]
-    assert claims.told(claim, judge(content, {})) == "- The second forward helps: not measured yet"
+    assert claims.listed(claim, judge(content, {})) == "- The second forward helps: not measured yet"
     (verdict,) = judge(GAIN, {(row, column): [6.0] for row in FIGURE1.rows for column in FIGURE1.columns})
     assert str(verdict.number) == "+0.00, n = 1"
-    line = claims.told(grid.read_claim(FIGURE1, GAIN), [verdict]).splitlines()[1]
+    line = claims.listed(grid.read_claim(FIGURE1, GAIN), [verdict]).splitlines()[1]
     assert line == "  - gain of MBN - gain of BN = +0.00, n = 1: not decided yet"
 
 
