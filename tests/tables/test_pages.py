@@ -176,7 +176,10 @@ def test_csv(table4, records):
     ]
 
 
-def test_short_runs_have_tables_of_their_own(records, table4):
+def test_scale_and_seeds_choose_the_runs(records, table4):
+    page = markdown(Table(table4.grid, records, seeds=3))
+    assert "| 16 | 7.10 ± 0.10 (3) |" in page
+    assert "| 8 | 8.27 ± 0.15 (3) |" in page
     assert "55.5" not in markdown(table4)
     short = contents(read_tables(records, scale=0.1), with_csv=True)
     assert {"table4-scale0.1.md", "table4-scale0.1.tex", "cells-scale0.1.csv"} < set(short)
@@ -190,12 +193,6 @@ def test_short_runs_have_tables_of_their_own(records, table4):
 def test_a_table_without_runs_is_not_written(records):
     assert set(contents(read_tables(records, ["table4", "table6"]), with_csv=False)) == {"table4.md", "table4.tex"}
     assert contents(read_tables(records, scale=0.5), with_csv=True) == {}
-
-
-def test_fewer_seeds(records):
-    page = markdown(Table(grid.read("table4"), records, seeds=3))
-    assert "| 16 | 7.10 ± 0.10 (3) |" in page
-    assert "| 8 | 8.27 ± 0.15 (3) |" in page
 
 
 def command(results, *names):
