@@ -35,15 +35,13 @@ class Cell:
 
     def command(self, seed: int, scale: float = 1.0, extra: tuple[str, ...] = ()) -> list[str]:
         """The overrides of one run of this cell; extra ones (machine and evaluate settings) come last."""
-        if self.overrides is None:
-            raise ValueError(f"{self.grid}: nothing is run for {self.row}, {self.column}")
+        assert self.overrides is not None
         scaled = [f"schedule.scale={scale:g}"] if scale != 1 else []
         return [*self.overrides, *scaled, f"seed={seed}", *extra]
 
     def config(self, seed: int, scale: float = 1.0) -> Config:
         """What `load(self.command(seed, scale))` gives, composed once for all seeds and scales."""
-        if self.overrides is None:
-            raise ValueError(f"{self.grid}: nothing is run for {self.row}, {self.column}")
+        assert self.overrides is not None
         # Sorted: the same overrides in another order are the same run (no key stands twice in a cell).
         config = _composed(tuple(sorted(self.overrides)))
         return replace(config, seed=seed, schedule=replace(config.schedule, scale=scale))
@@ -53,8 +51,7 @@ class Cell:
 
     def baseline(self) -> "Cell":
         """The cell of batch norm with one forward on the same network, data and schedule."""
-        if self.overrides is None:
-            raise ValueError(f"{self.grid}: nothing is run for {self.row}, {self.column}")
+        assert self.overrides is not None
         kept = [o for o in self.overrides if not o.startswith(("norm=", "norm.", "forwards=", "model.dropout="))]
         return Cell(self.grid, self.row, self.column, (*kept, "norm=bn"), {})
 

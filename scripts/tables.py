@@ -18,8 +18,8 @@ from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import entry_point
 from mbn.system.files import write_atomically
-from mbn.tables.cells import read_records, tables
-from mbn.tables.export import files
+from mbn.tables.cells import read_records, read_tables
+from mbn.tables.export import contents
 from mbn.tables.readme import evidence_part, readme_part, replace_part
 
 RESULTS = REPOSITORY / "results"
@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> None:
 def run(names: list[str], results: Path, seeds: int, scale: float) -> None:
     records = read_records(results)
     every = not names or "all" in names
-    chosen = tables(records, None if every else names, seeds, scale)
-    for name, content in files(chosen, with_csv=every).items():
+    chosen = read_tables(records, None if every else names, seeds, scale)
+    for name, content in contents(chosen, with_csv=every).items():
         write_atomically(results / "tables" / name, content.encode())
         print(f"wrote {results / 'tables' / name}")
     for name, table in chosen.items():

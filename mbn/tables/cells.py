@@ -111,7 +111,9 @@ class Entry:
         return f"{mean:.2f}{spread} ({n if n == self.seeds else f'{n} of {self.seeds}'})"
 
 
-def tables(records: Records, names: list[str] | None = None, seeds: int = 5, scale: float = 1.0) -> dict[str, Table]:
+def read_tables(
+    records: Records, names: list[str] | None = None, seeds: int = 5, scale: float = 1.0
+) -> dict[str, Table]:
     """Every table that is named, or all of them. Errors: UserError for a name that is none."""
     return {name: Table(grid.read(name), records, seeds, scale) for name in names or grid.names()}
 

@@ -80,7 +80,7 @@ def printed(claim: Claim, place: str) -> float | None:
     return None if x is None or y is None else float(x) - float(y)
 
 
-def told(claim: Claim, verdicts: list[Verdict]) -> str:
+def listed(claim: Claim, verdicts: list[Verdict]) -> str:
     """A claim and its verdicts as a list in markdown; places without a number share a line.
 
     Example of a line: - 8: MBN - BN = -0.48 [-0.71, -0.25], n = 5: the claim holds

@@ -67,7 +67,7 @@ def _plain(number: float | None) -> str:
     return "" if number is None else f"{number:.6g}"
 
 
-def files(tables: dict[str, Table], with_csv: bool) -> dict[str, str]:
+def contents(tables: dict[str, Table], with_csv: bool) -> dict[str, str]:
     """The content of each file of results/tables, by its name; none for a table of which nothing has run."""
     run = {file_name(name, table.scale): table for name, table in tables.items() if table.has_runs}
     content = {}

@@ -33,7 +33,7 @@ def markdown(table: Table) -> str:
     )
     parts += ["## Difference to BN", _difference_table(table)]
     if g.claims:
-        parts += ["## Claims", "\n".join(claims.told(c, claims.judge(c, table.runs)) for c in g.claims)]
+        parts += ["## Claims", "\n".join(claims.listed(c, claims.judge(c, table.runs)) for c in g.claims)]
         parts.append(
             "Mean over the seeds that all cells of a claim have [95 % interval]. A claim holds where the whole "
             "interval agrees with it, and does not hold where the whole interval contradicts it. Otherwise it is not "

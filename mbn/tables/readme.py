@@ -33,7 +33,7 @@ def readme_part(tables: dict[str, Table]) -> str:
         f"{_link(table4, 'results/')}, {title[0].lower()}{title[1:]}: test error in percent after 78,200 iterations, "
         "mean ± standard deviation (seeds), beside the paper's.",
         main_table(table4),
-        claims.told(claim, claims.judge(claim, table4.runs)),
+        claims.listed(claim, claims.judge(claim, table4.runs)),
         "Every run, what holds and what does not, and how many more runs would tell: "
         "[results/README.md](results/README.md). How much of each table is measured:",
         pipes(rows),

@@ -4,7 +4,6 @@ from fractions import Fraction
 
 import pytest
 import yaml
-from scipy import stats
 
 from mbn import grid
 from mbn.system.errors import UserError
@@ -36,26 +35,21 @@ def judge(content, numbers):
         (EQUAL, [6.0, 6.1, 6.2], [6.9, 7.0, 7.2], claims.FAILS),
         (EQUAL, [6.9, 7.0, 7.2], [6.0, 6.1, 6.2], claims.FAILS),
         (EQUAL, [6.0, 6.8, 6.3], [6.2, 6.0, 6.2], claims.OPEN),
+        (GAIN, [6.9, 7.3, 7.2], [6.0, 6.1, 6.2], claims.HOLDS),
+        (GAIN, [6.0, 6.1, 6.2], [6.9, 7.0, 7.2], claims.FAILS),
+        (GAIN, [6.0, 7.1, 6.2], [6.5, 6.6, 6.3], claims.OPEN),
     ],
 )
-def test_outcomes_of_differences(content, mbn, bn, outcome):
-    (verdict,) = judge(content, {("one forward", "MBN"): mbn, ("one forward", "BN"): bn})
-    assert (verdict.place, verdict.outcome) == ("one forward", outcome)
-    assert content is LOWER or verdict.needed is None  # it would be the seeds that see a difference
-
-
-@pytest.mark.parametrize(
-    ("mbn_two", "outcome"),
-    [([5.0, 5.2, 5.1], claims.HOLDS), ([7.5, 7.8, 7.6], claims.FAILS), ([6.0, 6.2, 6.0], claims.OPEN)],
-)
-def test_outcomes_of_gains(mbn_two, outcome):
-    bn, bn_two, mbn = [7.0, 7.1, 7.2], [6.9, 7.05, 7.0], [6.1, 6.2, 6.3]
-    numbers = {("one forward", "BN"): bn, ("two forwards", "BN"): bn_two, ("one forward", "MBN"): mbn}
-    (verdict,) = judge(GAIN, numbers | {("two forwards", "MBN"): mbn_two})
-    assert verdict.outcome == outcome
-    gains = [(a - b) - (c - d) for a, b, c, d in zip(mbn, mbn_two, bn, bn_two, strict=True)]
-    low, high = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
-    assert (verdict.number.low, verdict.number.high) == (pytest.approx(low), pytest.approx(high))
+def test_outcomes_of_differences_and_gains(content, mbn, bn, outcome):
+    numbers = {("one forward", "MBN"): mbn, ("one forward", "BN"): bn}
+    numbers |= {("two forwards", "MBN"): [6.1, 6.4, 6.3, 1.0], ("two forwards", "BN"): [6.0, 6.1, 6.2]}
+    (verdict,) = judge(content, numbers)
+    assert (verdict.place, verdict.outcome) == ("" if content is GAIN else "one forward", outcome)
+    after = (0.1, 0.3, 0.1) if content is GAIN else (0, 0, 0)
+    found = [m - b - d for m, b, d in zip(mbn, bn, after, strict=False)]
+    mean = pytest.approx(sum(found) / len(found)) if found else None
+    assert (verdict.number.n, verdict.number.mean) == (len(found), mean)
+    assert content is not EQUAL or verdict.needed is None  # it would be the seeds that see a difference
 
 
 def curve(test_errors=(), train_errors=(), points=20):
@@ -104,16 +98,16 @@ def test_a_claim_with_its_verdicts_is_a_list():
     numbers = {("one forward", "BN"): [7.0, 7.1, 7.3], ("two forwards", "BN"): [6.0, 6.2, 6.3]}
     numbers |= {("one forward", "MBN"): [6.0], ("two forwards", "MBN"): [7.0], ("one forward", "BRN"): [6.0]}
     claim = grid.read_claim(FIGURE1, content)
-    assert claims.told(claim, judge(content, numbers)).splitlines() == [
+    assert claims.listed(claim, judge(content, numbers)).splitlines() == [
         "- The second forward helps",
         "  - BN: two forwards - one forward = -0.97 [-1.11, -0.82], n = 3: the claim holds",
         "  - MBN: two forwards - one forward = +1.00, n = 1: not decided yet, 7 seeds would",
         "  - BRN: not measured yet",
     ]
-    assert claims.told(claim, judge(content, {})) == "- The second forward helps: not measured yet"
+    assert claims.listed(claim, judge(content, {})) == "- The second forward helps: not measured yet"
     (verdict,) = judge(GAIN, {(row, column): [6.0] for row in FIGURE1.rows for column in FIGURE1.columns})
     assert str(verdict.number) == "+0.00, n = 1"
-    line = claims.told(grid.read_claim(FIGURE1, GAIN), [verdict]).splitlines()[1]
+    line = claims.listed(grid.read_claim(FIGURE1, GAIN), [verdict]).splitlines()[1]
     assert line == "  - gain of MBN - gain of BN = +0.00, n = 1: not decided yet"
 
 

@@ -15,8 +15,8 @@ from scipy import stats
 from mbn import grid
 from mbn.config import REPOSITORY
 from mbn.system.errors import UserError
-from mbn.tables.cells import BATCH_SIZES, Table, read_records, tables
-from mbn.tables.export import cells_csv, files, latex
+from mbn.tables.cells import BATCH_SIZES, Table, read_records, read_tables
+from mbn.tables.export import cells_csv, contents, latex
 from mbn.tables.page import markdown
 from mbn.tables.readme import END, START, evidence_part, readme_part, replace_part
 
@@ -176,9 +176,12 @@ def test_csv(table4, records):
     ]
 
 
-def test_short_runs_have_tables_of_their_own(records, table4):
+def test_scale_and_seeds_choose_the_runs(records, table4):
+    page = markdown(Table(table4.grid, records, seeds=3))
+    assert "| 16 | 7.10 ± 0.10 (3) |" in page
+    assert "| 8 | 8.27 ± 0.15 (3) |" in page
     assert "55.5" not in markdown(table4)
-    short = files(tables(records, scale=0.1), with_csv=True)
+    short = contents(read_tables(records, scale=0.1), with_csv=True)
     assert {"table4-scale0.1.md", "table4-scale0.1.tex", "cells-scale0.1.csv"} < set(short)
     page = short["table4-scale0.1.md"]
     assert "**Not the paper's protocol: every run has 0.1 of its length.**" in page
@@ -188,14 +191,8 @@ def test_short_runs_have_tables_of_their_own(records, table4):
 
 
 def test_a_table_without_runs_is_not_written(records):
-    assert set(files(tables(records, ["table4", "table6"]), with_csv=False)) == {"table4.md", "table4.tex"}
-    assert files(tables(records, scale=0.5), with_csv=True) == {}
-
-
-def test_fewer_seeds(records):
-    page = markdown(Table(grid.read("table4"), records, seeds=3))
-    assert "| 16 | 7.10 ± 0.10 (3) |" in page
-    assert "| 8 | 8.27 ± 0.15 (3) |" in page
+    assert set(contents(read_tables(records, ["table4", "table6"]), with_csv=False)) == {"table4.md", "table4.tex"}
+    assert contents(read_tables(records, scale=0.5), with_csv=True) == {}
 
 
 def command(results, *names):
@@ -232,19 +229,19 @@ def test_the_command_writes_files_and_deletes_none(results, table4):
 
 def test_an_unknown_table_is_one_sentence():
     with pytest.raises(UserError, match="there is no table 'table7'"):
-        tables({}, ["table7"])
+        read_tables({}, ["table7"])
 
 
 def test_readme_part(records):
     names = ["table3", "table4", *BATCH_SIZES]
-    part = readme_part(tables(records, names))
+    part = readme_part(read_tables(records, names))
     assert "| [Table 4](results/tables/table4.md) | Batch sizes, ResNet-56 on CIFAR-10 | 4 / 10 | 1 to 5 |" in part
     assert "| Table 3 | ImageNet | 0 / 20 (4 only quoted there) | - |" in part
     assert "[Table 4, methods](results/tables/table4-methods.md): 4 / 35." in part
     assert GOLDEN.strip() in part
     assert CLAIM.strip() in part
     assert "](results/figures/batch-size.png)" in part  # its runs are table4-methods' too
-    assert "](results/" not in readme_part(tables({}, names)).replace("[results/README.md](results/README.md)", "")
+    assert "](results/" not in readme_part(read_tables({}, names)).replace("[results/README.md](results/README.md)", "")
     old = f"a\n{START}\nold\n{END}\nb\n"
     assert replace_part(old, "new") == old.replace("old", "new")
     for wrong in ("", START, f"{END}{START}"):
@@ -253,7 +250,7 @@ def test_readme_part(records):
 
 
 def test_evidence_part(records):
-    part = evidence_part(tables(records, ["table4", "gradient"]), records)
+    part = evidence_part(read_tables(records, ["table4", "gradient"]), records)
     where = "[Table 4](tables/table4.md) | MBN has a lower test error than BN at every batch size"
     assert [line for line in part.splitlines() if line.startswith("| [Table")] == [
         f"| {where} | 8 | MBN - BN = -0.64 [-0.83, -0.45], n = 5 | -4.27 | the claim holds |  |",
@@ -268,7 +265,7 @@ def test_evidence_part(records):
         "8.10 | 1.00 | 78,200 | 0.25 | cpu: Toy, 2 threads | eager | 0123456 | "
     )
     assert sum("| no table |" in line for line in runs) == 1  # the short one
-    assert evidence_part(tables({}, ["table4"]), {}).count("None yet.") == 2
+    assert evidence_part(read_tables({}, ["table4"]), {}).count("None yet.") == 2
 
 
 def test_committed_tables_follow_from_committed_records():
@@ -276,10 +273,10 @@ def test_committed_tables_follow_from_committed_records():
     results = REPOSITORY / "results"
     committed = {p.name: p.read_text() for p in (results / "tables").iterdir()}
     records = read_records(results)
-    every = tables(records)
-    expected = files(every, with_csv=True)
+    every = read_tables(records)
+    expected = contents(every, with_csv=True)
     for scale in sorted({m[1] for name in committed if (m := re.search(r"-scale([\d.]+)\.(?:md|tex|csv)$", name))}):
-        expected |= files(tables(records, scale=float(scale)), with_csv=True)
+        expected |= contents(read_tables(records, scale=float(scale)), with_csv=True)
     assert committed.keys() == expected.keys(), "run scripts/tables.py, and delete the others"
     for name, content in expected.items():
         assert committed[name] == content, f"{name}: run scripts/tables.py"
