@@ -16,12 +16,11 @@ stopped by a signal, and 130 by Ctrl-C, after which the same command goes on.
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +141,16 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
         raise UserError("--slurm needs --launcher slurm.", code=2)
     if options.budget is not None and options.launcher == "slurm":
         raise UserError("--budget is for runs that wait here: with Slurm give time= to --slurm.", code=2)
-    seeds = range(options.seeds) if options.seed is None else [options.seed]
-    results = Path(config.machine.results)
-    meant = runs(tables, seeds, filters, options.scale, options.grids)
-    missing = [run for run in meant if not run.finished(results)]
     # On a CPU a run with one thread on each core is faster than one run after another with all of them; a job of a
     # cluster has its processors to itself.
     jobs = 1 if options.launcher == "slurm" else options.jobs or (1 if accelerated(config) else cores())
     if jobs > 1 and config.machine.threads is None:
         config.machine.threads = max(1, cores() // jobs)
         settings = [f"machine.threads={config.machine.threads}", *settings]
+    seeds = range(options.seeds) if options.seed is None else [options.seed]
+    results = Path(config.machine.results)
+    meant = runs(tables, seeds, filters, options.scale, options.grids)
+    missing = [run.on(config) for run in meant if not run.finished(results)]
     expected = Estimate(results).sentence(missing, min(jobs, len(missing)))
     if options.dry_run:
         for run in missing:
@@ -181,34 +180,23 @@ def train(
     missing: list[Run], results: Path, jobs: int, settings: list[str], config: Config, options: argparse.Namespace
 ) -> int:
     """Train the runs side by side on this machine."""
-    from mbn.launch.pool import Pool
+    from mbn.launch.pool import Pool, Process
 
-    in_lanes = jobs > 1 and (accelerated(config) if options.lanes is None else options.lanes)
-    with starter(settings, config, jobs if in_lanes else 0) as start:
+    lanes = None
+    with contextlib.ExitStack() as stack:
+        if jobs > 1 and (accelerated(config) if options.lanes is None else options.lanes):
+            import train as script
+            from mbn.launch.lanes import Lanes, fits
+
+            lanes = stack.enter_context(Lanes(script.run, jobs))
+
+        def start(run: Run, results: Path) -> Any:
+            if lanes is not None and fits(run.config):
+                return lanes(run, results)
+            return Process(run, command(run, settings), results)
+
         outcome = Pool(missing, results, jobs, start, options.budget, 15.0 if accelerated(config) else 60.0).work()
     return report(outcome, results, options.budget)
-
-
-@contextlib.contextmanager
-def starter(settings: list[str], config: Config, lanes: int) -> Iterator[Callable[[Run, Path], Any]]:
-    """What starts a run: as a process, or with lanes, the number of them, as a thread of this process."""
-    from mbn.launch.pool import Process
-
-    def process(run: Run, results: Path) -> Process:
-        return Process(run, command(run, settings), results)
-
-    if not lanes:
-        yield process
-        return
-    import train as script
-    from mbn.launch.lanes import Lanes, fits
-
-    def lane(run: Run, results: Path) -> Any:
-        whole = dataclasses.replace(run.config, machine=config.machine, evaluate=config.evaluate)
-        return start(dataclasses.replace(run, config=whole), results)
-
-    with Lanes(script.run, lanes) as start:
-        yield lambda run, results: lane(run, results) if fits(run.config) else process(run, results)
 
 
 def command(run: Run, settings: Sequence[str]) -> list[str]:

@@ -24,6 +24,11 @@ class Run:
     config: Config
     overrides: tuple[str, ...]
 
+    def on(self, common: Config) -> "Run":
+        """The same run with the machine and the evaluation of another configuration."""
+        whole = dataclasses.replace(self.config, machine=common.machine, evaluate=common.evaluate)
+        return dataclasses.replace(self, config=whole)
+
     def folder(self, results: Path) -> Path:
         return results / "runs" / self.name
 

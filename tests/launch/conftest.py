@@ -83,11 +83,3 @@ def checkout(tmp_path, write_toy):
     write_toy(made.toy, 12)
     yield made
     made.end()
-
-
-@pytest.fixture
-def real_checkout(tmp_path):
-    """This tree, with results of its own."""
-    made = Checkout(REPOSITORY, tmp_path / "results")
-    yield made
-    made.end()

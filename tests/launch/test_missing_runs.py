@@ -13,13 +13,6 @@ from mbn.records import record
 from mbn.system.errors import UserError
 
 
-@pytest.mark.parametrize(
-    ("table", "count"), [("table4", 10), ("table1", 14), ("table2", 14), ("table5", 5), ("table6", 3)]
-)
-def test_a_table_has_a_run_for_every_cell(table, count):
-    assert len(runs([table], [0])) == count
-
-
 def test_all_is_everything_but_imagenet_and_a_shared_run_stands_once(tmp_path):
     for name in ("table1", "table3", "table6"):
         shutil.copy(REPOSITORY / "scripts" / "grids" / f"{name}.yaml", tmp_path)
@@ -71,10 +64,10 @@ def test_filters_that_mean_nothing(filters, says):
 
 
 def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(tmp_path):
-    for seed, seconds in enumerate((10.0, 20.0, 90.0)):
-        config = load(["dataset=digits", "batch_size=8", "schedule.iterations=100", f"seed={seed}"])
-        about = {"name": run_name(config), "config": record.config_for_record(config), "seconds": seconds}
-        record.write(tmp_path, dict.fromkeys(record.FIELDS, 0.0) | about | {"images": 800})
+    config = load(["dataset=digits", "batch_size=8", "schedule.iterations=100"])
+    numbers = dict.fromkeys(record.FIELDS, 0.0) | {"config": record.config_for_record(config), "images": 800}
+    for seconds in (10.0, 20.0, 90.0):
+        record.write(tmp_path, numbers | {"name": f"{seconds}", "seconds": seconds})
     (tmp_path / "records" / "broken.json").write_text("{")
     estimate = Estimate(tmp_path)
     known, like, other = (
@@ -84,9 +77,6 @@ def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(
     assert estimate.seconds(known.config) == pytest.approx(200)
     assert estimate.seconds(like.config) == pytest.approx(400)
     assert estimate.seconds(other.config) is None
+    assert [duration(s) for s in (45.4, 720, 12000)] == ["45 s", "12 min", "3 h 20 min"]
     sentence = estimate.sentence([known, like, other], jobs=2)
     assert all(part in sentence for part in ("3 runs", "10 min of training", "5 min with 2", "unknown for 1"))
-
-
-def test_durations():
-    assert [duration(s) for s in (45.4, 720, 12000)] == ["45 s", "12 min", "3 h 20 min"]

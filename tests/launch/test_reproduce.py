@@ -64,13 +64,11 @@ def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
     assert names == [run.name for run in runs(["table5"], range(2), scale=0.1)]
     assert names[:5] != [run.name for run in runs(["table5"], [0])]
     assert all(line[-2:] == [results, "evaluate.precise=true"] for line in lines)
+    for more, seeds in (((), range(5)), (("--seed", "3"), [3])):
+        assert [line[-3] for line in dry("table6", "norm.memory=10", *more, "machine.threads=1", results)] == [
+            f"seed={seed}" for seed in seeds
+        ]
     assert not list(tmp_path.iterdir())
-
-
-def test_seeds_by_default_and_one_alone(dry, tmp_path):
-    lines = dry("table6", "norm.memory=10", f"machine.results={tmp_path}")
-    assert [[o for o in line if o.startswith("seed")] for line in lines] == [[f"seed={s}"] for s in range(5)]
-    assert all("seed=3" in line for line in dry("table6", "--seed", "3", f"machine.results={tmp_path}"))
 
 
 @pytest.mark.parametrize(
@@ -117,24 +115,23 @@ def test_threads_are_divided(dry, tmp_path):
 # Training.
 
 
-def test_a_real_grid_is_killed_and_continued(real_checkout, write_toy, tmp_path):
-    grids, results = tmp_path / "grids", real_checkout.results
-    grids.mkdir()
-    write_toy(grids / "toy.yaml", 8)
-    command = ["toy", "--grids", str(grids), "--jobs", "2", "--seeds", "2", f"machine.results={results}"]
-    command += ["machine.device=cpu", "machine.mode=eager", f"machine.data={tmp_path}"]
-    process = real_checkout.begin(*command)
+def test_a_real_grid_is_killed_and_continued(checkout, write_toy):
+    write_toy(checkout.toy, 8)
+    checkout.folder, results = REPOSITORY, checkout.results
+    command = ["toy", "--grids", str(checkout.toy.parent), "--jobs", "2", "--seeds", "2"]
+    command += [f"machine.results={results}", "machine.device=cpu", "machine.mode=eager"]
+    process = checkout.begin(*command)
     wait_until(lambda: list(results.rglob("events.out*")), seconds=200)
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate()
     assert process.returncode == 75, out + error
     assert not running(results)
-    assert len(real_checkout.records()) < 4
+    assert len(checkout.records()) < 4
     assert "the same command goes on" in out
-    real_checkout.call(*command)
-    assert "resuming at iteration" in "".join(real_checkout.logs())
-    assert [record.read(path)["iterations"] for path in real_checkout.records()] == [8] * 4
-    assert real_checkout.call(*command, "--dry-run")[0] == ""
+    checkout.call(*command)
+    assert "resuming at iteration" in "".join(checkout.logs())
+    assert [record.read(path)["iterations"] for path in checkout.records()] == [8] * 4
+    assert checkout.call(*command, "--dry-run")[0] == ""
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130), ("SIGUSR1", 75), ("SIGUSR2", 75)])

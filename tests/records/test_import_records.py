@@ -6,17 +6,15 @@ import tarfile
 import zipfile
 
 import pytest
+import toy
 
-from mbn.config import REPOSITORY, load, run_name
+from mbn import grid
+from mbn.config import REPOSITORY
 from mbn.records import record
 from mbn.records.import_records import gather
 from mbn.system.errors import UserError
 
-
-def a_record(results, *overrides, **fields):
-    config = load(["dataset=digits", *overrides])
-    about = {"name": run_name(config), "config": record.config_for_record(config), "commit": "c" * 40, "dirty": False}
-    record.write(results, dict.fromkeys(record.FIELDS, 0.0) | about | fields)
+CELL = grid.read("table6").cells[0]
 
 
 def records(folder):
@@ -28,7 +26,7 @@ def there(tmp_path):
     """A folder with three records, and other JSON."""
     folder = tmp_path / "there"
     for seed in range(3):
-        a_record(folder / "results", f"seed={seed}")
+        toy.write(folder / "results", CELL, seed, test_error=8.0)
     (folder / "package.json").write_text('{"name": "other"}')
     return folder
 
@@ -71,7 +69,7 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda p: p.write_text(p.read_text().replace("0.0", "1.0", 1)), "checksum"),
+        (lambda p: p.write_text(p.read_text().replace("8.0", "7.0", 1)), "checksum"),
         (lambda p: p.write_text(p.read_text()[:100]), "not JSON"),
         (lambda p: p.write_bytes(b"\xff\xfe" + p.read_bytes()), "not JSON"),
         (lambda p: edit(p, name="../../outside"), "its configuration gives"),
@@ -94,7 +92,7 @@ def test_one_is_refused_and_the_others_are_taken(there, here, spoil, says):
 
 
 def test_no_record_is_overwritten(there, here):
-    a_record(here, "seed=1", test_error=50.0)
+    toy.write(here, CELL, 1, test_error=50.0)
     (mine,) = records(here)
     before = mine.read_bytes()
     gathered = gather(there, here)
@@ -104,19 +102,16 @@ def test_no_record_is_overwritten(there, here):
 
 
 def test_what_holds_no_records_is_refused(tmp_path, here):
-    (tmp_path / "text.zip").write_bytes(b"no archive")
-    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 broken")
-    (tmp_path / "empty").mkdir()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         archive.add(REPOSITORY / "mbn")
-    (tmp_path / "cut.tar.gz").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    for name, says in {
-        "nowhere": "cannot import",
-        "text.zip": "cannot import",
-        "broken.zip": "cannot import",
-        "empty": "no records",
-        "cut.tar.gz": "cannot read",
-    }.items():
-        with pytest.raises(UserError, match=says):
-            gather(tmp_path / name, here)
+    cut = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+    source = tmp_path / "source"
+    for content, says in ((None, "import"), (b"no archive", "import"), (b"PK\x03\x04 broken", "import"), (cut, "read")):
+        if content is not None:
+            source.write_bytes(content)
+        with pytest.raises(UserError, match=f"cannot {says}"):
+            gather(source, here)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no records"):
+        gather(tmp_path / "empty", here)

@@ -148,9 +148,3 @@ def test_what_is_no_record_is_refused_whatever_its_checksum(path, change, says):
 def test_a_file_that_is_no_record_is_refused_by_name(path, text):
     path.write_text(text)
     assert "json is not" in refusal(path)
-
-
-def test_a_records_configuration_runs_again(content):
-    c = record.config_of(content)
-    assert config.run_name(c) == content["name"]
-    assert config.iterations(c) == 8
