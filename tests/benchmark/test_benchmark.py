@@ -125,4 +125,4 @@ def test_arms_are_configurations_that_exist(tmp_path):
     assert workload.settings(CASE, half, tmp_path).precision == "bf16"
     large = Case("resnet50", 64, 1, "imagenet")
     assert workload.settings(large, BASE, tmp_path).dataset.image_size == 224
-    assert config.network(workload.settings(CASE, BASE, tmp_path))["name"] == "resnet20"
+    assert config.network(workload.settings(CASE, BASE, tmp_path))["builder"] == "resnet_cifar.resnet20"

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import toy
+from checkouts import TOY, Checkout
 from running import TINY, Run, build_tiny, digits, fingerprint, outcome, start
 from test_files import small_disk
 from test_real_cifar import FOUND
-from test_reproduce import TOY, begin, running, wait_until
+from test_reproduce import running, wait_until
 from test_training import Trap
 
 from mbn import grid
@@ -188,14 +189,14 @@ def test_signals_to_reproduce(tmp_path, count, figure):
     grids, results = tmp_path / "grids", tmp_path / "results"
     grids.mkdir()
     (grids / "toy.yaml").write_text(TOY.format(iterations=2000))
-    settings = ["toy", "--grids", str(grids), "--results", str(results), "--jobs", "2", "--seeds", "1"]
-    settings += ["--", "machine.device=cpu", "machine.mode=eager", f"machine.data={tmp_path}"]
+    settings = ["toy", "--grids", str(grids), f"machine.results={results}", "--jobs", "2", "--seeds", "1"]
+    settings += ["machine.device=cpu", "machine.mode=eager", f"machine.data={tmp_path}"]
     draw = random.Random(4)
     right, total = 0, count(8)
     for number in range(total):
         name, code = list(SIGNALS.items())[number % 4]
         before = {path: path.stat().st_mtime_ns for path in results.rglob("metrics.jsonl")}
-        process = begin(REPOSITORY, *settings)
+        process = Checkout(REPOSITORY, results).begin(*settings)
         wait_until(
             lambda before=before: (
                 sum(p.stat().st_mtime_ns > before.get(p, 0) for p in results.rglob("metrics.jsonl")) == 2
@@ -298,8 +299,7 @@ def test_edited_records(tmp_path, count, figure):
         path.write_text(json.dumps(edited))
         out = tmp_path / "out"
         command = [sys.executable, str(REPOSITORY / "scripts" / "tables.py"), "table6"]
-        results = ["--results", str(tmp_path / "results")]
-        done = subprocess.run([*command, *results], capture_output=True, text=True)
+        done = subprocess.run([*command, f"machine.results={tmp_path / 'results'}"], capture_output=True, text=True)
         sentence = re.fullmatch(r"error: [^\n]*\.\n", done.stderr) is not None
         refused += done.returncode == 1 and sentence and str(path) in done.stderr and not out.exists()
     figure(refused, len(keys))
@@ -449,9 +449,9 @@ def test_two_grids_at_once(tmp_path, figure):
     grids, results = tmp_path / "grids", tmp_path / "results"
     grids.mkdir()
     (grids / "toy.yaml").write_text(TOY.format(iterations=8))
-    settings = ["toy", "--grids", str(grids), "--results", str(results), "--jobs", "1", "--seeds", "4"]
-    settings += ["--", "machine.device=cpu", "machine.mode=eager", f"machine.data={tmp_path}"]
-    calls = [begin(REPOSITORY, *settings) for _ in range(2)]
+    settings = ["toy", "--grids", str(grids), f"machine.results={results}", "--jobs", "1", "--seeds", "4"]
+    settings += ["machine.device=cpu", "machine.mode=eager", f"machine.data={tmp_path}"]
+    calls = [Checkout(REPOSITORY, results).begin(*settings) for _ in range(2)]
     outputs = [process.communicate(timeout=1200) for process in calls]
     assert [process.returncode for process in calls] == [0, 0], outputs
     logs = list(results.rglob("log.txt"))
