@@ -1,4 +1,4 @@
-"""The table of figures keeps what is not measured anew."""
+"""The table of figures keeps what is not measured again."""
 
 import re
 

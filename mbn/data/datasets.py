@@ -78,7 +78,7 @@ def load_cifar(name: str, folder: Path) -> Arrays:
         if md5(base / file) != checksum:
             raise UserError(
                 f"{base / file} is damaged (its MD5 is not {checksum}): delete it and run the command again to fetch "
-                "it anew."
+                "it again."
             )
     train, test = cifar(folder, train=True), cifar(folder, train=False)
     return Arrays(train.data, np.array(train.targets), test.data, np.array(test.targets))

@@ -17,7 +17,7 @@ HELD = 76
 
 
 def write_atomically(path: Path, content: bytes, keep_as: Path | None = None) -> None:
-    """Write path by way of a temporary file, fsync, rename and fsync of the folder.
+    """Write path through a temporary file, fsync, rename and fsync of the folder.
 
     keep_as: where the version that path has now is kept. Between the two renames path is absent and keep_as whole.
     Errors: UserError where the disk is full or the file may not be written; path is untouched then.
