@@ -24,13 +24,9 @@ from mbn.config.run_identity import run_name as run_name
 from mbn.config.run_identity import to_dict as to_dict
 from mbn.config.run_identity import to_yaml as to_yaml
 from mbn.config.schema import CONFIGS as CONFIGS
-from mbn.config.schema import MODES as MODES
 from mbn.config.schema import REPOSITORY as REPOSITORY
 from mbn.config.schema import Config as Config
 from mbn.config.schema import Dataset as Dataset
-from mbn.config.schema import Evaluate as Evaluate
-from mbn.config.schema import Machine as Machine
 from mbn.config.schema import Optimizer as Optimizer
-from mbn.config.schema import Schedule as Schedule
 from mbn.config.schema import check as check
 from mbn.system.errors import ConfigError as ConfigError
