@@ -6,6 +6,7 @@ import pytest
 import reliability
 import torch
 from tape import recording  # noqa: F401
+from torch import nn
 
 from mbn.training import run
 
@@ -81,6 +82,17 @@ def _same_random_numbers():
 def _a_checkpoint_at_the_end_of_every_epoch(monkeypatch):
     """However short the epochs of these tests are."""
     monkeypatch.setattr(run, "SAVES_APART", 0)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """VGG-16 for ImageNet with 64 features where it has 4096: 120 of its 138 million weights are in those maps."""
+
+    class NarrowLinear(nn.Linear):
+        def __init__(self, in_features, out_features):
+            super().__init__(*(64 if n == 4096 else n for n in (in_features, out_features)))
+
+    monkeypatch.setattr(nn, "Linear", NarrowLinear)
 
 
 @pytest.fixture(params=["native", "formula"])

@@ -2,7 +2,7 @@
 
 Letters are the paper's: x_i^(j) is the j-th value vector (C,) of batch i, where j runs over images and positions, n_i
 their number, alpha_i the batch's weight, mu and s2 mean and biased variance, a hat for those that normalise, eta the
-decay, lam lambda. `dl_dy` is the loss's gradient by y. All tensors are float64; functions of x are differentiable.
+decay, lam lambda. All tensors are float64. Gradients are autograd's, through these loops.
 
 What the layers keep as moments is kept here as the inputs themselves, so that eq. 6 is never assumed.
 """
@@ -57,19 +57,25 @@ class _Layer:
     def __init__(self, channels: int, forwards: int, eps: float = 1e-5) -> None:
         self.channels, self.forwards, self.eps = channels, forwards, eps
 
-    def first(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """The forward that is differentiated: remembers its batch where there is no second."""
+    def forward(self, x: Tensor, gamma: Tensor, beta: Tensor, number: int = 1) -> Tensor:
+        """The first forward, which is differentiated, or the second, after the step: the same rule.
+
+        The last of a layer's forwards remembers x, after it was normalised.
+        """
         y = self.normalize(x, gamma, beta)
-        if self.forwards == 1:
+        if number == self.forwards:
             self.remember(x)
         return y
 
-    def second(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """The forward after the step: the same rule, against the memory without B, and then B is remembered."""
-        y = self.normalize(x, gamma, beta)
-        assert self.forwards == 2
-        self.remember(x)
-        return y
+    def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mu_B and sigma_B = sqrt(s2_B + eps), biased."""
+        mu_B, s2_B = moments(vectors(x))
+        return mu_B, (s2_B + self.eps) ** 0.5
+
+    def renormalize(self, x: Tensor, gamma: Tensor, beta: Tensor, r: Tensor | int, d: Tensor | int) -> Tensor:
+        """y = gamma ((x - mu_B) / sigma_B r + d) + beta."""
+        mu_B, sigma_B = self.batch_statistics(x)
+        return tensor([gamma * ((v - mu_B) / sigma_B * r + d) + beta for v in vectors(x)], x.shape)
 
     def evaluate(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         """y = gamma (x - mu) / sigma + beta with the test-time statistics."""
@@ -93,59 +99,22 @@ class MBN(_Layer):
         """mu^, s2^ of x and the memory."""
         return weighted_moments([vectors(x), *self.memory], self.alpha())
 
-    def rho(self, x: Tensor) -> float:
-        """n_B / sum_i alpha_i n_i."""
-        batches = [vectors(x), *self.memory]
-        return len(batches[0]) / sum(a * len(xs) for a, xs in zip(self.alpha(), batches, strict=True))
-
     def normalize(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """y = gamma (x - mu^) / sqrt(s2^ + eps) + beta (eq. 7).
+        """y = gamma (x - mu^) / sqrt(s2^ + eps) + beta (eq. 7); the memory is constant.
 
-        The memory is constant. With gradient "batch" so is its correction, of constants R and D (`correction`):
-        y = gamma (R (x - mu_B) / sigma_B + D) + beta.
+        With gradient "batch" the same y as y = gamma ((x - mu_B) / sigma_B r + d) + beta, where r and d are constants.
         """
+        if self.gradient == "batch":
+            return self.renormalize(x, gamma, beta, *self.correction(x.detach()))
         mu_hat, s2_hat = self.training_statistics(x)
-        sigma_hat = (s2_hat + self.eps) ** 0.5
-        xs = vectors(x)
-        if self.gradient == "paper":
-            return tensor([gamma * (v - mu_hat) / sigma_hat + beta for v in xs], x.shape)
-        R, D = self.correction(x)
-        mu, s2 = moments(xs)
-        sigma = (s2 + self.eps) ** 0.5
-        return tensor([gamma * (R * (v - mu) / sigma + D) + beta for v in xs], x.shape)
+        return tensor([gamma * (v - mu_hat) / (s2_hat + self.eps) ** 0.5 + beta for v in vectors(x)], x.shape)
 
     def correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """R = sigma_B / sigma^ and D = (mu_B - mu^) / sigma^, constants."""
-        x = x.detach()
+        """r = sigma_B / sigma^ and d = (mu_B - mu^) / sigma^."""
         mu_hat, s2_hat = self.training_statistics(x)
-        mu, s2 = moments(vectors(x))
+        mu_B, sigma_B = self.batch_statistics(x)
         sigma_hat = (s2_hat + self.eps) ** 0.5
-        return (s2 + self.eps) ** 0.5 / sigma_hat, (mu - mu_hat) / sigma_hat
-
-    def backward(self, x: Tensor, gamma: Tensor, dl_dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dl/dx, dl/dgamma, dl/dbeta in closed form; sums over j run over the current batch.
-
-        "paper": dl/dx^(j) = gamma / sigma^ (dl/dy^(j) - rho mean(dl/dy) - rho xhat^(j) mean(dl/dy xhat))
-        "batch": dl/dx^(j) = gamma / sigma^ (dl/dy^(j) - mean(dl/dy) - xhat_B^(j) mean(dl/dy xhat_B))
-        """
-        mu_hat, s2_hat = self.training_statistics(x)
-        sigma_hat = (s2_hat + self.eps) ** 0.5
-        xs, dys = vectors(x), vectors(dl_dy)
-        n = len(xs)
-        xhat = [(v - mu_hat) / sigma_hat for v in xs]
-        dl_dgamma = sum(dy * h for dy, h in zip(dys, xhat, strict=True))
-        dl_dbeta = sum(dys)
-        if self.gradient == "paper":
-            share, h_B = self.rho(x), xhat
-        else:
-            mu, s2 = moments(xs)
-            share, h_B = 1.0, [(v - mu) / (s2 + self.eps) ** 0.5 for v in xs]
-        mean_dy = dl_dbeta / n
-        mean_dy_h = sum(dy * h for dy, h in zip(dys, h_B, strict=True)) / n
-        dl_dx = [
-            gamma / sigma_hat * (dy - share * mean_dy - share * h * mean_dy_h) for dy, h in zip(dys, h_B, strict=True)
-        ]
-        return tensor(dl_dx, x.shape), dl_dgamma, dl_dbeta
+        return sigma_B / sigma_hat, (mu_B - mu_hat) / sigma_hat
 
     def remember(self, x: Tensor) -> None:
         """Enter x as age 0; what is older than k batches is forgotten."""
@@ -191,14 +160,9 @@ class BRN(_Layer):
         self.sigma = torch.ones(channels, dtype=torch.float64)
         self.updates = 0
 
-    def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """mu_B and sigma_B = sqrt(s2_B + eps), biased."""
-        mu_B, s2_B = moments(vectors(x))
-        return mu_B, (s2_B + self.eps) ** 0.5
-
     def correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """r = clip(sigma_B / sigma, 1 / r_max, r_max), d = clip((mu_B - mu) / sigma, -d_max, d_max), constants."""
-        mu_B, sigma_B = self.batch_statistics(x.detach())
+        """r = clip(sigma_B / sigma, 1 / r_max, r_max), d = clip((mu_B - mu) / sigma, -d_max, d_max)."""
+        mu_B, sigma_B = self.batch_statistics(x)
         r, d = torch.empty_like(mu_B), torch.empty_like(mu_B)
         for c in range(self.channels):
             r[c] = min(max(sigma_B[c] / self.sigma[c], 1 / self.r_max), self.r_max)
@@ -206,33 +170,7 @@ class BRN(_Layer):
         return r, d
 
     def normalize(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """y = gamma ((x - mu_B) / sigma_B r + d) + beta."""
-        mu_B, sigma_B = self.batch_statistics(x)
-        r, d = self.correction(x)
-        return tensor([gamma * ((v - mu_B) / sigma_B * r + d) + beta for v in vectors(x)], x.shape)
-
-    def backward(self, x: Tensor, gamma: Tensor, dl_dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dl/dx, dl/dgamma, dl/dbeta as printed below algorithm 1 of Ioffe (2017).
-
-        dl/dxhat    = dl/dy gamma
-        dl/dsigma_B = sum_j dl/dxhat (x - mu_B) (-r / sigma_B**2)
-        dl/dmu_B    = sum_j dl/dxhat (-r / sigma_B)
-        dl/dx       = dl/dxhat r / sigma_B + dl/dsigma_B (x - mu_B) / (n sigma_B) + dl/dmu_B / n
-        """
-        xs, dys = vectors(x), vectors(dl_dy)
-        n = len(xs)
-        mu_B, sigma_B = self.batch_statistics(x)
-        r, d = self.correction(x)
-        dl_dxhat = [dy * gamma for dy in dys]
-        dl_dsigma = sum(g * (v - mu_B) * (-r / sigma_B**2) for g, v in zip(dl_dxhat, xs, strict=True))
-        dl_dmu = sum(g * (-r / sigma_B) for g in dl_dxhat)
-        dl_dx = [
-            g * r / sigma_B + dl_dsigma * (v - mu_B) / (n * sigma_B) + dl_dmu / n
-            for g, v in zip(dl_dxhat, xs, strict=True)
-        ]
-        xhat = [(v - mu_B) / sigma_B * r + d for v in xs]
-        dl_dgamma = sum(dy * h for dy, h in zip(dys, xhat, strict=True))
-        return tensor(dl_dx, x.shape), dl_dgamma, sum(dys)
+        return self.renormalize(x, gamma, beta, *self.correction(x.detach()))
 
     def remember(self, x: Tensor) -> None:
         """mu += momentum (mu_B - mu), sigma += momentum (sigma_B - sigma)."""
@@ -246,11 +184,8 @@ class BRN(_Layer):
         return self.mu, self.sigma
 
     def buffers(self) -> dict[str, Tensor]:
-        return {
-            "running_mean": self.mu,
-            "running_std": self.sigma,
-            "num_batches_tracked": torch.tensor(self.updates),
-        }
+        counter = torch.tensor(self.updates)
+        return {"running_mean": self.mu, "running_std": self.sigma, "num_batches_tracked": counter}
 
 
 class BN(_Layer):
@@ -264,13 +199,8 @@ class BN(_Layer):
         self.updates = 0
 
     def normalize(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """y = gamma (x - mu_B) / sqrt(s2_B + eps) + beta."""
-        mu, s2 = moments(vectors(x))
-        return tensor([gamma * (v - mu) / (s2 + self.eps) ** 0.5 + beta for v in vectors(x)], x.shape)
-
-    def backward(self, x: Tensor, gamma: Tensor, dl_dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dl/dx = gamma / sigma_B (dl/dy - mean(dl/dy) - xhat mean(dl/dy xhat)): MBN's without a memory."""
-        return MBN(self.channels, k=1, eps=self.eps).backward(x, gamma, dl_dy)
+        """y = gamma (x - mu_B) / sigma_B + beta."""
+        return self.renormalize(x, gamma, beta, r=1, d=0)
 
     def remember(self, x: Tensor) -> None:
         """mean += momentum (mu_B - mean), var += momentum (s2_B n / (n - 1) - var)."""
@@ -284,11 +214,8 @@ class BN(_Layer):
         return self.mean, (self.var + self.eps) ** 0.5
 
     def buffers(self) -> dict[str, Tensor]:
-        return {
-            "running_mean": self.mean,
-            "running_var": self.var,
-            "num_batches_tracked": torch.tensor(self.updates),
-        }
+        counter = torch.tensor(self.updates)
+        return {"running_mean": self.mean, "running_var": self.var, "num_batches_tracked": counter}
 
 
 def unit_convolution(x: Tensor, W: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

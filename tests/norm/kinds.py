@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from mbn import second_forward
@@ -15,8 +16,10 @@ KINDS = {
     "mbn paper": {"memory": 3, "decay": 0.8, "lam": 0.7, "gradient": "paper"},
     "mbn batch": {"memory": 3, "decay": 0.8, "lam": 0.7, "gradient": "batch"},
 }
+SHAPES = {"1d-2D": (4, 3), "1d-3D": (4, 3, 5), "2d": (4, 3, 5, 2), "3d": (4, 3, 2, 3, 2)}
 kinds = pytest.mark.parametrize("kind", KINDS)
 one_or_two = pytest.mark.parametrize("forwards", [1, 2])
+shapes = pytest.mark.parametrize(("dims", "shape"), [(int(k[0]), v) for k, v in SHAPES.items()], ids=SHAPES)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -63,6 +66,22 @@ def renew(layer):
         p.copy_(torch.randn(p.shape) + 1.5)
 
 
+def network(kind, **settings):
+    """From (N, 3, 5, 5) to (N, 3) through three layers for two kinds of input, with a stride and padding."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        make(kind, 4, **settings),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3, stride=2, bias=False),
+        make(kind, 5, **settings),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20, 6, bias=False),
+        make(kind, 6, dims=2, **settings),
+        nn.Linear(6, 3),
+    ).double()
+
+
 def snapshot(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -74,62 +93,66 @@ def unchanged(before, module):
 
 def close(got, expected, tolerance, slack=0.0):
     """Within the tolerance, relative to the largest number expected, and slack."""
-    expected = expected.double()
+    expected = expected.detach().double()
     assert got.isfinite().all()
     assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()) + slack + 1e-12)
 
 
-def rounding(batches, gamma):
+def rounding(batches, layer):
     """What the last bits of a float32 mean become once divided by the smallest sigma that a layer can meet."""
     if batches[0].dtype == torch.float64:
         return 0.0
     largest = max(float(x.abs().max()) for x in batches)
     dims = [0, *range(2, batches[0].dim())]
     smallest = min(float((x.double().var(dims, correction=0) + 1e-5).sqrt().min()) for x in batches)
-    return 4 * torch.finfo(torch.float32).eps * float(gamma.abs().max()) * largest / smallest
+    return 4 * torch.finfo(torch.float32).eps * float(affine_of(layer)[0].detach().abs().max()) * largest / smallest
 
 
 def affine_of(layer):
-    """gamma and beta in float64, 1 and 0 where the layer has none."""
+    """gamma and beta in float64, 1 and 0 where the layer has none, as leaves to differentiate by."""
     ones = torch.ones(layer.num_features, dtype=torch.float64)
-    return [ones, 0 * ones] if layer.weight is None else [p.detach().double() for p in (layer.weight, layer.bias)]
+    both = [ones, 0 * ones] if layer.weight is None else [p.detach().double() for p in (layer.weight, layer.bias)]
+    return [value.clone().requires_grad_() for value in both]
 
 
 def follow(layer, batches, steer=lambda layer, ref, x: None, tolerance=None, gradients=None):
     """Train on each batch beside the reference, and compare all there is to compare after each.
 
-    steer: called before each batch, to change settings of both. gradients: compared in float64 unless told otherwise.
+    steer: called before each batch, to change settings of both. gradients: compared by default in float64 alone.
     """
     ref, dtype = reference_of(layer), batches[0].dtype
     tolerance = tolerance or TOLERANCE[dtype]
     wide = min(tolerance, TOLERANCE[torch.float32])  # what is kept in float32 whatever the input
+
+    def same(y, expected):
+        close(y, expected, tolerance, rounding(batches, layer))
+
     for x in batches:
-        x, x64 = x.detach().requires_grad_(), x.detach().double()
-        steer(layer, ref, x64)
+        x, x64 = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+        steer(layer, ref, x64.detach())
         renew(layer)
         gamma, beta = affine_of(layer)
-        slack = rounding(batches, gamma)
-
-        y = layer(x)
+        y, expected_y = layer(x), ref.forward(x64, gamma, beta)
         dl_dy = torch.randn(x.shape, dtype=dtype)
         got = torch.autograd.grad(y, [x, *layer.parameters()], dl_dy)
         assert y.dtype == got[0].dtype == dtype
         assert all(g.isfinite().all() for g in got)
         if gradients or (gradients is None and dtype == torch.float64):
-            for g, expected in zip(got, ref.backward(x64, gamma, dl_dy.double()), strict=False):
+            leaves = [x64, gamma, beta][: len(got)]
+            for g, expected in zip(got, torch.autograd.grad(expected_y, leaves, dl_dy.double()), strict=True):
                 close(g, expected, tolerance)
-        close(y, ref.first(x64, gamma, beta), tolerance, slack)
+        same(y, expected_y)
 
         if ref.forwards == 2:
             renew(layer)
             gamma, beta = affine_of(layer)
             z = 0.9 * x.detach()  # new weights make another x of the batch
-            close(second_forward(layer, z), ref.second(z.double(), gamma, beta), tolerance, rounding(batches, gamma))
+            same(second_forward(layer, z), ref.forward(z.double(), gamma, beta, 2))
 
         before = snapshot(layer)
         for name, expected in ref.buffers().items():
             close(before[name], expected, wide)
         layer.eval()
-        close(layer(x.detach()), ref.evaluate(x64, gamma, beta), tolerance, rounding(batches, gamma))
+        same(layer(x.detach()), ref.evaluate(x.detach().double(), gamma, beta))
         assert unchanged(before, layer)
         layer.train()

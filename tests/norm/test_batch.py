@@ -5,13 +5,12 @@ import itertools
 
 import pytest
 import torch
-from kinds import one_or_two, snapshot, unchanged
+from kinds import one_or_two, shapes, snapshot, unchanged
 from torch import nn
 
 import mbn
 from mbn import BatchNorm1d, second_forward
 
-SHAPES = {"1d-2D": (4, 3), "1d-3D": (4, 3, 5), "2d": (4, 3, 5, 2), "3d": (4, 3, 2, 3, 2)}
 SETTINGS = [{}, {"affine": False}, {"momentum": 0.3, "eps": 1e-3}, {"momentum": 1.0}]
 
 
@@ -20,7 +19,7 @@ def output_and_gradients(layer, x):
     return [y, *torch.autograd.grad(y, [x, *layer.parameters()], torch.linspace(-1, 2, x.numel()).view(x.shape).to(x))]
 
 
-@pytest.mark.parametrize(("dims", "shape"), [(int(k[0]), v) for k, v in SHAPES.items()], ids=SHAPES)
+@shapes
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [

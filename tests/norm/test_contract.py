@@ -14,6 +14,7 @@ from kinds import (
     inputs,
     kinds,
     make,
+    network,
     one_or_two,
     reference_of,
     remember,
@@ -98,41 +99,10 @@ def test_numbers_at_the_edge_are_finite_and_those_of_the_reference(path, kind, c
     follow(make(kind, dtype=dtype, forwards=forwards, **memory), [x.to(dtype) for x in batches])
 
 
-@kinds
-def test_the_references_printed_gradients_agree_with_autograd(kind):
-    ref = reference_of(make(kind))
-    ref.remember(inputs(4, 3, 2, 2, at=1))
-    x = inputs(4, 3, 2, 2).requires_grad_()
-    gamma, beta = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    dl_dy = torch.randn_like(x)
-    got = torch.autograd.grad(ref.normalize(x, gamma, beta), [x, gamma, beta], dl_dy)
-    assert_close(list(got), list(ref.backward(x.detach(), gamma.detach(), dl_dy)), atol=1e-12, rtol=1e-12)
-
-
 # Output and gradients.
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "batches"),
-    [
-        ("brn", {"r_max": 1.0, "d_max": 0.0}, 3),
-        *((kind, settings, n) for kind in list(KINDS)[2:] for settings, n in (({"lam": 0.0}, 3), ({"lam": 0.9}, 0))),
-    ],
-)
-def test_without_weight_on_what_is_remembered_it_is_batch_norm(path, kind, settings, batches):
-    layer = make(kind, forwards=1, **settings)
-    for t in range(batches):
-        layer(inputs(4, 3, 3, 2, at=t))
-    renew(layer)
-    x, dl_dy = inputs(4, 3, 3, 2).requires_grad_(), torch.randn(4, 3, 3, 2, dtype=torch.float64)
-    leaves = [x, layer.weight, layer.bias]
-    y, bn = layer(x), F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
-    assert_close(y, bn, atol=1e-12, rtol=1e-12)
-    got, expected = (torch.autograd.grad(out, leaves, dl_dy) for out in (y, bn))
-    assert_close(list(got), list(expected), atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
 @kinds
 def test_what_asks_for_no_gradient_gets_none_and_the_rest_theirs(path, frozen, kind):
     layer, x = make(kind, forwards=1), inputs(3, 3, 2, 2)
@@ -140,33 +110,29 @@ def test_what_asks_for_no_gradient_gets_none_and_the_rest_theirs(path, frozen, k
     layer(x + 1)
     ref.remember(x + 1)
     renew(layer)
-    expected = dict(zip(["input", "weight", "bias"], ref.backward(x, affine_of(layer)[0], dl_dy), strict=True))
-    leaves = {"input": x, "weight": layer.weight, "bias": layer.bias}
-    for name, leaf in leaves.items():
+    leaves = [x.clone().requires_grad_(), *affine_of(layer)]
+    gradients = torch.autograd.grad(ref.normalize(*leaves), leaves, dl_dy)
+    ours = {"input": x, "weight": layer.weight, "bias": layer.bias}
+    for name, leaf in ours.items():
         leaf.requires_grad_(name != frozen)
     layer(x).backward(dl_dy)
-    assert leaves[frozen].grad is None
-    for name in leaves.keys() - {frozen}:
-        close(leaves[name].grad, expected[name], 1e-10)
+    for (name, leaf), expected in zip(ours.items(), gradients, strict=True):
+        if name == frozen:
+            assert leaf.grad is None
+        else:
+            close(leaf.grad, expected, 1e-10)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 @kinds
-def test_memory_layout_of_the_input_does_not_matter(path, layout, kind):
+def test_the_layout_of_the_input_is_kept_and_that_of_the_gradient_does_not_matter(path, kind):
     layer, x = trained(kind), inputs(4, 3, 5, 2)
-    if layout == "channels_last":
-        other = x.contiguous(memory_format=torch.channels_last)
-    else:
-        other = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    assert other.stride() != x.stride()
     dl_dy = torch.randn(1, 3, 5, 2, dtype=x.dtype).expand_as(x)  # as a mean over images hands it on
     results = []
-    for v in (x.requires_grad_(), other.requires_grad_()):
+    for v in (x, x.contiguous(memory_format=torch.channels_last)):
         with held(layer):
-            y = layer(v)
+            y = layer(v.requires_grad_())
         results.append([y, *torch.autograd.grad(y, [v, layer.weight, layer.bias], dl_dy)])
-    if layout == "channels_last":
-        assert results[1][0].is_contiguous(memory_format=torch.channels_last)
+    assert results[1][0].is_contiguous(memory_format=torch.channels_last)
     assert_close(results[1], results[0], atol=1e-12, rtol=1e-12, check_stride=False)
 
 
@@ -293,6 +259,33 @@ def test_impossible_settings_are_refused_by_name(norm, setting, values):
 
 
 @pytest.mark.parametrize(
+    ("kind", "put", "settings", "buffer", "wrong", "words"),
+    [
+        ("mbn paper", set_lambda, {"lam": 0.5}, "lam_tensor", [(2,), (float("nan"),)], r"lambda must be in \[0, 1\]"),
+        (
+            *("brn", set_renorm, {"r_max": 1.25, "d_max": 0.25}, "bounds"),
+            [(0.9, 1.0), (2.0, -0.1), (float("nan"), 1.0), (2.0, float("nan"))],
+            "r_max must be at least 1 and d_max at least 0",
+        ),
+    ],
+)
+def test_what_changes_over_training_reaches_every_layer_and_no_state(kind, put, settings, buffer, wrong, words):
+    net = nn.Sequential(trained(kind), nn.Sequential(make(kind, dims=2)), nn.BatchNorm1d(2))
+    before = snapshot(net)
+    put(net, *settings.values())
+    for values in wrong:
+        with pytest.raises(ValueError, match=words):
+            put(net, *values)
+    for layer in norm_layers(net):
+        assert {name: getattr(layer, name) for name in settings} == settings
+        assert getattr(layer, buffer).flatten().tolist() == [*settings.values()]
+    assert unchanged(before, net)
+    twin = nn.Sequential(make(kind), nn.Sequential(make(kind, dims=2)), nn.BatchNorm1d(2))
+    twin.load_state_dict(net.state_dict())
+    assert all(getattr(twin[0], name) == value for name, value in KINDS[kind].items())
+
+
+@pytest.mark.parametrize(
     ("shape", "words"),
     [
         ((4, 3), "4D input, not 2D"),
@@ -323,18 +316,12 @@ def test_a_compiled_net_trains_as_an_eager_one_and_is_compiled_once(kind, forwar
     With forwards=1 the graph overwrites what its own backward needs (torch recomputes from it, pytorch#197039).
     """
     torch._dynamo.reset()
-    eager = nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False),
-        make(kind, 4, forwards=forwards),
-        nn.ReLU(),
-        nn.Flatten(),
-        make(kind, 4 * 4 * 4, dims=2, forwards=forwards),
-    ).double()
+    eager = network(kind, forwards=forwards)
     twin = copy.deepcopy(eager)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     tolerance = {"atol": 1e-10, "rtol": 1e-10}
     for t, lam in enumerate([0.3, 0.3, 0.5, 0.9, 0.0]):
-        x, dl_dy = inputs(4, 3, 6, 6, at=t), torch.randn(4, 64, dtype=torch.float64)
+        x, dl_dy = inputs(4, 3, 5, 5, at=t), torch.randn(4, 3, dtype=torch.float64)
         with torch._dynamo.config.patch(error_on_recompile=t > 0):
             results = []
             for net, module in ((eager, eager), (compiled, twin)):

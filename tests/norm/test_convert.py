@@ -5,7 +5,8 @@ import inspect
 
 import pytest
 import torch
-from kinds import snapshot, unchanged
+import torch.nn.functional as F
+from kinds import SHAPES, shapes, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
 
@@ -16,10 +17,8 @@ from mbn.norm.convert import NORMS
 
 TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 PREFIX = {"mbn": "MemorizedBatchNorm", "brn": "BatchRenorm", "bn": "BatchNorm"}
-SHAPES = {"1d-2D": (4, 3), "1d-3D": (4, 3, 5), "2d": (4, 3, 5, 2), "3d": (4, 3, 2, 3, 2)}
 
 norms = pytest.mark.parametrize("norm", NORMS)
-shapes = pytest.mark.parametrize(("dims", "shape"), [(int(k[0]), v) for k, v in SHAPES.items()], ids=SHAPES)
 
 
 def trained(dims=2, shape=SHAPES["2d"], **settings):
@@ -79,7 +78,7 @@ def test_evaluation_is_that_of_the_batch_norm_there_and_back(norm, dims, shape):
 
 @norms
 def test_parameters_are_the_same_objects(norm):
-    """So that an optimiser made before goes on to work."""
+    """So that an optimiser that was made before still works."""
     model = network()
     before = dict(model.named_parameters())
     assert convert(model, norm) is model
@@ -163,50 +162,33 @@ def test_a_shared_layer_stays_one_layer(norm):
     assert back.a is back.b is back.inner[1]
 
 
-@norms
-def test_a_batch_norm_without_affine_stays_without(norm):
-    old = trained(affine=False).eval()
-    new = convert(copy.deepcopy(old), norm)
-    assert new.weight is None
-    assert new.bias is None
-    assert not new.affine
-    back = to_batch_norm(new)
-    assert back.weight is None
-    assert not back.affine
-    x = torch.randn(SHAPES["2d"])
-    assert_close(new(x), old(x))
-    assert_close(back(x), old(x))
-    assert new.train()(x.requires_grad_()).requires_grad
-
-
-@norms
-@pytest.mark.skipif(
-    "bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="this torch's BatchNorm has no bias=False"
+no_bias = pytest.param(
+    {"bias": False},
+    marks=pytest.mark.skipif(
+        "bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="this torch's BatchNorm has no bias=False"
+    ),
 )
-def test_a_batch_norm_without_bias_stays_without(norm):
-    old = trained(bias=False).eval()
-    new = convert(copy.deepcopy(old), norm, forwards=1)
-    assert new.bias is None
-    x = torch.randn(SHAPES["2d"])
-    assert_close(new(x), old(x))
-    assert_close(to_batch_norm(new)(x), old(x))
-    assert to_batch_norm(new).bias is None
-    new.train()(x).square().sum().backward()
-    assert new.weight.grad is not None
-    new.load_state_dict(old.state_dict())
+no_statistics = {"track_running_stats": False, "eps": 1e-12}
 
 
 @norms
-def test_a_batch_norm_without_running_statistics_gets_initial_ones(norm):
-    old = nn.BatchNorm2d(3, eps=1e-12, track_running_stats=False)
-    new = convert(old, norm, forwards=1)
-    assert torch.equal(new.running_mean, torch.zeros(3))
-    x = torch.randn(SHAPES["2d"])
-    assert_close(new.eval()(x), x)
-    new.train()(x)
-    assert not torch.equal(new.running_mean, torch.zeros(3))
-    bare = convert(nn.BatchNorm2d(3, affine=False, track_running_stats=False), norm, forwards=1)
-    assert bare(x).isfinite().all()
+@pytest.mark.parametrize("lacks", [{"affine": False}, no_bias, no_statistics, no_statistics | {"affine": False}])
+def test_parameters_that_a_batch_norm_lacks_stay_away_and_statistics_are_initial_ones(norm, lacks):
+    old, x = trained(**lacks).eval(), torch.randn(SHAPES["2d"])
+    new = convert(copy.deepcopy(old), norm, forwards=1)
+    if old.running_mean is None:
+        expected = F.batch_norm(x, torch.zeros(3), torch.ones(3), old.weight, old.bias, eps=old.eps)
+    else:
+        expected = old(x)
+        new.load_state_dict(old.state_dict())
+    for layer in (new, to_batch_norm(new)):
+        assert (layer.weight is None, layer.bias is None) == (old.weight is None, old.bias is None)
+        assert layer.affine == old.affine
+        assert_close(layer(x), expected)
+    before = snapshot(new)
+    new.train()(x.requires_grad_()).square().sum().backward()
+    assert not unchanged(before, new)
+    assert all(leaf.grad.isfinite().all() for leaf in (x, *new.parameters()))
 
 
 @norms
@@ -346,7 +328,7 @@ def test_to_batch_norm_leaves_the_original_untouched(norm):
     train(model)
 
 
-def test_bn_keeps_the_old_layers_momentum_unless_told_otherwise():
+def test_bn_keeps_the_old_layers_momentum_unless_another_is_set():
     assert convert(nn.BatchNorm2d(3, momentum=0.3), norm="bn").momentum == 0.3
     assert convert(nn.BatchNorm2d(3, momentum=0.3), norm="bn", momentum=0.2).momentum == 0.2
 

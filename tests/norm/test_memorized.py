@@ -7,12 +7,10 @@ import reference
 import torch
 import torch.nn.functional as F
 from kinds import inputs, make, reference_of, renew, snapshot, trained, unchanged
-from torch import nn
 from torch.testing import assert_close
 
-from mbn import MemorizedBatchNorm1d, MemorizedBatchNorm2d, second_forward, set_lambda
+from mbn import MemorizedBatchNorm2d, second_forward
 from mbn.norm import functional
-from mbn.norm.base import norm_layers
 from mbn.norm.together import Together
 
 
@@ -95,23 +93,6 @@ def test_a_memory_weight_of_either_shape_loads(together):
     assert other.memory_weight.tolist() == [16]
     x = torch.randn(4, 3, 2, 2)
     assert torch.equal(layer(x), other(x))
-
-
-def test_a_state_dict_leaves_lambda_alone():
-    layer = MemorizedBatchNorm2d(3, lam=0.9)
-    layer.load_state_dict(MemorizedBatchNorm2d(3, lam=0.1).state_dict())
-    assert layer.lam == 0.9
-    assert layer.lam_tensor == torch.tensor(0.9)
-
-
-def test_set_lambda_reaches_every_layer_and_keeps_the_memory():
-    net = nn.Sequential(trained("mbn paper"), nn.Sequential(MemorizedBatchNorm1d(2)), nn.BatchNorm1d(2))
-    before = snapshot(net)
-    set_lambda(net, 0.5)
-    assert [(layer.lam, layer.lam_tensor.item()) for layer in norm_layers(net)] == [(0.5, 0.5)] * 2
-    assert unchanged(before, net)
-    with pytest.raises(ValueError, match=r"lambda must be in \[0, 1\], not 2"):
-        set_lambda(net, 2)
 
 
 def test_eager_layers_call_torchs_kernels_and_compiled_ones_the_formula():

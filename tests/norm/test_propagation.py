@@ -27,8 +27,9 @@ def norms(layer):
     return layer.weight.detach().flatten(1).norm(dim=1)
 
 
-def test_output_and_gradients_follow_the_reference():
-    layer = conv()
+@pytest.mark.parametrize("training", [True, False])
+def test_output_and_gradients_follow_the_reference(training):
+    layer = conv().train(training)
     x = torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
     leaves = [x, layer.weight, layer.gain, layer.shift]
     u, expected = layer(x), reference.unit_convolution(*leaves)
@@ -46,25 +47,6 @@ def test_stride_padding_and_groups_are_those_of_torchs_convolution():
     scale = (layer.gain / norms(layer)).view(-1, 1, 1, 1)
     expected = F.conv2d(x, layer.weight * scale, layer.shift, stride=2, padding=1, groups=2)
     assert_close(layer(x), expected, atol=1e-12, rtol=1e-12)
-
-
-def test_the_gradient_is_the_derivative_of_the_output_through_the_norms():
-    layer = conv()
-
-    def f(x, weight, gain, shift):
-        return torch.func.functional_call(layer, {"weight": weight, "gain": gain, "shift": shift}, (x,))
-
-    x = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(f, (x, layer.weight, layer.gain, layer.shift))
-
-
-def test_the_gradient_is_orthogonal_to_each_row():
-    """A row's length does not matter to the output, so the gradient has no part along it."""
-    layer = conv()
-    layer(torch.randn(2, 3, 3, 3, dtype=torch.float64)).square().sum().backward()
-    along = (layer.weight.grad * layer.weight.detach()).flatten(1).sum(1)
-    assert_close(along, torch.zeros(4, dtype=torch.float64), atol=1e-9, rtol=0)
-    assert layer.weight.grad.abs().max() > 1e-3
 
 
 def test_projection_gives_every_unit_layer_unit_rows_and_leaves_the_output_and_other_layers():
@@ -96,7 +78,7 @@ def test_gain_starts_at_1_over_1_21_and_shift_at_0():
     layer = UnitConv2d(3, 4, 2)
     assert torch.equal(layer.gain, torch.full((4,), 1 / 1.21))
     assert torch.equal(layer.shift, torch.zeros(4))
-    assert {name for name, _ in layer.named_parameters()} == {"weight", "gain", "shift"}
+    assert set(layer.state_dict()) == {"weight", "gain", "shift"}
 
 
 def test_a_bias_is_refused():
@@ -120,11 +102,3 @@ def test_standard_normal_input_stays_standard():
         assert abs(output.mean()) < 0.01
         assert abs(output.var() - 1) < 0.02
         assert (output.var((0, 2, 3)) - 1).abs().max() < 0.15
-
-
-def test_training_and_evaluation_are_the_same():
-    model = nn.Sequential(UnitConv2d(3, 4, 2), StandardReLU())
-    x = torch.randn(2, 3, 4, 4)
-    y = model.train()(x)
-    assert torch.equal(model.eval()(x), y)
-    assert list(model.buffers()) == []

@@ -3,11 +3,9 @@
 import pytest
 import torch
 from kinds import inputs, trained
-from torch import nn
 from torch.testing import assert_close
 
-from mbn import BatchRenorm1d, BatchRenorm2d, held, set_renorm
-from mbn.norm.base import norm_layers
+from mbn import BatchRenorm1d, held
 
 
 def test_the_first_batches_by_hand():
@@ -33,19 +31,3 @@ def test_without_clipping_training_normalises_as_evaluation_does(path):
     with held(layer):
         y = layer(x)
     assert_close(layer.eval()(x), y, atol=1e-10, rtol=1e-10)
-
-
-@pytest.mark.parametrize(("r_max", "d_max"), [(0.9, 1.0), (2.0, -0.1), (float("nan"), 1.0), (2.0, float("nan"))])
-def test_impossible_bounds_are_refused_and_change_nothing(r_max, d_max):
-    layer = BatchRenorm2d(3)
-    with pytest.raises(ValueError, match="r_max must be at least 1 and d_max at least 0"):
-        set_renorm(nn.Sequential(layer), r_max, d_max)
-    assert (layer.r_max, layer.d_max, layer.bounds.tolist()) == (3.0, 5.0, [3.0, 5.0])
-
-
-def test_set_renorm_reaches_every_layer():
-    net = nn.Sequential(BatchRenorm2d(3), nn.Sequential(BatchRenorm1d(2)), nn.BatchNorm1d(2))
-    set_renorm(net, 1.5, 0.25)
-    assert [(layer.r_max, layer.d_max, layer.bounds.tolist()) for layer in norm_layers(net)] == [
-        (1.5, 0.25, [1.5, 0.25])
-    ] * 2

@@ -98,7 +98,7 @@ def test_lines_differ_by_more_than_colour(figures, name):
 def test_every_method_has_a_look_of_its_own():
     for name, columns in (("figure1", 6), ("table4-methods", 7), ("gradient", 6)):
         looks = [plot.look(cell) for cell in grid.read(name).cells[:columns]]
-        assert len({(look.marker, look.line) for look in looks}) == len({look.label for look in looks})
+        assert len({(look["marker"], look["linestyle"]) for look in looks}) == len({look["label"] for look in looks})
 
 
 def test_files_are_pictures_and_the_same_each_time(figures, results, tmp_path):
