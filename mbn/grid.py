@@ -165,6 +165,9 @@ class Grid:
     def cell(self, row: str, column: str) -> Cell:
         return next(c for c in self.cells if (c.row, c.column) == (row, column))
 
+    def row(self, row: str) -> list[Cell]:
+        return [c for c in self.cells if c.row == row]
+
     def across(self, labels: list[str]) -> dict[str, tuple[Cell, ...]]:
         """The cells of some rows in every column, or of some columns in every row. Errors: ValueError."""
         if all(label in self.rows for label in labels):

@@ -37,7 +37,3 @@ class NIN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x).flatten(1)
-
-
-def nin(layers: Any, classes: int, dropout: float = 0.5) -> NIN:
-    return NIN(layers, classes, dropout)

@@ -62,11 +62,3 @@ class VGG16ImageNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
-
-
-def vgg16_cifar(layers: Any, classes: int) -> VGG16CIFAR:
-    return VGG16CIFAR(layers, classes)
-
-
-def vgg16_imagenet(layers: Any, classes: int, dropout: float = 0.5) -> VGG16ImageNet:
-    return VGG16ImageNet(layers, classes, dropout)

@@ -39,8 +39,8 @@ class Network:
 NETWORKS: dict[str, Network] = {
     "resnet20": Network(small="resnet_cifar.resnet20", residual=True),
     "resnet56": Network(small="resnet_cifar.resnet56", residual=True),
-    "vgg16": Network(small="vgg.vgg16_cifar", large="vgg.vgg16_imagenet"),
-    "nin": Network(small="nin.nin", settings=Dropout),
+    "vgg16": Network(small="vgg.VGG16CIFAR", large="vgg.VGG16ImageNet"),
+    "nin": Network(small="nin.NIN", settings=Dropout),
     "resnet18": Network(large="resnet_imagenet.resnet18", residual=True),
     "resnet34": Network(large="resnet_imagenet.resnet34", residual=True),
     "resnet50": Network(large="resnet_imagenet.resnet50", residual=True),

@@ -2,8 +2,8 @@
 
 import io
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from mbn.tables.cells import BATCH_SIZES, Records, Table, file_name
 COLUMN, PAGE = 3.3, 6.9
 NETWORK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 NETWORK_MARKERS = ("o", "s", "^", "D")
-# MBN with gradient="batch".
-BATCH_COLOUR, BATCH_MARKER = "#56B4E9", "P"
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
     "font.size": 8,
@@ -43,30 +41,24 @@ STYLE: Any = {
     "savefig.dpi": 200,
 }
 
+
+# How a line is drawn and what the legend calls it, as matplotlib's settings.
+Look = dict[str, Any]
 Points = list[tuple[float, list[float]]]
+Lines = list[tuple[Look, Points]]
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a line is drawn, and what the legend calls it."""
-
-    label: str
-    colour: str
-    marker: str
-    line: str
-    filled: bool = True
-    width: float = 1.3
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "color": self.colour,
-            "marker": self.marker,
-            "linestyle": self.line,
-            "linewidth": self.width,
-            "markerfacecolor": self.colour if self.filled else "white",
-            "markeredgecolor": self.colour,
-            "markeredgewidth": 0.9,
-        }
+def styled(label: str, colour: str, marker: str, line: str, filled: bool = True, width: float = 1.3) -> Look:
+    return {
+        "label": label,
+        "color": colour,
+        "marker": marker,
+        "linestyle": line,
+        "linewidth": width,
+        "markerfacecolor": colour if filled else "white",
+        "markeredgecolor": colour,
+        "markeredgewidth": 0.9,
+    }
 
 
 def look(cell: Cell) -> Look:
@@ -74,11 +66,11 @@ def look(cell: Cell) -> Look:
     config = cell.config(0)
     method, two = METHODS[config.norm.name], config.forwards == 2
     if not method.statistics:  # one forward only: no number is shown
-        return Look(method.label, method.colour, method.marker, ":")
-    label = f"{method.label}-{config.forwards}"
+        return styled(method.label, method.colour, method.marker, ":")
+    label, colour, marker = f"{method.label}-{config.forwards}", method.colour, method.marker
     if isinstance(config.norm, MBN) and config.norm.gradient == "batch":
-        return Look(f"{label}, gradient batch", BATCH_COLOUR, BATCH_MARKER, "-" if two else "--", two)
-    return Look(label, method.colour, method.marker, "-" if two else "--", two)
+        label, colour, marker = f"{label}, gradient batch", "#56B4E9", "P"
+    return styled(label, colour, marker, "-" if two else "--", two)
 
 
 def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figure | None]:
@@ -132,16 +124,15 @@ def figure2(table: Table) -> Figure | None:
     figure, panels = _panels(len(table.grid.rows), PAGE, 2.6)
     for panel, row in zip(panels, table.grid.rows, strict=True):
         lines = []
-        for column in table.grid.columns:
-            cell = table.grid.cell(row, column)
+        for cell in table.grid.row(row):
             method = METHODS[cell.config(0).norm.name]
             line = "-" if method is METHODS["mbn"] else "--"
             for key, width, marker in (("train_error", 0.7, ""), ("test_error", 1.8, method.marker)):
                 kind = "training" if key == "train_error" else "test"
-                style = Look(f"{method.label}, {kind}", method.colour, marker, line, width=width)
+                style = styled(f"{method.label}, {kind}", method.colour, marker, line, width=width)
                 lines.append((style, _curve(table, cell, key)))
         _plot(panel, lines)
-        _limit(panel, [points for _, points in lines], zero=True)
+        _limit(panel, lines, zero=True)
         panel.set(title=row, xlabel="epoch")
     panels[0].set_ylabel("error (%)")
     return _with_legend(figure, panels)
@@ -153,15 +144,15 @@ def figure3(table: Table) -> Figure | None:
     networks = [row for row, overrides in table.grid.rows.items() if overrides is not None]
     for row, colour, marker in zip(networks, NETWORK_COLOURS, NETWORK_MARKERS, strict=True):
         for column in ("MBN", "BN"):
-            style = Look(f"{row}, {column}", colour, marker, "-" if column == "MBN" else "--", column == "MBN")
+            style = styled(f"{row}, {column}", colour, marker, "-" if column == "MBN" else "--", column == "MBN")
             lines.append((style, _curve(table, table.grid.cell(row, column), "test_error")))
     return _errors(lines, "top-1 test error (%)", columns=2)
 
 
-def _errors(lines: Sequence[tuple[Look, Points]], ylabel: str, columns: int) -> Figure | None:
+def _errors(lines: Lines, ylabel: str, columns: int) -> Figure | None:
     figure, (panel,) = _panels(1, COLUMN, 3.0)
     _plot(panel, lines)
-    _limit(panel, [points for _, points in lines])
+    _limit(panel, lines)
     panel.set(xlabel="epoch", ylabel=ylabel)
     return _with_legend(figure, [panel], columns)
 
@@ -198,23 +189,19 @@ def gap(table: Table) -> Figure | None:
     """
     first, *_, last = table.grid.rows
     kinds = {"gap_mean": "gap of the mean (σ)", "gap_std": "gap of log σ"}
-    figure = Figure(figsize=(PAGE, 4.4), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    for i, (key, name) in enumerate(kinds.items()):
-        for panel, row in zip(axes[i], (first, last), strict=True):
-            cells = [table.grid.cell(row, column) for column in table.grid.columns]
-            lines = [(look(cell), _curve(table, cell, key, of_training=True)) for cell in cells]
-            _plot(panel, lines)
-            panel.set_yscale("log")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            panel.yaxis.set_minor_locator(NullLocator())
-            if i == 0:
-                panel.set_title(f"{table.grid.title.rpartition(', ')[2]}, batch {row}")
-        axes[i][0].set_ylabel(name)
-    for panel in axes[1]:
-        panel.set_xlabel("share of training (%)")
-    return _with_legend(figure, list(axes.flat))
+    figure, panels = _panels(4, PAGE, 4.4, rows=2, sharex=True, sharey="row")
+    for panel, (key, row) in zip(panels, product(kinds, (first, last)), strict=True):
+        _plot(panel, _over_training(table, row, key))
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        panel.yaxis.set_minor_locator(NullLocator())
+    for left, name in zip(panels[::2], kinds.values(), strict=True):
+        left.set_ylabel(name)
+    for top, bottom, row in zip(panels[:2], panels[2:], (first, last), strict=True):
+        top.set_title(f"{table.grid.title.rpartition(', ')[2]}, batch {row}")
+        bottom.set_xlabel("share of training (%)")
+    return _with_legend(figure, panels)
 
 
 def training(table: Table, row: str) -> Figure | None:
@@ -224,12 +211,11 @@ def training(table: Table, row: str) -> Figure | None:
     """
     keys = {"loss": "training loss", "test_error": "test error (%)", "weight_norm": "norm of all weights"}
     figure, panels = _panels(len(keys), PAGE, 2.7)
-    cells = [table.grid.cell(row, column) for column in table.grid.columns]
     for panel, (key, name) in zip(panels, keys.items(), strict=True):
-        lines = [(look(cell), _curve(table, cell, key, of_training=True)) for cell in cells]
+        lines = _over_training(table, row, key)
         _plot(panel, lines)
-        _limit(panel, [points for _, points in lines], zero=key == "loss")
-        for milestone in cells[0].config(0).schedule.milestones:
+        _limit(panel, lines, zero=key == "loss")
+        for milestone in table.grid.row(row)[0].config(0).schedule.milestones:
             panel.axvline(100 * milestone, color="#888888", linestyle=":", linewidth=0.8)
         panel.set(title=name, xlabel="share of training (%)")
     return _with_legend(figure, panels, columns=3)
@@ -238,10 +224,14 @@ def training(table: Table, row: str) -> Figure | None:
 # Parts.
 
 
-def _panels(n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _panels(n: int, width: float, height: float, rows: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, n, squeeze=False)
-    return figure, list(axes[0])
+    return figure, list(figure.subplots(rows, n // rows, squeeze=False, **shared).flat)
+
+
+def _over_training(table: Table, row: str, key: str) -> Lines:
+    """A curve of each cell of a row, over the share of training."""
+    return [(look(cell), _curve(table, cell, key, of_training=True)) for cell in table.grid.row(row)]
 
 
 def _curve(table: Table, cell: Cell, key: str, of_training: bool = False) -> Points:
@@ -250,19 +240,17 @@ def _curve(table: Table, cell: Cell, key: str, of_training: bool = False) -> Poi
     key: a curve with a point an epoch, or "loss" or "error" for the finer ones of training. x: images seen, in epochs,
     or in percent of training. Empty where nothing has run.
     """
-    found = []
+    found: list[dict[float, float]] = []
     for one in table.runs(cell).values():
         unit = one["images"] / 100 if of_training else one["config"]["dataset"]["train_images"]
         curves = one["curves"].get("training", {}) if key in ("loss", "error") else one["curves"]
         images, numbers = curves.get("images", []), curves.get(key, [])
         found.append({i / unit: y for i, y in zip(images, numbers, strict=False)})
-    if not found:
-        return []
-    common = sorted(set.intersection(*(set(f) for f in found)))
+    common = sorted(set.intersection(*map(set, found))) if found else []
     return [(x, [f[x] for f in found]) for x in common]
 
 
-def _plot(panel: Axes, lines: Iterable[tuple[Look, Points]], sparse: bool = False) -> None:
+def _plot(panel: Axes, lines: Lines, sparse: bool = False) -> None:
     """Draw means, and bands of one standard deviation where there are several seeds.
 
     sparse: a few points, each with as many seeds as it happens to have: a marker at every one, and a bar for a band.
@@ -273,22 +261,21 @@ def _plot(panel: Axes, lines: Iterable[tuple[Look, Points]], sparse: bool = Fals
         xs = [x for x, _ in points]
         means = [statistics.fmean(ys) for _, ys in points]
         step = 1 if sparse else max(1, len(xs) // 8)
-        start = 0 if step == 1 else (i * step) // max(1, len(drawn))
-        panel.plot(xs, means, label=style.label, markevery=(start, step), **style.settings())
+        panel.plot(xs, means, markevery=(i * step // len(drawn), step), **style)
         spread = [(x, m, statistics.stdev(ys)) for (x, ys), m in zip(points, means, strict=True) if len(ys) > 1]
         if not spread:
             continue
         at, middle, sds = zip(*spread, strict=True)
         low, high = ([m + sign * sd for m, sd in zip(middle, sds, strict=True)] for sign in (-1, 1))
         if sparse:
-            panel.vlines(at, low, high, color=style.colour, linewidth=0.9)
+            panel.vlines(at, low, high, color=style["color"], linewidth=0.9)
         else:
-            panel.fill_between(at, low, high, color=style.colour, alpha=0.15, linewidth=0)
+            panel.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _limit(panel: Axes, curves: list[Points], zero: bool = False) -> None:
+def _limit(panel: Axes, lines: Lines, zero: bool = False) -> None:
     """Show what differs: not the first fifth of training, in which every error falls from near chance."""
-    late = [statistics.fmean(ys) for points in curves for _, ys in points[len(points) // 5 :]]
+    late = [statistics.fmean(ys) for _, points in lines for _, ys in points[len(points) // 5 :]]
     if not late:
         return
     top, bottom = max(late) * 1.05, 0.0 if zero else min(late) * 0.9
