@@ -81,6 +81,7 @@ class Claim:
     cells: those that are compared, by place: a row where the claim names columns, a column where it names rows; a gain
     has one place, ''.
     number: what is made of them, in words, such as 'MBN - BN'.
+    bounds: the claim holds for a number between these. at: the share of training of a drop or a rise.
     """
 
     text: str
@@ -88,47 +89,28 @@ class Claim:
     cells: dict[str, tuple[Cell, ...]]
     number: str
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The claim holds for a number between these."""
-        return 0, inf
+    bounds: tuple[float, float]
+    at: Fraction
 
 
 class Lower(Claim):
     """lower: X, than: Y. X - Y is below 0."""
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return -inf, 0
 
-
-@dataclass(frozen=True)
 class Equal(Claim):
     """equal: [X, Y], within: margin. X - Y is between -margin and margin."""
-
-    margin: float
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return -self.margin, self.margin
 
 
 class Gain(Claim):
     """gain: [from, to], of: X, above: Y. (X at from - X at to) - (Y at from - Y at to) is above 0."""
 
 
-@dataclass(frozen=True)
 class Drop(Claim):
     """drop: curve, at: share of training, with: X [, above: Y]. X's curve falls there [further than that of Y]."""
 
-    at: Fraction
 
-
-@dataclass(frozen=True)
 class Rise(Claim):
     """rise: curve, at: share of training, with: X. The rise of X's curve there, for a moment, is above 0."""
-
-    at: Fraction
 
 
 @dataclass(frozen=True)
@@ -214,20 +196,18 @@ def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:
     form = dict(content)
     text, metric, places = form.pop("claim"), form.pop("metric", grid.metrics[0]), form.pop("in", None)
     kind: type[Claim]
-    more: list[Any] = []
+    bounds, at = (0.0, inf), 0
     match form:
         case {"lower": x, "than": y, **rest}:
-            kind, of, labels = Lower, "", [x, y]
+            kind, of, labels, bounds = Lower, "", [x, y], (-inf, 0.0)
         case {"equal": [x, y], "within": margin, **rest}:
-            kind, of, labels, more = Equal, "", [x, y], [float(margin)]
+            kind, of, labels, bounds = Equal, "", [x, y], (-float(margin), float(margin))
         case {"gain": [start, end], "of": x, "above": y, **rest}:
             kind, of, labels = Gain, "gain of ", [x, y]
-        case {"drop": metric, "at": share, "with": x, "above": y, **rest}:
-            kind, of, labels, more = Drop, "drop of ", [x, y], [Fraction(str(share))]
-        case {"drop": metric, "at": share, "with": x, **rest}:
-            kind, of, labels, more = Drop, "drop of ", [x], [Fraction(str(share))]
-        case {"rise": metric, "at": share, "with": x, **rest}:
-            kind, of, labels, more = Rise, "rise of ", [x], [Fraction(str(share))]
+        case {"drop": metric, "at": at, "with": x, **rest}:
+            kind, of, labels = Drop, "drop of ", [x, rest.pop("above")] if "above" in rest else [x]
+        case {"rise": metric, "at": at, "with": x, **rest}:
+            kind, of, labels = Rise, "rise of ", [x]
         case _:
             raise ValueError("it is of no known form")
     if rest or metric not in METRICS:
@@ -240,4 +220,5 @@ def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:
     run = {place: cells for place, cells in compared.items() if all(cell.overrides is not None for cell in cells)}
     if not run:
         raise ValueError("nothing is run for it")
-    return kind(text, metric, run, " - ".join(f"{of}{label}" for label in labels), *more)
+    number = " - ".join(f"{of}{label}" for label in labels)
+    return kind(text, metric, run, number, bounds, Fraction(str(at)))

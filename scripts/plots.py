@@ -28,14 +28,11 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     if options.scale <= 0 or options.seeds < 1:
         parser.error("--scale must be above 0 and --seeds at least 1")
-    run(results_to_read(options.settings), options.scale, options.seeds)
+    results = results_to_read(options.settings)
+    from mbn.tables import figures  # matplotlib takes a while
 
-
-def run(results: Path, scale: float, seeds: int) -> None:
-    from mbn.tables import figures
-
-    drawn = figures.draw(read_records(results), scale, seeds)
-    for path in figures.write(drawn, results / "figures", scale):
+    drawn = figures.draw(read_records(results), options.scale, options.seeds)
+    for path in figures.write(drawn, results / "figures", options.scale):
         print(f"wrote {path}")
     for name, figure in drawn.items():
         if figure is None:

@@ -45,20 +45,17 @@ def main(arguments: list[str]) -> None:
     if options.scale <= 0 or options.seeds < 1:
         parser.error("--scale must be above 0 and --seeds at least 1")
     results = results_to_read([item for item in options.items if "=" in item])
-    run([item for item in options.items if "=" not in item], results, options.seeds, options.scale)
-
-
-def run(names: list[str], results: Path, seeds: int, scale: float) -> None:
+    names = [item for item in options.items if "=" not in item]
     records = read_records(results)
     every = not names or "all" in names
-    chosen = read_tables(records, None if every else names, seeds, scale)
+    chosen = read_tables(records, None if every else names, options.seeds, options.scale)
     for name, content in contents(chosen, with_csv=every).items():
         write_atomically(results / "tables" / name, content.encode())
         print(f"wrote {results / 'tables' / name}")
     for name, table in chosen.items():
         if not table.has_runs:
             print(f"{name}: not written: none of its runs has a record")
-    if every and scale == 1 and results.resolve() == RESULTS.resolve():
+    if every and options.scale == 1 and results.resolve() == RESULTS.resolve():
         for page, part in ((README, readme_part(chosen)), (EVIDENCE, evidence_part(chosen, records))):
             write_atomically(page, replace_part(page.read_text(), part, str(page)).encode())
             print(f"wrote {page}, between its markers")

@@ -189,6 +189,7 @@ def test_gn_has_a_group_for_each_4_channels_and_at_most_32(channels, groups):
     assert layer(torch.randn(2, channels, 3, 3)).isfinite().all()
 
 
-def test_the_groups_of_gn_are_settings():
-    norm = from_config(compose("norm=gn", "norm.groups=8", "norm.channels=1")).norm
-    assert {norm(channels).num_groups for channels in (16, 32, 64)} == {8}
+@pytest.mark.parametrize(("settings", "groups"), [([], [4, 8, 16]), (["norm.groups=8", "norm.channels=1"], [8, 8, 8])])
+def test_the_groups_of_gn_are_settings(settings, groups):
+    norm = from_config(compose("norm=gn", *settings)).norm
+    assert [norm(channels).num_groups for channels in (16, 32, 64)] == groups

@@ -124,10 +124,8 @@ def _is_dead(holder: str) -> bool:
         return False
     try:
         os.kill(int(named[1]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # another user's
-        return False
+    except OSError as error:  # another user's process is alive
+        return isinstance(error, ProcessLookupError)
     return False
 
 

@@ -61,10 +61,10 @@ class Table:
     def entries(self) -> list["Entry"]:
         """Row by row, metric by metric, column by column: the order in which the table prints them."""
         return [
-            self._entry(self.grid.cell(row, column), metric)
+            self._entry(cell, metric)
             for row in self.grid.rows
             for metric in self.grid.metrics
-            for column in self.grid.columns
+            for cell in self.grid.row(row)
         ]
 
     def _entry(self, cell: Cell, metric: str) -> "Entry":

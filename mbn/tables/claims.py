@@ -46,14 +46,8 @@ def judge(claim: Claim, runs_of: Callable[[Cell], Runs]) -> list[Verdict]:
 
 def _number(claim: Claim, records: list[dict[str, Any]]) -> float | None:
     """The number that a claim is about, from one seed's record of each of its cells; None where one has none."""
-    values: list[Any]
-    match claim:
-        case Drop(at=at):
-            values = [drop(record, claim.metric, at) for record in records]
-        case Rise(at=at):
-            values = [rise(record, claim.metric, at) for record in records]
-        case _:
-            values = [record[claim.metric] for record in records]
+    curve = {Drop: drop, Rise: rise}.get(type(claim))
+    values: list[Any] = [curve(record, claim.metric, claim.at) if curve else record[claim.metric] for record in records]
     if any(value is None for value in values):
         return None
     if isinstance(claim, Gain):

@@ -4,13 +4,11 @@ import csv
 import io
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 
 import pytest
 import toy
-from scipy import stats
 
 from mbn import grid
 from mbn.config import REPOSITORY
@@ -19,6 +17,7 @@ from mbn.tables.cells import BATCH_SIZES, Table, read_records, read_tables
 from mbn.tables.export import cells_csv, contents, latex
 from mbn.tables.page import markdown
 from mbn.tables.readme import END, START, evidence_part, readme_part, replace_part
+from mbn.tables.statistics import difference, summary, welch
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
 
@@ -161,11 +160,11 @@ def test_csv(table4, records):
     first, second, third, fourth = rows[:4]
     assert (first["table"], first["row"], first["column"], first["paper"]) == ("table4", "8", "BN", "19.64")
     assert (first["n"], first["seeds"], first["mean"], first["difference"]) == ("5", "0 1 2 3 4", "8.32", "")
-    test, welch = stats.ttest_rel(MBN, BN), stats.ttest_ind(MBN, BN, equal_var=False)
-    interval = test.confidence_interval(0.95)
-    by_hand = {"mean": statistics.mean(MBN), "sd": statistics.stdev(MBN), "p": test.pvalue, "p_welch": welch.pvalue}
-    by_hand |= {"difference": statistics.mean(MBN) - statistics.mean(BN), "low": interval.low, "high": interval.high}
-    assert {name: float(second[name]) for name in by_hand} == pytest.approx(by_hand, rel=1e-5)
+    mbn, bn = dict(enumerate(MBN)), dict(enumerate(BN))
+    found, d = summary(MBN), difference(mbn, bn)
+    expected = {"mean": found.mean, "sd": found.sd, "difference": d.mean, "low": d.low, "high": d.high, "p": d.p}
+    expected["p_welch"] = welch(mbn, bn)
+    assert {name: float(second[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
     assert (second["better"], second["bn_seeds"], third["bn_seeds"]) == ("yes", "5", "")
     assert (fourth["seeds"], fourth["sd"], fourth["difference"], fourth["p"]) == ("1", "", "-0.6", "")
     assert fourth["command"].startswith("python train.py dataset=cifar10 ")

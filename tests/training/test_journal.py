@@ -1,0 +1,106 @@
+"""The journal of a run and TensorBoard's view of it."""
+
+import json
+import re
+
+import pytest
+from test_files import small_disk
+
+from mbn.system.errors import UserError
+from mbn.training.journal import LAYER_TAGS, TAGS, Journal
+
+
+def row(i):
+    return {"kind": "train", "iteration": i, "images": 10 * i, "train_loss": 1 / i, "train_error": 50.0 / i, "lr": 0.1}
+
+
+def write_rows(folder, rows, lines=0):
+    journal = Journal(folder, "seed: 0\nnorm: bn", lines)
+    for r in rows:
+        journal.write(r)
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (path,) = folder.glob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_the_journal_has_each_row_once_and_tensorboard_each_point(tmp_path):
+    rows = [row(i) for i in range(1, 6)]
+    write_rows(tmp_path, rows)
+    assert read_rows(tmp_path) == rows
+    for key, tag in (("train_loss", "train/loss"), ("train_error", "train/error"), ("lr", "schedule/learning_rate")):
+        points = [(e.step, e.value) for e in events(tmp_path).Scalars(tag)]
+        assert [step for step, _ in points] == [10, 20, 30, 40, 50]
+        assert [value for _, value in points] == pytest.approx([r[key] for r in rows])
+
+
+def test_a_resumed_journal_drops_what_came_after_its_checkpoint(tmp_path):
+    write_rows(tmp_path, [row(i) for i in range(1, 6)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')  # killed while it wrote
+    write_rows(tmp_path, [row(i) for i in range(4, 8)], lines=3)
+    assert read_rows(tmp_path) == [row(i) for i in range(1, 8)]
+    assert [e.step for e in events(tmp_path).Scalars("train/loss")] == [10 * i for i in range(1, 8)]
+
+
+def test_a_crash_while_a_journal_is_cut_back_loses_none_of_its_rows(tmp_path):
+    """The checkpoint counts on them: a run that goes on without them has wrong curves and a wrong best error."""
+    rows = [row(i) for i in range(1, 20001)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    half = (tmp_path / "metrics.jsonl").stat().st_size // 2
+    with small_disk(half), pytest.raises((OSError, UserError)):
+        Journal(tmp_path, "", 19999)
+    assert read_rows(tmp_path)[:19999] == rows[:19999]
+
+
+def test_a_journal_that_lacks_rows_its_checkpoint_counts_on_is_an_error(tmp_path):
+    write_rows(tmp_path, [row(1), row(2)])
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        write_rows(tmp_path, [row(6)], lines=5)
+
+
+def test_a_tensorboard_file_that_cannot_be_written_is_one_warning_and_loses_no_row(tmp_path, capsys):
+    rows = [row(i) for i in range(1, 6)]
+    journal = Journal(tmp_path, "")
+    with small_disk(journal.view.stat().st_size + 10):
+        for r in rows:
+            journal.write(r)
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    err = capsys.readouterr().err
+    assert err.count("\n") == err.count(f"warning: cannot write {path} (") == 1
+    assert read_rows(tmp_path) == rows
+    Journal(tmp_path, "", len(rows))
+    assert [e.step for e in events(tmp_path).Scalars("train/loss")] == [10, 20, 30, 40, 50]
+
+
+def test_the_configuration_is_shown_as_text_with_its_lines(tmp_path):
+    write_rows(tmp_path, [])
+    (tag,) = [t for t in events(tmp_path).Tags()["tensors"] if t.startswith("configuration")]
+    (event,) = events(tmp_path).Tensors(tag)
+    assert event.tensor_proto.string_val[0].decode() == "    seed: 0\n    norm: bn"
+
+
+def test_the_curated_page_shows_only_what_is_written(tmp_path):
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    write_rows(tmp_path, [])
+    (event,) = events(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(event.tensor_proto.string_val[0])
+    written = [*TAGS.values(), *(tag.format("layer") for tag in LAYER_TAGS.values())]
+    assert len(set(written)) == len(written)
+    tags = set()
+    # They are regular expressions: test/error alone would show test/error_top5 too.
+    for pattern in [tag for c in layout.category for chart in c.chart for tag in chart.multiline.tag]:
+        (tag,) = [tag for tag in written if re.search(pattern, tag)]
+        tags.add(tag)
+    assert tags >= {"train/error", "test/error", "statistics_gap/mean", "weights/norm"}
