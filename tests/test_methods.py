@@ -23,7 +23,7 @@ from mbn.training.run import Run
 CPU = torch.device("cpu")
 SMALL, LARGE = config.networks(32), config.networks(224)
 # What networks are built for, the least that gives an ImageNet network, and what they are fed, which may be less.
-SIZES = {"cifar10": 32, "imagenet": 65}
+SIZES = {"digits": 32, "cifar10": 32, "imagenet": 65}
 PIXELS = {"cifar10": 32, "imagenet": 33}
 NETWORKS = [("cifar10", name) for name in SMALL] + [("imagenet", name) for name in LARGE]
 ALLOWED = [
@@ -160,7 +160,7 @@ def test_a_second_forward_has_no_gradients_and_is_skipped_with_one_warning_where
     norm, tmp_path, capsys
 ):
     name = "nin" if norm == "normprop" else "resnet20"
-    settings = configuration(norm, "cifar10", name, forwards=2)
+    settings = configuration(norm, "digits", name, forwards=2)
     settings.machine.threads, settings.machine.device, settings.machine.mode = 1, "cpu", "eager"
     run = Run(settings, lambda layers: models.build(layers=layers, **config.network(settings)), tmp_path / "run")
     remembers = norm in ("bn", "brn", "mbn")

@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
-    """main, with what a user can cause or mend as one sentence on stderr. It returns the exit code, 0 for None."""
+    """main, whose errors that a user can mend become one sentence on stderr. It returns the exit code, 0 for None."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:

@@ -48,7 +48,7 @@ def cannot_write(path: Path | str, error: OSError, needed: int | None = None) ->
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write failed for want of space: of the disk, of a quota, or of what a process may write."""
+    """Whether a write failed because space ran out: on the disk, in a quota, or in what a process may write."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -20,7 +20,7 @@ Records = dict[str, dict[str, Any]]
 
 
 def read_records(results: Path) -> Records:
-    """All records by name. Errors: UserError for one that is not as it was written, or not in its place."""
+    """All records by name. Errors: UserError for one that was changed, or is not in its place."""
     folder = results / "records"
     found = {}
     for path in sorted(folder.rglob("*.json")):
@@ -114,7 +114,7 @@ class Entry:
 def read_tables(
     records: Records, names: list[str] | None = None, seeds: int = 5, scale: float = 1.0
 ) -> dict[str, Table]:
-    """Every table that is named, or all of them. Errors: UserError for a name that is none."""
+    """Every table that is named, or all of them. Errors: UserError for a name that no table has."""
     return {name: Table(grid.read(name), records, seeds, scale) for name in names or grid.names()}
 
 

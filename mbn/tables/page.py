@@ -8,7 +8,7 @@ from mbn.tables import claims
 from mbn.tables.cells import Table, heading, heads, label, lines
 from mbn.tables.statistics import Values
 
-# What records hold beside the test error at the end of training, and says what that is due to.
+# The fields of a record that help to explain its test error, and what a page calls them.
 BESIDE = {
     "test_error": "test error",
     "test_error_precise": "with precise statistics",

@@ -1,4 +1,4 @@
-"""Numbers at the edge of what a run can go on with: what stops it and is named, and what does not."""
+"""Runs that meet a number that is not finite, which stops them and is named, and one that ends on a single image."""
 
 import pytest
 import torch

@@ -104,7 +104,7 @@ def test_numbers_at_the_edge_are_finite_and_those_of_the_reference(path, kind, c
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
 @kinds
-def test_what_asks_for_no_gradient_gets_none_and_the_rest_theirs(path, frozen, kind):
+def test_a_frozen_tensor_gets_no_gradient_and_the_others_get_theirs(path, frozen, kind):
     layer, x = make(kind, forwards=1), inputs(3, 3, 2, 2)
     ref, dl_dy = reference_of(layer), torch.randn_like(x)
     layer(x + 1)
@@ -269,7 +269,7 @@ def test_impossible_settings_are_refused_by_name(norm, setting, values):
         ),
     ],
 )
-def test_what_changes_over_training_reaches_every_layer_and_no_state(kind, put, settings, buffer, wrong, words):
+def test_what_changes_over_training_reaches_every_layer_but_no_state_dict(kind, put, settings, buffer, wrong, words):
     net = nn.Sequential(trained(kind), nn.Sequential(make(kind, dims=2)), nn.BatchNorm1d(2))
     before = snapshot(net)
     put(net, *settings.values())

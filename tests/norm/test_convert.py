@@ -173,7 +173,7 @@ no_statistics = {"track_running_stats": False, "eps": 1e-12}
 
 @norms
 @pytest.mark.parametrize("lacks", [{"affine": False}, no_bias, no_statistics, no_statistics | {"affine": False}])
-def test_parameters_that_a_batch_norm_lacks_stay_away_and_statistics_are_initial_ones(norm, lacks):
+def test_missing_parameters_stay_missing_and_missing_statistics_start_at_0_and_1(norm, lacks):
     old, x = trained(**lacks).eval(), torch.randn(SHAPES["2d"])
     new = convert(copy.deepcopy(old), norm, forwards=1)
     if old.running_mean is None:
