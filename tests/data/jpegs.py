@@ -4,13 +4,18 @@ import functools
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
+from mbn.config import Dataset
+from mbn.data.image_folder import ImageFolders
+
 CLASSES = ("n01440764", "n02102040", "n03888257")
 TRAIN, VAL = 8, 3
-# What train.py must be told about it.
+# What train.py must know of it.
 NUMBERS = ("dataset.classes=3", "dataset.train_images=24", "dataset.test_images=9")
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @functools.cache
@@ -50,6 +55,15 @@ def make_tree(root: Path) -> Path:
                 else:
                     image.save(path, "JPEG", quality=90)
     return root
+
+
+def described(image_size=64, flip=True):
+    """The tree as a data set."""
+    return Dataset("imagenet", 3, image_size, 24, 9, MEAN, STD, 0, flip)
+
+
+def opened(root, workers=0, seed=0, **settings):
+    return ImageFolders(described(**settings), root, seed, torch.device("cpu"), workers)
 
 
 class Tiny(nn.Module):
