@@ -11,7 +11,7 @@ from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
-# Records are under 20 kB; what is larger is none, and is not unpacked.
+# Records are under 20 kB. A larger file is no record, and is not unpacked.
 LARGEST = 1 << 20
 
 
@@ -28,8 +28,8 @@ class Gathered:
 def gather(source: Path, results: Path, allow_dirty: bool = False) -> Gathered:
     """Copy the records in a folder or archive, wherever in it they are, to results/records, each checked.
 
-    A record is refused that does not pass `record.read`, comes from changed or unknown code (unless allow_dirty), or
-    differs from the one that is here already. Errors: UserError where source cannot be read.
+    A record is refused if `record.read` would refuse it, if changed or unknown code made it (unless allow_dirty), or if
+    it differs from the one that is here already. Errors: UserError if source cannot be read.
     """
     gathered = Gathered()
     for path, content in _files(source):
@@ -61,11 +61,11 @@ def _take(path: Path, content: bytes | None, results: Path, allow_dirty: bool, g
     elif record.read(home)["checksum"] == new["checksum"]:
         gathered.known.append(new["name"])
     else:
-        raise UserError(f"{path} differs from {home}, which stays: delete that one first if this one is the better.")
+        raise UserError(f"{path} differs from {home}, which stays: delete that one first if this one is better.")
 
 
 def _meant_as_record(path: Path, content: bytes) -> bool:
-    """Whether it should be judged as a record, rather than be passed over as JSON of another kind."""
+    """Whether it is to be taken or refused as a record; JSON of another kind is passed over."""
     if "records" in path.parts[:-1]:
         return True
     try:
@@ -76,7 +76,7 @@ def _meant_as_record(path: Path, content: bytes) -> bool:
 
 
 def _files(source: Path) -> Iterator[tuple[Path, bytes | None]]:
-    """Path and content of every JSON file; no content where it is too large. Errors: UserError."""
+    """Path and content of every JSON file; None instead of the content of one that is too large. Errors: UserError."""
     try:
         if source.is_dir():
             for path in sorted(source.rglob("*.json")):

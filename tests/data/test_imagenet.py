@@ -246,20 +246,12 @@ def test_a_corrupt_image_ends_a_run_with_one_sentence_that_names_it(copied, tmp_
     assert not (tmp_path / "results" / "records").exists()
 
 
-# After so many iterations it sends a signal.
 SIGNALLED = """
-import os, signal, sys
-sys.path[:0] = [".", "tests", "tests/data"]
-import jpegs, mbn.training.iteration, models, train
+import os, pytest, signal, sys
+sys.path[:0] = [".", "tests", "tests/data", "tests/launch"]
+import jpegs, models, test_lanes, train
 models.build = jpegs.build_tiny
-call, left = mbn.training.iteration.Update.__call__, {iterations}
-def counted(self, images, labels):
-    global left
-    call(self, images, labels)
-    left -= 1
-    if left == 0:
-        {send}
-mbn.training.iteration.Update.__call__ = counted
+test_lanes.after(pytest.MonkeyPatch(), {iterations}, lambda: {send})
 sys.exit(train.main(sys.argv[1:]))
 """
 

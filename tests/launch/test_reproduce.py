@@ -1,6 +1,5 @@
 """reproduce.py: what it prints, and how it trains: together, in time, never twice, and to be continued."""
 
-import importlib.util
 import re
 import shlex
 import signal
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from running import load_script
 
 from mbn.config import REPOSITORY, cores, load, run_name
 from mbn.launch.missing_runs import runs
@@ -21,9 +21,7 @@ SCRIPT = REPOSITORY / "scripts" / "reproduce.py"
 @pytest.fixture
 def here(capsys):
     """A function that runs reproduce.py in this process; its exit code, output and errors."""
-    specification = importlib.util.spec_from_file_location("reproduce", SCRIPT)
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
+    script = load_script("reproduce")
     return lambda *arguments: (script.main([str(a) for a in arguments]), *capsys.readouterr())
 
 
