@@ -189,7 +189,7 @@ def as_png(content):
         lambda jpeg: b"<html>404</html>",
         lambda jpeg: b"\0" * 200 + jpeg[200:],
         lambda jpeg: as_png(jpeg)[: len(as_png(jpeg)) // 2],
-        lambda jpeg: as_png(jpeg)[:60] + b"?" + as_png(jpeg)[61:],
+        lambda jpeg: as_png(jpeg)[:33] + b"\0\0\0\1" + as_png(jpeg)[37:],  # the length of a part
     ],
 )
 def test_a_damaged_image_is_an_error_that_names_its_file(copied, damage, workers):
@@ -247,7 +247,7 @@ def test_a_corrupt_image_ends_a_run_with_one_sentence_that_names_it(copied, tmp_
 
 
 SIGNALLED = """
-import os, pytest, signal, sys
+import os, pytest, signal, sys, time
 sys.path[:0] = [".", "tests", "tests/data", "tests/launch"]
 import jpegs, models, test_lanes, train
 models.build = jpegs.build_tiny
@@ -283,8 +283,9 @@ def test_killed_and_stopped_in_mid_epoch_a_run_ends_with_the_same_bits(tree, tmp
     # Its workers outlive it by seconds and hold what they were forked with: the run's lock must not be among it.
     assert not held(left.folder / "lock")
     assert left.checkpoint()["iteration"] == 3  # the fourth had not been saved
-    # `timeout`, schedulers of clusters and a terminal's Ctrl-C send a signal to the workers too.
-    code, said = signalled(3, "os.killpg(0, signal.SIGTERM)", "machine.workers=1")
+    # `timeout`, schedulers of clusters and a terminal's Ctrl-C send a signal to the workers too. Not sent by the run
+    # itself: for its workers, a SIGTERM from their parent is an order to end.
+    code, said = signalled(3, "[os.system(f'kill -TERM -{os.getpid()}'), time.sleep(2)]", "machine.workers=1")
     assert code == 75
     assert "resuming at iteration 3 of 10" in said
     assert "Traceback" not in said
