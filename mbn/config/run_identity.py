@@ -84,7 +84,6 @@ def distinction(config: Config) -> str:
 
 
 def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    # Without groups at their defaults: a new one leaves every name as it was.
     different = {key: v for key, v in value.items() if v != default.get(key)}
-    inner = {key: _difference(v, default[key]) if isinstance(v, dict) else v for key, v in different.items()}
-    # A new group at its defaults leaves every name as it was.
-    return {key: v for key, v in inner.items() if v != {}}
+    return {key: _difference(v, default[key]) if isinstance(v, dict) else v for key, v in different.items()}

@@ -100,28 +100,19 @@ class DeviceDataset:
         other.seed = seed
         return other
 
-    def start_epoch(self, epoch: int) -> None:
-        n = len(self.train_labels)
-        self.order = torch.from_numpy(random_streams.order(self.seed, epoch, n)).to(self.device)
-        crops = random_streams.crops_and_flips(self.seed, epoch, n, self.config.padding)
-        if not self.config.flip:
-            crops[:, 2] = 0
-        self.draws = torch.from_numpy(crops).to(self.device)
-
-    def train_batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """The epoch's augmented images from position start on, at most size of them, and their labels."""
-        index = self.order[start : start + size]
-        images = crop_and_flip(self.train_images[index], self.draws[index], self.config.padding)
-        return normalize(images, self.mean, self.std), self.train_labels[index]
-
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
-        n = len(self.train_labels)
+        n, padding = len(self.train_labels), self.config.padding
         epoch, position = divmod(iteration, -(-n // size))
         block = max(1, BLOCK.get(self.device.type, BLOCK_ELSEWHERE) // size) * size
         while True:
-            self.start_epoch(epoch)
+            order = torch.from_numpy(random_streams.order(self.seed, epoch, n)).to(self.device)
+            draws = torch.from_numpy(random_streams.crops_and_flips(self.seed, epoch, n, padding)).to(self.device)
+            if not self.config.flip:
+                draws[:, 2] = 0
             for start in range(position * size, n, block):
-                images, labels = self.train_batch(start, block)
+                index = order[start : start + block]
+                images = crop_and_flip(self.train_images[index], draws[index], padding)
+                images, labels = normalize(images, self.mean, self.std), self.train_labels[index]
                 yield from zip(images.split(size), labels.split(size), strict=True)
             epoch, position = epoch + 1, 0
 

@@ -117,8 +117,9 @@ WRONG_TYPES = {
 IMPOSSIBLE = {
     "from 1 to the 50000 training images": "batch_size=0 batch_size=50001",
     "at least 1": "norm.memory=0 schedule.epochs=0 schedule.iterations=-1 schedule.default_epochs=0 "
-    "evaluate.batch_size=0 machine.threads=0 dataset.classes=0",
-    "at least 0": "optimizer.weight_decay=-1 dataset.padding=-1",
+    "evaluate.batch_size=0 machine.threads=0 machine.together=0 dataset.classes=0 dataset.image_size=0 "
+    "dataset.train_images=0 dataset.test_images=0",
+    "at least 0": "optimizer.weight_decay=-1 dataset.padding=-1 machine.workers=-1",
     "above 0": "norm.eps=0 schedule.milestones=[0,0.4] schedule.lr=[0.1,0,0.1] schedule.lr=[inf] schedule.scale=0 "
     "machine.checkpoint_seconds=0 dataset.std=[0,1,1]",
     "below 1": "schedule.milestones=[0.4,1] optimizer.momentum=1",

@@ -1,4 +1,4 @@
-"""A small tree of real photographs in ImageNet's layout, cut from scikit-learn's two, and a small network for it."""
+"""A small tree of real photographs in ImageNet's layout, cut from scikit-learn's two."""
 
 import functools
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from mbn.config import Dataset
 from mbn.data.image_folder import ImageFolders
@@ -64,20 +63,3 @@ def described(image_size=64, flip=True):
 
 def opened(root, workers=0, seed=0, **settings):
     return ImageFolders(described(**settings), root, seed, torch.device("cpu"), workers)
-
-
-class Tiny(nn.Module):
-    """Milliseconds an iteration and kilobytes a checkpoint; with dropout, so that the generators' state matters."""
-
-    def __init__(self, layers, classes):
-        super().__init__()
-        self.conv, self.norm, self.act = layers.conv(3, 6, 4, stride=4, bias=False), layers.norm(6), layers.act()
-        self.dropout = nn.Dropout(0.2)
-        self.fc = nn.Linear(6, classes)
-
-    def forward(self, x):
-        return self.fc(self.dropout(self.act(self.norm(self.conv(x))).mean((2, 3))))
-
-
-def build_tiny(*, layers, classes, **_):
-    return Tiny(layers, classes)

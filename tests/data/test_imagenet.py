@@ -17,7 +17,7 @@ import torch
 import torchvision.transforms.functional as TF
 from jpegs import CLASSES, MEAN, STD, described, opened
 from PIL import Image
-from running import Run, assert_same_run, outcome, start
+from running import Run, assert_same_run, build_small, outcome, start
 from torchvision.datasets import imagenet
 
 import train
@@ -218,8 +218,9 @@ def trained(root, results, *overrides):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr("models.build", jpegs.build_tiny)
+def small(monkeypatch):
+    """A small network instead of the one that is asked for."""
+    monkeypatch.setattr("models.build", build_small)
 
 
 def test_a_run_ends_with_a_record_with_top_1_and_top_5(tree, tmp_path, capsys):
@@ -248,15 +249,15 @@ def test_a_corrupt_image_ends_a_run_with_one_sentence_that_names_it(copied, tmp_
 
 SIGNALLED = """
 import os, pytest, signal, sys, time
-sys.path[:0] = [".", "tests", "tests/data", "tests/launch"]
-import jpegs, models, test_lanes, train
-models.build = jpegs.build_tiny
+sys.path[:0] = [".", "tests", "tests/launch"]
+import models, running, test_lanes, train
+models.build = running.build_small
 test_lanes.after(pytest.MonkeyPatch(), {iterations}, lambda: {send})
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_killed_and_stopped_in_mid_epoch_a_run_ends_with_the_same_bits(tree, tmp_path, tiny):
+def test_killed_and_stopped_in_mid_epoch_a_run_ends_with_the_same_bits(tree, tmp_path, small):
     """Each time with another number of workers. An epoch has 5 iterations, the last one smaller."""
     overrides = ("norm=mbn", "batch_size=5", "schedule.epochs=2")
     left = Run(tmp_path / "left", command(tree, *overrides))
@@ -295,7 +296,7 @@ def test_killed_and_stopped_in_mid_epoch_a_run_ends_with_the_same_bits(tree, tmp
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_bf16_computes_in_bfloat16_and_keeps_finite_float32_weights(
-    precision, dtype, tree, tmp_path, tiny, monkeypatch
+    precision, dtype, tree, tmp_path, small, monkeypatch
 ):
     dtypes = {True: set(), False: set()}
     conv2d = torch.nn.functional.conv2d

@@ -172,7 +172,7 @@ def test_networks_that_draw_and_data_with_loaders_are_no_lanes():
     assert [lanes.fits(running.compose(*o.split())) for o in networks] == [True, False, True, False]
 
 
-def test_a_run_that_is_no_lane_comes_first_and_stops_nobody_where_it_fails(here, left, monkeypatch):
+def test_a_run_that_is_no_lane_comes_first_and_stops_nobody_if_it_fails(here, left, monkeypatch):
     def fail():
         raise UserError("a fault of its own")
 

@@ -80,7 +80,7 @@ def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
         ("table6 --seeds 0", "--seeds", 2),
         ("table6 --seed 4294967296", "--seed", 2),
         ("table6 --jobs many", "--jobs", 2),
-        ("table6 --scale -1", "--scale", 2),
+        ("table6 --scale -1", "schedule.scale must be above 0", 2),
         ("table6 --sceds 2", "--sceds", 2),
         ("table6 norm=bn", "they have mbn", 2),
         ("table6 +norm.eps=1", "norm.eps", 2),
