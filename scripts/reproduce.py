@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
     settings = [item for item in options.items if item.lstrip("+").startswith(SETTINGS)]
     items = [item for item in options.items if item not in settings]
-    config = common(settings)
+    config = common(settings, options.scale)
     code = import_records(options, Path(config.machine.results)) if options.source is not None else 0
     if items or options.source is None:
         code = max(code, reproduce(items, settings, config, options))
@@ -69,7 +69,7 @@ def parser() -> Parser:
     seeds.add_argument("--seeds", type=_whole(1), default=5, metavar="N", help="seeds 0 to N-1 (default 5)")
     seeds.add_argument("--seed", type=_whole(0, 2**32 - 1), metavar="S", help="this seed alone")
     p.add_argument("--dry-run", action="store_true", help="print the commands that are missing, and train nothing")
-    p.add_argument("--scale", type=_scale, default=1.0, metavar="X", help="0.1: at a tenth of the length")
+    p.add_argument("--scale", type=float, default=1.0, metavar="X", help="0.1: at a tenth of the length")
     p.add_argument(
         "--jobs", type=_jobs, metavar="N", help="side by side; auto, the default: 1 on CUDA, else one a core"
     )
@@ -101,16 +101,6 @@ def _jobs(text: str) -> int | None:
     return None if text == "auto" else _whole(1)(text)
 
 
-def _scale(text: str) -> float:
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = 0.0
-    if not 0 < scale < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number above 0 is wanted, not {text!r}")
-    return scale
-
-
 def _seconds(text: str) -> float:
     """90s, 9m, 1.5h or 1h30m in seconds."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
@@ -122,14 +112,14 @@ def _seconds(text: str) -> float:
 # Runs.
 
 
-def common(settings: list[str]) -> Config:
-    """The configuration whose machine and evaluation all runs have in common. Errors: UserError, ConfigError."""
+def common(settings: list[str], scale: float) -> Config:
+    """The configuration whose machine, evaluation and scale all runs have. Errors: UserError, ConfigError."""
     if any(text.lstrip("+").startswith("machine.again=") for text in settings):
         raise UserError(
             "machine.again is for a single run: only what has no record is trained here; give it to train.py itself.",
             code=2,
         )
-    return load(settings)
+    return load([*settings, f"schedule.scale={scale}"])
 
 
 def reproduce(items: list[str], settings: list[str], config: Config, options: argparse.Namespace) -> int:

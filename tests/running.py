@@ -84,7 +84,7 @@ class Outcome(NamedTuple):
 
 _load = config.load  # before a test puts load_quickly in its place
 compose = functools.cache(lambda *overrides: _load(list(overrides)))
-digits = functools.cache(datasets.load_digits)
+digits = functools.cache(functools.partial(datasets.digits, Path()))
 
 
 def load_quickly(overrides):
@@ -201,7 +201,7 @@ def run_here(capsys, monkeypatch, *overrides) -> Outcome:
     threads = torch.get_num_threads()
     monkeypatch.setattr(models, "build", build_tiny)
     monkeypatch.setattr(train.configuration, "load", load_quickly)
-    monkeypatch.setattr(datasets, "load_digits", digits)
+    monkeypatch.setattr(datasets, "digits", lambda _: digits())
     # Not the working tree's, which may change while the tests run.
     monkeypatch.setattr(provenance, "commit_and_dirty", lambda: (COMMIT, False))
     capsys.readouterr()

@@ -162,8 +162,7 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
         plain = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_sentence(error)) from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return typing.cast(dict[str, Any], plain)
 
 
 def checked(composed: DictConfig) -> Config:

@@ -84,12 +84,6 @@ def distinction(config: Config) -> str:
 
 
 def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    result = {}
-    for key, v in value.items():
-        if isinstance(v, dict):
-            inner = _difference(v, default[key])
-            if inner:  # a new group at its defaults leaves every name as it was
-                result[key] = inner
-        elif v != default.get(key):
-            result[key] = v
-    return result
+    # Without groups at their defaults: a new one leaves every name as it was.
+    different = {key: v for key, v in value.items() if v != default.get(key)}
+    return {key: _difference(v, default[key]) if isinstance(v, dict) else v for key, v in different.items()}

@@ -1,6 +1,7 @@
 """A run's data set, opened: scikit-learn's digits, CIFAR from its official files, ImageNet from folders."""
 
 import tarfile
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -21,8 +22,7 @@ def load(config: Config, device: torch.device) -> Data:
     dataset, folder = config.dataset, Path(config.machine.data)
     source = DATASETS[dataset.name]
     if source.streamed:
-        opened: Data = resolve_name(source.path)(dataset, folder, config.seed, device, config.machine.workers)
-        return opened
+        return resolve_name(source.path)(dataset, folder, config.seed, device, config.machine.workers)
     arrays: Arrays = resolve_name(source.path)(folder)
     check_numbers(
         dataset,
@@ -34,18 +34,6 @@ def load(config: Config, device: torch.device) -> Data:
 
 
 def digits(folder: Path) -> Arrays:
-    return load_digits()
-
-
-def cifar10(folder: Path) -> Arrays:
-    return load_cifar("cifar10", folder)
-
-
-def cifar100(folder: Path) -> Arrays:
-    return load_cifar("cifar100", folder)
-
-
-def load_digits() -> Arrays:
     """scikit-learn's handwritten digits, 8x8 pixels of 0 to 16 enlarged to 32x32; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
@@ -64,7 +52,7 @@ MIRRORS = ("https://www.cs.toronto.edu/~kriz/{}", "https://zenodo.org/records/10
 def load_cifar(name: str, folder: Path) -> Arrays:
     """CIFAR-10 or CIFAR-100 from the official python files, each of which must have the MD5 that torchvision knows.
 
-    The files are pickles: none is opened whose checksum is not the official one.
+    The files are pickles, so that one with another checksum is never opened.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -82,6 +70,9 @@ def load_cifar(name: str, folder: Path) -> Arrays:
             )
     train, test = cifar(folder, train=True), cifar(folder, train=False)
     return Arrays(train.data, np.array(train.targets), test.data, np.array(test.targets))
+
+
+cifar10, cifar100 = (partial(load_cifar, name) for name in ("cifar10", "cifar100"))
 
 
 def _download_cifar(cifar, folder: Path, missing: Path) -> None:

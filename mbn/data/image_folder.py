@@ -38,8 +38,8 @@ RESIZE = 256 / 224
 class Files:
     """Paths and labels in three arrays.
 
-    Not a list of strings: reference counts of its million objects would be written to in every worker process, which
-    copies their memory page by page over an epoch.
+    Not a list of strings: every worker process would write to the reference counts of its million objects, and so copy
+    their memory, page by page.
     """
 
     def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int]) -> None:
@@ -110,20 +110,20 @@ def _from_folders(folder: Path, classes: list[str]) -> Files:
 
 
 def _flat_val(root: Path, classes: list[str]) -> Files:
-    """Test images as the official archive has them, the i-th in sorted order labelled by the devkit's i-th line."""
+    """Test images as the official archive has them: the devkit's i-th line is the label of the i-th in sorted order."""
     from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE, load_meta_file, parse_devkit_archive
 
     try:
         if (root / META_FILE).is_file():
             _, wnids = load_meta_file(str(root))
         else:
-            # torchvision writes what it reads there beside it; a folder of data may be read-only.
+            # torchvision writes what it has read into a file; a folder of data may be read-only.
             with tempfile.TemporaryDirectory() as scratch:
                 parse_devkit_archive(scratch, str((root / ARCHIVE_META["devkit"][0]).absolute()))
                 _, wnids = load_meta_file(scratch)
     except (RuntimeError, OSError, ImportError, ValueError, EOFError, pickle.UnpicklingError) as error:
         why = str(error).partition("\n")[0][:100]
-        if isinstance(error, pickle.UnpicklingError):  # whose advice is to read it without care
+        if isinstance(error, pickle.UnpicklingError):  # its own text advises to read the file in an unsafe way
             why = "it is damaged"
         raise UserError(
             f"{root / 'val'} has no class folders, and the devkit that labels a flat val/ cannot be read "
@@ -141,13 +141,13 @@ def _flat_val(root: Path, classes: list[str]) -> Files:
 
 
 class Damaged(NamedTuple):
-    """What a worker sends in a batch's place: an exception's text would arrive wrapped in a traceback."""
+    """What a worker sends instead of a batch: the text of an exception would arrive with a traceback around it."""
 
     message: str
 
 
 class Decoder:
-    """The map-style data set of the workers: (epoch, index) to a uint8 image of the right size and its label.
+    """The data set of the workers: (epoch, index) to a uint8 image of the right size and its label.
 
     epoch is None for the plain images of evaluation: Resize(256) and CenterCrop(224) at 224 pixels.
     """
@@ -186,30 +186,14 @@ def collate(items: list[tuple[np.ndarray, int] | Damaged]) -> tuple[Tensor, Tens
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
-class Order:
-    """A batch sampler over the training run: batches of (epoch, index) from an iteration on, epoch after epoch."""
-
-    def __init__(self, seed: int, n: int, size: int, iteration: int) -> None:
-        self.seed, self.n, self.size, self.iteration = seed, n, size, iteration
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, position = divmod(self.iteration, math.ceil(self.n / self.size))
-        while True:
-            order = random_streams.order(self.seed, epoch, self.n)
-            for start in range(position * self.size, self.n, self.size):
-                yield [(epoch, int(i)) for i in order[start : start + self.size]]
-            epoch, position = epoch + 1, 0
-
-
-class Once:
-    """A batch sampler over the images as they stand, each once: batches of (None, index)."""
-
-    def __init__(self, n: int, size: int) -> None:
-        self.n, self.size = n, size
-
-    def __iter__(self) -> Iterator[list[tuple[None, int]]]:
-        for start in range(0, self.n, self.size):
-            yield [(None, i) for i in range(start, min(start + self.size, self.n))]
+def from_iteration(iteration: int, seed: int, n: int, size: int) -> Iterator[list[tuple[int, int]]]:
+    """The training run's batches of (epoch, index) from an iteration on, epoch after epoch."""
+    epoch, position = divmod(iteration, math.ceil(n / size))
+    while True:
+        order = random_streams.order(seed, epoch, n)
+        for start in range(position * size, n, size):
+            yield [(epoch, int(i)) for i in order[start : start + size]]
+        epoch, position = epoch + 1, 0
 
 
 class ImageFolders:
@@ -226,13 +210,17 @@ class ImageFolders:
         self.std = torch.tensor(dataset.std, device=device).view(3, 1, 1)
 
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
-        return self._batches(self.train, Order(self.seed, len(self.train), size, iteration))
+        return self._batches(self.train, from_iteration(iteration, self.seed, len(self.train), size))
 
     def test_batches(self, size: int) -> Iterator[Batch]:
-        return self._batches(self.test, Once(len(self.test), size))
+        return self._plain(self.test, size)
 
     def plain_train_batches(self, size: int) -> Iterator[Batch]:
-        return self._batches(self.train, Once(len(self.train), size))
+        return self._plain(self.train, size)
+
+    def _plain(self, files: Files, size: int) -> Iterator[Batch]:
+        n = len(files)
+        return self._batches(files, ([(None, i) for i in range(s, min(s + size, n))] for s in range(0, n, size)))
 
     def _batches(self, files: Files, batches: Any) -> Iterator[Batch]:
         decoder: Any = Decoder(files, self.dataset.image_size, self.dataset.flip, self.seed)
@@ -243,7 +231,7 @@ class ImageFolders:
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
-            # Its own, since the loader draws from it and dropout's draws must not shift.
+            # A generator of its own: the loader draws a number, which must not change what dropout draws.
             generator=torch.Generator(),
         )
         for batch in loader:
@@ -256,7 +244,7 @@ class ImageFolders:
 def _start_worker(_: int) -> None:
     let_go_of_inherited_locks()
     torch.set_num_threads(1)
-    # A signal to the whole process group is the trainer's to answer: it still needs the batch at hand.
+    # Only the trainer answers a signal to the whole process group: it still needs the next batches.
     for name in CODES:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

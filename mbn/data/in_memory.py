@@ -23,7 +23,7 @@ class Arrays(NamedTuple):
 
 
 def check_numbers(dataset: DatasetConfig, **found: int) -> None:
-    """Raise UserError where the data set's numbers of images or classes are not the configured ones."""
+    """Raise UserError if the data set's numbers of images or classes are not the configured ones."""
     for key, number in found.items():
         if number != getattr(dataset, key):
             wrong = " ".join(f"dataset.{k}={v}" for k, v in found.items() if v != getattr(dataset, k))
@@ -34,10 +34,10 @@ def check_numbers(dataset: DatasetConfig, **found: int) -> None:
 
 
 def crop_and_flip(images: Tensor, draws: Tensor, padding: int) -> Tensor:
-    """Pad each image with zeros (black), crop it back to its size, and mirror it, each as its own draws say.
+    """Pad each image with zeros (black), crop it to its old size, and mirror it, each by its own draws.
 
     images: uint8 (B, H, W, 3). draws: int64 (B, 3), top and left of the crop in the padded image, 1 for a flip.
-    Equal to torchvision's RandomCrop(H, padding) and horizontal flip when these are given the same draws.
+    Equal to torchvision's RandomCrop(H, padding) and horizontal flip with the same draws.
     """
     B, H, W, _ = images.shape
     top, left, flip = draws.unbind(1)
@@ -56,7 +56,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 Batch = tuple[Tensor, Tensor]
-# Images augmented at once, by the kind of device: on a GPU the launches count, on a CPU its caches.
+# Images augmented at once, by the kind of device: a GPU waits for kernel launches, a CPU for memory out of its caches.
 BLOCK = {"cuda": 8192}
 BLOCK_ELSEWHERE = 512
 
@@ -65,7 +65,7 @@ class Data(Protocol):
     """Where a run's batches come from: images float32 (B, 3, H, W) and labels int64 (B,), on the device."""
 
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
-        """The augmented training batches from a 0-based iteration on, epoch after epoch, without end."""
+        """The augmented training batches from an iteration on (the first is 0), epoch after epoch, without end."""
         ...
 
     def test_batches(self, size: int) -> Iterator[Batch]:
@@ -78,9 +78,9 @@ class Data(Protocol):
 
 
 class DeviceDataset:
-    """A small data set on the device, its batches made there: no worker processes, no copies in training.
+    """A small data set on the device, where its batches are made: no worker processes, no copies in training.
 
-    Image indices and augmentation draws of a whole epoch go to the device at the epoch's start.
+    The order and the draws of a whole epoch are copied to the device at the epoch's start.
     """
 
     def __init__(self, arrays: Arrays, config: DatasetConfig, seed: int, device: torch.device) -> None:
@@ -100,28 +100,19 @@ class DeviceDataset:
         other.seed = seed
         return other
 
-    def start_epoch(self, epoch: int) -> None:
-        n = len(self.train_labels)
-        self.order = torch.from_numpy(random_streams.order(self.seed, epoch, n)).to(self.device)
-        crops = random_streams.crops_and_flips(self.seed, epoch, n, self.config.padding)
-        if not self.config.flip:
-            crops[:, 2] = 0
-        self.draws = torch.from_numpy(crops).to(self.device)
-
-    def train_batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """The epoch's augmented images from position start on, at most size of them, and their labels."""
-        index = self.order[start : start + size]
-        images = crop_and_flip(self.train_images[index], self.draws[index], self.config.padding)
-        return normalize(images, self.mean, self.std), self.train_labels[index]
-
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
-        n = len(self.train_labels)
+        n, padding = len(self.train_labels), self.config.padding
         epoch, position = divmod(iteration, -(-n // size))
         block = max(1, BLOCK.get(self.device.type, BLOCK_ELSEWHERE) // size) * size
         while True:
-            self.start_epoch(epoch)
+            order = torch.from_numpy(random_streams.order(self.seed, epoch, n)).to(self.device)
+            draws = torch.from_numpy(random_streams.crops_and_flips(self.seed, epoch, n, padding)).to(self.device)
+            if not self.config.flip:
+                draws[:, 2] = 0
             for start in range(position * size, n, block):
-                images, labels = self.train_batch(start, block)
+                index = order[start : start + block]
+                images = crop_and_flip(self.train_images[index], draws[index], padding)
+                images, labels = normalize(images, self.mean, self.std), self.train_labels[index]
                 yield from zip(images.split(size), labels.split(size), strict=True)
             epoch, position = epoch + 1, 0
 

@@ -1,14 +1,14 @@
 """Random draws as functions of (seed, epoch, index): data order and augmentation.
 
 They are the same for every method at a seed, for any number of workers, on any device and after a resume. NumPy
-guarantees the streams of its legacy RandomState for ever, as neither torch nor its own Generator does.
+promises that the numbers of its legacy RandomState never change; torch promises nothing of the kind.
 """
 
 import math
 
 import numpy as np
 
-# One stream for each purpose, so that what one of them draws never shifts another.
+# One stream for each purpose, so that a further draw from one changes nothing in the other.
 ORDER, AUGMENTATION = 0, 1
 
 
@@ -32,7 +32,8 @@ def crops_and_flips(seed: int, epoch: int, n: int, padding: int) -> np.ndarray:
 def resized_crop(seed: int, epoch: int, index: int, height: int, width: int) -> tuple[int, int, int, int, bool]:
     """torchvision's RandomResizedCrop of a height x width image, and whether to flip: top, left, height, width, flip.
 
-    8 to 100 % of the area at an aspect ratio from 3/4 to 4/3; after ten misses the largest central crop within them.
+    8 to 100 % of the area at an aspect ratio from 3/4 to 4/3. After ten draws that do not fit into the image, it is the
+    largest crop in the image's middle with such an aspect ratio.
     """
     stream = _stream(seed, epoch, AUGMENTATION, index)
     flip = bool(stream.randint(0, 2))

@@ -1,6 +1,7 @@
-"""What a record keeps of a run's journal: how errors, losses, gaps and weights went, in a few kilobytes."""
+"""What a record keeps of a run's journal: the curves of errors, losses, gaps and weights, in a few kilobytes."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 # A record keeps at most this many points of a curve.
@@ -12,62 +13,59 @@ AT_EPOCHS = (
 )
 
 Row = dict[str, Any]
+# Images, losses and errors added up from the run's start to a row.
+Sums = tuple[float, float, float]
+START: Sums = (0, 0.0, 0.0)
 
 
 def curves(rows: Iterable[Row]) -> dict[str, Any]:
     """The curves of a record, from the rows of a journal, of which the last must end an epoch.
 
-    At most POINTS of the epochs' ends, the last one among them, under those names of AT_EPOCHS that all of them
-    measured. Training losses and errors of such a point are means over its epoch, so that `training` has them in finer
-    steps, from the rows within epochs: `images` seen, and the mean `loss` and `error` (percent) an image since the
-    point before; at most POINTS.
+    Of the ends of epochs at most POINTS, the last one included, with those values of AT_EPOCHS that all of them have.
+    There the training loss and error are means over a whole epoch. `training` has them in finer steps, from the rows
+    within epochs: `images` seen, and the mean `loss` and `error` (percent) of the images since the point before, at
+    most POINTS of them.
     """
     rows = list(rows)
-    epochs = [row for row in rows if row["kind"] == "epoch"]
-    kept = _thinned(epochs)
+    kept = _thinned([row for row in rows if row["kind"] == "epoch"])
     content: dict[str, Any] = {
         key: [_five_digits(row[key]) for row in kept] for key in AT_EPOCHS if all(key in row for row in kept)
     }
-    return content | {"training": _training(rows)}
+    steps = [_means(*pair) for pair in itertools.pairwise([START, *_thinned(_sums(rows))])]
+    training = {key: [_five_digits(step[i]) for step in steps] for i, key in enumerate(("images", "loss", "error"))}
+    return content | {"training": training}
 
 
 def last_epoch(rows: Iterable[Row], images: int) -> tuple[float, float]:
     """Mean training loss and error (percent) over the last images of a run, or all of it where it had fewer.
 
-    From the last row that is so far back on. What a row that ends an epoch says of that epoch is not it: an epoch that
-    the end of the run cut short may have had a few hundred images.
+    It starts at the last row that is at least so many images before the end. The run's last row would not do: its means
+    are those of the last epoch, which may be cut short and have only a few hundred images.
     """
-    sums = [(0.0, 0.0, 0.0), *_sums(rows)]
-    end = sums[-1]
-    start = [s for s in sums if s[2] <= max(end[2] - images, 0)][-1]
-    loss, error = ((end[i] - start[i]) / (end[2] - start[2]) for i in (0, 1))
-    return round(loss, 9), round(error, 9)  # without what adding up and taking away left behind
+    sums = [START, *_sums(rows)]
+    start = [s for s in sums if s[0] <= max(sums[-1][0] - images, 0)][-1]
+    _, loss, error = _means(start, sums[-1])
+    return round(loss, 9), round(error, 9)  # without the rounding errors of sums and differences
 
 
-def _training(rows: Sequence[Row]) -> dict[str, list[float]]:
-    kept = _thinned(_sums(rows))
-    pairs = list(zip([(0.0, 0.0, 0.0), *kept], kept, strict=False))
-    return {
-        "images": [int(end[2]) for _, end in pairs],
-        "loss": [_five_digits((end[0] - start[0]) / (end[2] - start[2])) for start, end in pairs],
-        "error": [_five_digits((end[1] - start[1]) / (end[2] - start[2])) for start, end in pairs],
-    }
-
-
-def _sums(rows: Iterable[Row]) -> list[tuple[float, float, float]]:
-    """Losses, errors and images added up since the run began, at every row."""
+def _sums(rows: Iterable[Row]) -> list[Sums]:
     sums = []
-    loss = error = images = 0.0
-    before = (0.0, 0.0, 0.0)  # at the end of the last epoch
+    images, loss, error = before = START  # before: at the end of the last epoch
     for row in rows:
-        if row["kind"] == "epoch":  # its means are the whole epoch's, the part before its last row included
-            loss, error, images = before
+        if row["kind"] == "epoch":  # its means are those of the whole epoch, not only of the part since the last row
+            images, loss, error = before
         n = row["images"] - images
-        loss, error, images = loss + row["train_loss"] * n, error + row["train_error"] * n, row["images"]
+        images, loss, error = row["images"], loss + row["train_loss"] * n, error + row["train_error"] * n
         if row["kind"] == "epoch":
-            before = (loss, error, images)
-        sums.append((loss, error, images))
+            before = (images, loss, error)
+        sums.append((images, loss, error))
     return sums
+
+
+def _means(start: Sums, end: Sums) -> Sums:
+    """The images seen at the end, and the mean loss and error of those since the start."""
+    n = end[0] - start[0]
+    return end[0], (end[1] - start[1]) / n, (end[2] - start[2]) / n
 
 
 def _thinned(items: list[Any]) -> list[Any]:

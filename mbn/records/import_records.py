@@ -3,15 +3,16 @@
 import json
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
-# Records are under 20 kB; what is larger is none, and is not unpacked.
+# Records are under 20 kB. A larger file is no record, and is not unpacked.
 LARGEST = 1 << 20
 
 
@@ -28,8 +29,8 @@ class Gathered:
 def gather(source: Path, results: Path, allow_dirty: bool = False) -> Gathered:
     """Copy the records in a folder or archive, wherever in it they are, to results/records, each checked.
 
-    A record is refused that does not pass `record.read`, comes from changed or unknown code (unless allow_dirty), or
-    differs from the one that is here already. Errors: UserError where source cannot be read.
+    A record is refused if `record.read` would refuse it, if changed or unknown code made it (unless allow_dirty), or if
+    it differs from the one that is here already. Errors: UserError if source cannot be read.
     """
     gathered = Gathered()
     for path, content in _files(source):
@@ -61,11 +62,11 @@ def _take(path: Path, content: bytes | None, results: Path, allow_dirty: bool, g
     elif record.read(home)["checksum"] == new["checksum"]:
         gathered.known.append(new["name"])
     else:
-        raise UserError(f"{path} differs from {home}, which stays: delete that one first if this one is the better.")
+        raise UserError(f"{path} differs from {home}, which stays: delete that one first if this one is better.")
 
 
 def _meant_as_record(path: Path, content: bytes) -> bool:
-    """Whether it should be judged as a record, rather than be passed over as JSON of another kind."""
+    """Whether it is to be taken or refused as a record; JSON of another kind is passed over."""
     if "records" in path.parts[:-1]:
         return True
     try:
@@ -76,33 +77,30 @@ def _meant_as_record(path: Path, content: bytes) -> bool:
 
 
 def _files(source: Path) -> Iterator[tuple[Path, bytes | None]]:
-    """Path and content of every JSON file; no content where it is too large. Errors: UserError."""
+    """Path and content of every JSON file; None instead of the content of one that is too large. Errors: UserError."""
     try:
-        if source.is_dir():
-            for path in sorted(source.rglob("*.json")):
-                if path.is_file():
-                    yield path, path.read_bytes() if path.stat().st_size <= LARGEST else None
-        elif zipfile.is_zipfile(source):
-            yield from _zipped(source)
-        elif source.is_file() and tarfile.is_tarfile(source):
-            yield from _tarred(source)
-        else:
-            wanted = "a folder, or a .tar, .tar.gz or .zip archive" if source.exists() else "something that exists"
-            raise UserError(f"cannot import {source}: name {wanted}.")
+        for path, size, read in _members(source):
+            if path.suffix == ".json":
+                yield path, read() if size <= LARGEST else None
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, RuntimeError) as error:
         raise UserError(f"cannot read {source} ({error}): get it again, or name another.") from None
 
 
-def _zipped(source: Path) -> Iterator[tuple[Path, bytes | None]]:
-    with zipfile.ZipFile(source) as archive:
-        for member in archive.infolist():
-            if member.filename.endswith(".json") and not member.is_dir():
-                yield source / member.filename, archive.read(member) if member.file_size <= LARGEST else None
-
-
-def _tarred(source: Path) -> Iterator[tuple[Path, bytes | None]]:
-    with tarfile.open(source) as archive:
-        for member in archive:
-            if member.name.endswith(".json") and member.isfile():
-                file = archive.extractfile(member)
-                yield source / member.name, file.read() if file and member.size <= LARGEST else None
+def _members(source: Path) -> Iterator[tuple[Path, int, Callable[[], bytes]]]:
+    """Path and size of every file in a folder or archive, and what reads it. Errors: UserError."""
+    if source.is_dir():
+        for path in sorted(path for path in source.rglob("*.json") if path.is_file()):
+            yield path, path.stat().st_size, path.read_bytes
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for entry in archive.infolist():
+                if not entry.is_dir():
+                    yield source / entry.filename, entry.file_size, partial(archive.read, entry)
+    elif source.is_file() and tarfile.is_tarfile(source):
+        with tarfile.open(source) as tar:
+            for member in tar:
+                if member.isfile() and (file := tar.extractfile(member)):
+                    yield source / member.name, member.size, file.read
+    else:
+        wanted = "a folder, or a .tar, .tar.gz or .zip archive" if source.exists() else "something that exists"
+        raise UserError(f"cannot import {source}: name {wanted}.")

@@ -35,11 +35,8 @@ def config_for_record(config: Config) -> dict[str, Any]:
 
 def config_of(record: dict[str, Any]) -> Config:
     """The Config that a record's run had. Errors: ConfigError."""
-    plain = {
-        **record["config"],
-        "machine": {**record["config"]["machine"], "data": "data", "results": "results"},
-    }
-    return from_dict(plain)
+    machine = record["config"]["machine"] | {"data": "data", "results": "results"}
+    return from_dict(record["config"] | {"machine": machine})
 
 
 def checksum(record: dict[str, Any]) -> str:

@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(not FOUND, reason=f"CIFAR-10 is not in {PLACES[0
 @pytest.fixture(scope="module")
 def arrays():
     """Read once: the files' checksums take a while."""
-    return functools.cache(datasets.load_cifar)
+    return functools.cache(datasets.cifar10)
 
 
 @pytest.fixture
 def losses(arrays, tmp_path, monkeypatch):
     """A function that trains for some iterations as train.py does: it returns the network and the losses."""
-    monkeypatch.setattr(datasets, "load_cifar", arrays)
+    monkeypatch.setattr(datasets, "cifar10", arrays)
 
     def train(iterations, *overrides):
         settings = config.load(

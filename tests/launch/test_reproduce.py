@@ -1,6 +1,5 @@
 """reproduce.py: what it prints, and how it trains: together, in time, never twice, and to be continued."""
 
-import importlib.util
 import re
 import shlex
 import signal
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from running import load_script
 
 from mbn.config import REPOSITORY, cores, load, run_name
 from mbn.launch.missing_runs import runs
@@ -21,9 +21,7 @@ SCRIPT = REPOSITORY / "scripts" / "reproduce.py"
 @pytest.fixture
 def here(capsys):
     """A function that runs reproduce.py in this process; its exit code, output and errors."""
-    specification = importlib.util.spec_from_file_location("reproduce", SCRIPT)
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
+    script = load_script("reproduce")
     return lambda *arguments: (script.main([str(a) for a in arguments]), *capsys.readouterr())
 
 
@@ -82,7 +80,7 @@ def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
         ("table6 --seeds 0", "--seeds", 2),
         ("table6 --seed 4294967296", "--seed", 2),
         ("table6 --jobs many", "--jobs", 2),
-        ("table6 --scale -1", "--scale", 2),
+        ("table6 --scale -1", "schedule.scale must be above 0", 2),
         ("table6 --sceds 2", "--sceds", 2),
         ("table6 norm=bn", "they have mbn", 2),
         ("table6 +norm.eps=1", "norm.eps", 2),

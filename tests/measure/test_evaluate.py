@@ -13,7 +13,7 @@ import jpegs
 import pytest
 import torch
 import torchvision
-from running import load_script
+from running import build_small, load_script
 from torch import nn
 from torch.nn import functional as F
 
@@ -275,7 +275,7 @@ def test_torchvisions_weights_are_exported_and_evaluate_to_the_same(theirs, tree
 
 
 def test_a_checkpoint_of_ours_on_folders_gives_the_errors_of_its_record(tree, tmp_path, measure, monkeypatch):
-    monkeypatch.setattr("models.build", jpegs.build_tiny)
+    monkeypatch.setattr("models.build", build_small)
     where = [f"machine.data={tree}", "machine.workers=0", "machine.device=cpu", "machine.threads=1"]
     arguments = [
         *("dataset=imagenet", "model=resnet18", "norm=brn", "dataset.image_size=65", *jpegs.NUMBERS, "batch_size=8"),

@@ -1,12 +1,12 @@
 """Records from elsewhere: which are taken, which are refused."""
 
 import io
-import json
 import tarfile
 import zipfile
 
 import pytest
 import toy
+from test_record import edit
 
 from mbn import grid
 from mbn.config import REPOSITORY
@@ -60,22 +60,16 @@ def test_records_are_taken_once_wherever_they_stand(there, here, suffix):
     assert (gathered.taken, len(gathered.known)) == ([], 3)
 
 
-def edit(path, **changes):
-    content = json.loads(path.read_text()) | changes
-    content["checksum"] = record.checksum(content)
-    path.write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda p: p.write_text(p.read_text().replace("8.0", "7.0", 1)), "checksum"),
         (lambda p: p.write_text(p.read_text()[:100]), "not JSON"),
         (lambda p: p.write_bytes(b"\xff\xfe" + p.read_bytes()), "not JSON"),
-        (lambda p: edit(p, name="../../outside"), "its configuration gives"),
-        (lambda p: edit(p, more=1), "more"),
-        (lambda p: edit(p, dirty=True), "--allow-dirty"),
-        (lambda p: edit(p, commit=None, dirty=None), "--allow-dirty"),
+        (lambda p: edit(p, lambda r: r.update(name="../../outside"), sign=True), "its configuration gives"),
+        (lambda p: edit(p, lambda r: r.update(more=1), sign=True), "more"),
+        (lambda p: record.rewrite(p, dirty=True), "--allow-dirty"),
+        (lambda p: record.rewrite(p, commit=None, dirty=None), "--allow-dirty"),
         (lambda p: p.write_text(" " * (2 << 20)), "too large"),
     ],
 )

