@@ -77,9 +77,8 @@ def compose(overrides: list[str]) -> DictConfig:
     parsed = [o for o in _parse(overrides) if (o.key_or_group, o.value()) != ("experiment", None)]
     for override in parsed:
         _check_override(override)
-    # What is forced to be added is there already.
-    forced = [o.is_force_add() and o.key_or_group not in groups() for o in parsed]
-    lines = [o.input_line.lstrip("+") if force else o.input_line for o, force in zip(parsed, forced, strict=True)]
+    # A setting that ++ adds is there already.
+    lines = [o.input_line if o.key_or_group in groups() else o.input_line.lstrip("+") for o in parsed]
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra.compose("config", overrides=lines)

@@ -177,12 +177,10 @@ class Decoder:
 
 
 def collate(items: list[tuple[np.ndarray, int] | Damaged]) -> tuple[Tensor, Tensor] | Damaged:
-    images, labels = [], []
     for item in items:
         if isinstance(item, Damaged):
             return item
-        images.append(item[0])
-        labels.append(item[1])
+    images, labels = zip(*items, strict=True)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 

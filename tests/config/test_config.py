@@ -251,7 +251,7 @@ def test_a_wrong_command_ends_in_one_line_without_a_traceback_torch_or_a_file(co
     assert key in done.stderr
 
 
-def test_the_command_refused_for_its_configuration_is_otherwise_accepted(command):
+def test_a_right_command_gets_as_far_as_torch(command):
     """Else the tests above could pass because nothing ever gets as far as torch."""
     done = command("dataset=digits")
     assert done.returncode != 0
@@ -373,7 +373,7 @@ def test_help_explains_the_settings_of_the_method_that_is_chosen(name, capsys):
 
 
 @pytest.mark.parametrize("order", ["--cfg job {}", "-c {}", "{} --cfg job"])
-def test_cfg_shows_what_the_rest_of_the_command_makes_of_it(order, capsys):
+def test_cfg_shows_what_the_rest_of_the_command_sets(order, capsys):
     overrides = "norm=bn dataset=digits seed=4"
     assert train.main(order.format(overrides).split()) == 0
     assert yaml.safe_load(capsys.readouterr().out) == to_dict(load(overrides.split()))

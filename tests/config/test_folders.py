@@ -26,7 +26,7 @@ def test_other_settings_are_refused(text):
 
 
 @pytest.mark.parametrize("script", ["tables.py", "plots.py"])
-def test_scripts_that_only_read_want_a_folder_that_is_there(script, tmp_path):
+def test_scripts_that_only_read_need_a_folder_that_is_there(script, tmp_path):
     command = [sys.executable, REPOSITORY / "scripts" / script, f"machine.results={tmp_path / 'no'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

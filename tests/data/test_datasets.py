@@ -192,7 +192,7 @@ def test_a_download_goes_on_where_it_was_interrupted(serve, target, have, ranges
     [(CONTENT, 2_000_000, "bytes=2000000-"), (CONTENT[::-1], None, None)],
     ids=["cut", "wrong"],
 )
-def test_a_mirror_goes_on_where_the_first_hung_up_and_starts_again_after_a_wrong_file(
+def test_a_mirror_goes_on_where_the_first_server_stopped_and_starts_again_after_a_wrong_file(
     serve, target, content, cut, asked
 ):
     first, second = serve({"file": content}, cut=cut), serve({"file": CONTENT})
@@ -201,7 +201,7 @@ def test_a_mirror_goes_on_where_the_first_hung_up_and_starts_again_after_a_wrong
     assert_fetched(target)
 
 
-def test_what_was_fetched_is_kept_when_all_hang_up(serve, target):
+def test_what_was_fetched_is_kept_when_every_server_stops(serve, target):
     server = serve({"file": CONTENT}, cut=2_000_000)
     with pytest.raises(UserError, match=r"connection ended early|IncompleteRead"):
         download([server.address()], target, MD5)
@@ -225,7 +225,7 @@ def test_the_error_gives_each_address_and_why(serve, target, nowhere):
 # CIFAR.
 
 
-def test_missing_cifar_offline_says_what_is_missing_where_it_is_and_the_way_without(tmp_path, monkeypatch):
+def test_missing_cifar_offline_says_what_is_missing_and_what_to_do(tmp_path, monkeypatch):
     def offline(addresses, *_):
         raise UserError(f"asked {addresses}")
 

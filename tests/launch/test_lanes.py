@@ -82,7 +82,7 @@ def test_lanes_leave_what_processes_would(here, left, recording, mode, norms):
 
 @pytest.mark.parametrize("network", ["without dropout", "with dropout"])
 @pytest.mark.parametrize("norm", ["norm=bn", "norm=mbn", "norm=brn"])
-def test_a_run_played_back_is_an_eager_one_and_goes_on_from_any_iteration(
+def test_a_recorded_run_equals_an_eager_one_and_goes_on_from_any_iteration(
     here, left, monkeypatch, recording, norm, network
 ):
     """Stopped in the warm-up, right after a recording, and where iterations are played."""

@@ -13,7 +13,7 @@ from mbn.records import record
 from mbn.system.errors import UserError
 
 
-def test_all_is_everything_but_imagenet_and_a_shared_run_stands_once(tmp_path):
+def test_all_is_everything_except_imagenet_and_a_shared_run_stands_once(tmp_path):
     for name in ("table1", "table3", "table6"):
         shutil.copy(REPOSITORY / "scripts" / "grids" / f"{name}.yaml", tmp_path)
     names = [run.name for run in runs(["all"], [0], folder=tmp_path)]

@@ -43,7 +43,7 @@ def rental(tmp_path, write_toy):
 
 
 @pytest.mark.timeout(600)
-def test_runs_are_trained_brought_home_and_gone_on_with(rental, tmp_path):
+def test_runs_are_trained_brought_home_and_continued(rental, tmp_path):
     """Two runs end, two in one process are stopped by the budget: their checkpoints come home too."""
     load, out = str(tmp_path / "load"), str(tmp_path / "out")
     common = [*COMMON, "--grids", str(tmp_path / "grids")]
@@ -100,5 +100,5 @@ def test_a_package_and_compiled_kernels_come_along(rental, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [(), ("train", "a", "b"), ("check", "a"), ("fly", "a", "b")], ids=" ".join)
-def test_mistakes_show_how_it_is_used(rental, arguments):
+def test_mistakes_show_the_usage(rental, arguments):
     assert "rented_gpu.sh train LOAD OUT" in rental(*arguments, code=2)

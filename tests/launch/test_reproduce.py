@@ -209,7 +209,7 @@ def test_a_run_whose_holder_died_is_taken_over(checkout):
     assert len(checkout.records()) == 2
 
 
-def test_results_elsewhere_with_signs_in_their_name(checkout, tmp_path):
+def test_results_may_be_in_a_folder_with_signs_in_its_name(checkout, tmp_path):
     checkout.results = tmp_path / "my results, (1)=ü"
     checkout.call("toy", "--seed", "0", f"machine.results='{checkout.results}'")
     assert len(checkout.records()) == 2

@@ -38,7 +38,7 @@ def test_a_point_within_an_epoch_is_the_mean_since_the_point_before():
     assert training["error"] == pytest.approx([10 * m for m in means], rel=1e-4)
 
 
-def test_points_are_merged_where_there_are_too_many(monkeypatch):
+def test_points_are_merged_if_there_are_too_many(monkeypatch):
     assert module.POINTS == 250
     monkeypatch.setattr(module, "POINTS", 4)
     rows, losses = journal(240, row_every=12)
@@ -73,7 +73,7 @@ def test_a_run_without_statistics_has_no_gap():
         (110, 10**6, 0),
     ],
 )
-def test_the_last_epoch_is_an_epochs_images(iterations, images, from_iteration):
+def test_the_last_epoch_is_the_last_images_of_a_run(iterations, images, from_iteration):
     rows, losses = journal(iterations, row_every=12)
     loss, error = last_epoch(rows, images)
     assert loss == pytest.approx(losses[from_iteration:].mean(), rel=1e-6)

@@ -23,11 +23,12 @@ def records(folder):
 
 @pytest.fixture
 def there(tmp_path):
-    """A folder with three records, and other JSON."""
+    """A folder with three records, other JSON, and a text."""
     folder = tmp_path / "there"
     for seed in range(3):
         toy.write(folder / "results", CELL, seed, test_error=8.0)
     (folder / "package.json").write_text('{"name": "other"}')
+    (folder / "results" / "records" / "notes.txt").write_text("mine")
     return folder
 
 
@@ -40,7 +41,7 @@ def packed(folder, suffix):
     path = folder.parent / f"packed{suffix}"
     if suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
-            for file in folder.rglob("*.json"):
+            for file in folder.rglob("*"):
                 archive.write(file, file.relative_to(folder))
     else:
         with tarfile.open(path, "w:gz") as archive:
@@ -73,7 +74,7 @@ def test_records_are_taken_once_wherever_they_stand(there, here, suffix):
         (lambda p: p.write_text(" " * (2 << 20)), "too large"),
     ],
 )
-def test_one_is_refused_and_the_others_are_taken(there, here, spoil, says):
+def test_a_wrong_record_is_refused_and_the_others_are_taken(there, here, spoil, says):
     path = records(there)[0]
     spoil(path)
     gathered = gather(packed(there, ".tar.gz"), here)

@@ -139,7 +139,7 @@ def test_a_field_that_is_yet_to_come_is_none_in_the_records_of_today(path, monke
         (lambda r: r.update(config=[]), "impossible configuration"),
     ],
 )
-def test_what_is_no_record_is_refused_whatever_its_checksum(path, change, says):
+def test_a_wrong_record_is_refused_even_with_a_right_checksum(path, change, says):
     edit(path, change, sign=True)
     assert re.search(says, refusal(path))
 
