@@ -104,10 +104,10 @@ def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others
             waits = trained("graph-eager")
         assert waits.update.mode == "eager"
         assert capsys.readouterr().err.count("warning: iterations cannot be recorded here") == 1
-        assert equalities.same_bits(equalities.tensors(waits), eager)
+        assert equalities.difference(equalities.tensors(waits), eager)[0] == 0
         recorded = trained("graph-eager")
         assert recorded.in_mode
-        assert equalities.same_bits(equalities.tensors(recorded), eager)
+        assert equalities.difference(equalities.tensors(recorded), eager)[0] == 0
 
 
 def test_recording_works_here():

@@ -29,10 +29,6 @@ def run(build=build, limit=300.0, **options):
     return jobs.run(suites.on_cuda(SIZES), Place(EMPTY, CPU, build, SIZES), limit, **options)
 
 
-def not_a_number(text):
-    raise AssertionError(f"{text} is not JSON")
-
-
 @pytest.fixture
 def on_cuda(monkeypatch):
     """benchmark.py takes the CPU for a GPU."""
@@ -51,7 +47,7 @@ def test_all_jobs_of_a_gpu_are_done_and_written_one_by_one(tmp_path, monkeypatch
     write = jobs.write_atomically
     monkeypatch.setattr(jobs, "write_atomically", lambda path, content: files.append(content) or write(path, content))
     assert script.main(["--device", "cpu", f"machine.data={EMPTY}", f"machine.results={tmp_path}"], SIZES) == 0
-    files = [json.loads(content, parse_constant=not_a_number) for content in files]
+    files = [json.loads(content, parse_constant=pytest.fail) for content in files]
     assert [list(file["cases"]) for file in files] == [CUDA_JOBS[: i + 1] for i in range(len(CUDA_JOBS))]
     cases = files[-1]["cases"]
     assert {name: case["status"] for name, case in cases.items()} == dict.fromkeys(CUDA_JOBS, "done")
