@@ -134,9 +134,8 @@ def _one(job: Job, place: Place, end: float, outcomes: Outcomes) -> str:
         outcomes[job.name] = job.work(place, min(end, time.monotonic() + job.limit))
     with failed.noted("memory"):  # a GPU that answers no longer must not end the report
         free(place.device)
-    if job.name not in outcomes:
-        return failed.missing[job.name]
-    return "partly" if outcomes[job.name].missing else "done"
+    missing = (outcomes.get(job.name) or failed).missing
+    return next((why for why in missing.values() if why.startswith("failed")), "partly" if missing else "done")
 
 
 def chosen(names: list[str], patterns: str) -> set[str]:
