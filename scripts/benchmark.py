@@ -25,7 +25,6 @@ from mbn.config.folders import data_and_results
 from mbn.system.command_line import entry_point
 from mbn.system.cuda_graph import allow_many_streams
 from mbn.system.files import write_atomically
-from mbn.training.execution import set_arithmetic
 
 
 @entry_point
@@ -50,8 +49,6 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = device.type == "cuda"
     data, results = data_and_results(options.settings)
-    # As in training: TF32, and algorithms chosen by trial.
-    set_arithmetic(device, tf32=True, deterministic=False)
     if options.quick:
         todo, sizes = suites.quick(), sizes or suites.QUICK_SIZES
     elif cuda:

@@ -23,6 +23,7 @@ from mbn.records import provenance
 from mbn.system.cuda_graph import first_line
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
+from mbn.training.execution import set_arithmetic
 
 NO_TIME = "skipped: no time left"
 
@@ -96,6 +97,8 @@ def run(
     """
     began = time.monotonic()
     end = began + limit
+    # As in training: TF32, and algorithms chosen by trial.
+    set_arithmetic(place.device, tf32=True, deterministic=False)
     names = [job.name for job in jobs]
     asked = chosen(names, only) - chosen(names, skip)
     report: dict[str, Any] = {

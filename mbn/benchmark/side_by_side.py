@@ -25,9 +25,9 @@ class SideBySide:
         self.inside = contextlib.ExitStack()
 
     def __enter__(self) -> "SideBySide":
-        dataset = self.place.dataset
-        if self.place.device.type == "cuda":
-            torch.cuda.synchronize(dataset.train_images.device)  # they are there, whichever stream brought them
+        images = self.place.dataset.train_images
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)  # they are there, whichever stream brought them
         self.inside.enter_context(switching_often())
         return self
 

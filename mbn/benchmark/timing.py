@@ -59,7 +59,7 @@ def timed(
 
     A round that is broken off does not count. dataset: in the place of CIFAR-10.
     """
-    result = Timed(case)
+    result, dataset = Timed(case), dataset or place.dataset  # on the device before any memory is measured
     torch.set_num_threads(case.threads)
     with own_stream(place.device):  # not for the whole run: 32 lanes need all the streams that torch has
         ready: dict[Arm, tuple[Workload, int]] = {}
@@ -98,7 +98,7 @@ def _round(result: Timed, ready: dict[Arm, tuple[Workload, int]], place: Place, 
     return True
 
 
-def _start(result: Timed, arm: Arm, place: Place, dataset: in_memory.Data | None) -> tuple[Workload, int]:
+def _start(result: Timed, arm: Arm, place: Place, dataset: in_memory.Data) -> tuple[Workload, int]:
     """An arm made ready and its number of iterations a round; its seconds to start and its memory go into result."""
     began = time.perf_counter()
     device, cuda = place.device, place.device.type == "cuda"

@@ -197,7 +197,6 @@ def test_the_command_chooses_by_the_kind_of_device(monkeypatch, tmp_path, device
 
     monkeypatch.setattr(script.jobs, "run", run)
     monkeypatch.setattr(script, "file_stem", lambda device: device.type)
-    monkeypatch.setattr(script, "set_arithmetic", lambda *_, **__: None)
     common = ["--device", device, f"machine.data={tmp_path}", f"machine.results={tmp_path}"]
     assert script.main([*common, "--only", "r20-*,loader", "--skip", "r20-b8", "--limit", "0", "--random"]) == 1
     assert script.main(common) == 1
