@@ -5,8 +5,7 @@ python scripts/benchmark.py --quick      # ResNet-20 at batch 128 without a comp
 python scripts/benchmark.py              # also compiled, batch 8, memory, runs side by side; writes results/benchmarks
 
 On CUDA the second one measures recorded iterations, many networks at once and ImageNet's loader. --limit is for all
-jobs together (default: an hour on a CPU, 300 seconds on CUDA); --only 'r20-*,lanes-r20-b8-*' and --skip loader choose
-among them.
+jobs together; --only 'r20-*,lanes-r20-b8-*' and --skip loader choose among them.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> None:
     parser.add_argument(
         "--random", action="store_true", help="random images; also where machine.data holds no CIFAR-10"
     )
-    jobs.add_options(parser)
+    jobs.add_options(parser, "3600 on a CPU, 300 on CUDA")
     options = parser.parse_intermixed_args(arguments)
     allow_many_streams()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -49,7 +49,7 @@ def advice(status: dict[str, str], outcomes: jobs.Outcomes, batches: tuple[int, 
 
     eager if a comparison does not hold or was not made; graph only where it is the faster one too.
     """
-    wrong = [name for name in ("layers", "graph", "deterministic") if status.get(name) != "done"]
+    wrong = [name for name in ("layers", "bf16", "graph", "deterministic") if status.get(name) != "done"]
     if wrong:
         return {"mode": "eager", "lanes": [1 for _ in batches], "why": f"not shown to be right: {', '.join(wrong)}"}
     mode, why = "graph-eager", "compiled: not checked, or failed"
@@ -73,7 +73,7 @@ def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; default: cuda")
     parser.add_argument("--out", type=Path, help="a JSON file for all numbers, written again after every job")
-    jobs.add_options(parser)
+    jobs.add_options(parser, "165")
     options = parser.parse_args(arguments)
     # cuBLAS reads it when it is first used; without it torch refuses deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -47,7 +47,17 @@ def test_all_jobs_end_with_the_advice_and_a_file(capsys, tmp_path, recording):
     assert check("--out", str(tmp_path / "check.json")) == 0
     found = json.loads((tmp_path / "check.json").read_text(), parse_constant=pytest.fail)
     names = [
-        *("layers", "graph", "deterministic", "r20-b4", "r20-b6", "lanes-r20-b4-mbn", "lanes-r20-b6-mbn", "compiled"),
+        *(
+            "layers",
+            "bf16",
+            "graph",
+            "deterministic",
+            "r20-b4",
+            "r20-b6",
+            "lanes-r20-b4-mbn",
+            "lanes-r20-b6-mbn",
+            "compiled",
+        ),
     ]
     assert {name: case["status"] for name, case in found["cases"].items()} == dict.fromkeys(names, "done")
     assert recording
@@ -131,8 +141,8 @@ BN1, MBN1, BRN2, GN = (
 BATCH = f"{MBN2.name}, gradient batch"
 EVERY = {BN1, MBN1, MBN2.name, BATCH, BRN2, GN}
 TWO = {f"{name}, {mode}" for name in ("BN 1 forward", "MBN 2 forwards") for mode in ("eager", "graph-eager")}
-FORMULAS = {f"{norm} {n}, eager, formula" for norm in ("MBN", "BRN") for n in ("1 forward", "2 forwards")}
-FORMULAS.add("MBN 2 forwards, eager, gradient batch, formula")
+FORMULAS = {f"{norm} {n}, eager" for norm in ("MBN", "BRN") for n in ("1 forward", "2 forwards")}
+FORMULAS.add("MBN 2 forwards, eager, gradient batch")
 FAULTS = {
     "none": (lambda patch: None, "layers", set()),
     "memory off": (memory_off, "graph", {MBN1, MBN2.name, BATCH}),
@@ -156,19 +166,21 @@ def test_a_fault_is_found_by_its_comparison_and_no_other(fault, monkeypatch, pla
     assert found.found.keys() >= wrong
 
 
-def test_a_fault_gives_eager_mode_and_exit_code_1_and_the_rest_goes_on(monkeypatch, capsys):
-    memory_off(monkeypatch)
-    assert check("--only", "layers,graph,deterministic") == 1
+@pytest.mark.parametrize(
+    ("put", "only", "said", "wrong"),
+    [
+        (memory_off, "layers,bf16,graph,deterministic", f"{MBN2.name}: failed: does not hold", "graph"),
+        (not_recorded, "lanes-*", "more lanes: failed: RuntimeError: iterations cannot be recorded", "layers, bf16"),
+    ],
+)
+def test_a_fault_gives_eager_mode_and_exit_code_1_and_the_rest_goes_on(put, only, said, wrong, monkeypatch, capsys):
+    put(monkeypatch)
+    assert check("--only", only) == 1
     out = capsys.readouterr().out
-    assert f"\n  {MBN2.name}: failed: does not hold\n" in out
+    assert f"\n  {said}\n" in out
     assert "\ndeterministic (" in out
-    assert "not shown to be right: graph" in out
+    assert f"not shown to be right: {wrong}" in out
     assert out.splitlines()[-1].startswith("use: machine.mode=eager ; reproduce.py --jobs 1 for batch 4, 1 for")
-
-
-def test_a_failed_measurement_is_exit_code_1_too(monkeypatch):
-    not_recorded(monkeypatch)
-    assert check("--only", "lanes-r20-b4-mbn") == 1
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -188,11 +200,6 @@ def test_without_cuda_one_sentence_and_exit_code_2(monkeypatch, capsys):
         assert script.main(["--device", device]) == 2
         out, err = capsys.readouterr()
         assert (out, err) == ("", f"error: this checks a CUDA device, and {device} is none or not there.\n")
-
-
-def test_an_unknown_job_is_refused_by_name(capsys):
-    assert check("--only", "layers,speeed") == 2
-    assert "no case is named speeed" in capsys.readouterr().err
 
 
 # What the numbers say.
