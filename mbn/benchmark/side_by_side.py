@@ -32,8 +32,8 @@ class SideBySide:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.lanes.clear()
         self.inside.close()
+        self.lanes.clear()
         gc.collect()  # what a recording holds lies in reference cycles
 
     def grow(self, n: int, deadline: float) -> bool:
