@@ -1,30 +1,32 @@
-"""On a CUDA device: the equalities of scripts/check_gpu.py, and whole runs, alone and side by side."""
+"""On a CUDA device: the jobs of scripts/check_gpu.py, and whole runs, alone and side by side."""
 
 import dataclasses
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import running
 import test_lanes
 import torch
 from running import TINY, Run, assert_same_run, run_here
-from test_check_gpu import check
+from test_check_gpu import script
 
+import models
+from mbn.benchmark import equalities
+from mbn.benchmark.workload import Arm, Case, Place
 from mbn.system import cuda_graph
 from mbn.system.cuda_graph import own_stream
+from mbn.training.execution import set_arithmetic
 from mbn.training.iteration import Update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 DEVICE = "cuda"
-SHORT = dataclasses.replace(
-    check.FULL,
-    networks={"resnet20": check.FULL.networks["resnet20"]},
-    plays=10,
-    lanes=((1, 2), (1, 2)),
-    seconds=0.2,
-)
+LANES = {8: (1, 2), 128: (1, 2)}
+SHORT = dataclasses.replace(script.SIZES, models=("resnet20",), images=256, rounds=1, lanes=LANES, lane_seconds=0.2)
+PLACE = Place(Path("data"), torch.device(DEVICE), models.build, SHORT, random=True)
 # Three epochs and a half of 6 batches, the last one smaller; on whatever device.
 RUN = [o for o in TINY if o != "machine.device=cpu"] + [
     f"machine.device={DEVICE}",
@@ -67,10 +69,9 @@ def left(tmp_path):
 
 # Compilers remark on float32 without TF32, which an equality needs, and on parts of torch 2.11.
 @pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", check.STEPS)
-def test_what_a_person_would_run_first_is_ok(name):
-    step = check.run_step(name, 240, torch.device(DEVICE), SHORT)
-    assert (step.state, [row for row in step.rows if row["ok"] is False]) == ("ok", [])
+@pytest.mark.parametrize("job", script.todo(SHORT), ids=lambda job: job.name)
+def test_what_a_person_would_run_first_is_ok(job):
+    assert job.work(PLACE, time.monotonic() + 240).missing == {}
 
 
 # Recording.
@@ -87,24 +88,26 @@ def test_a_stream_in_use_is_nobody_elses():
 
 
 def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others_are_recorded(monkeypatch, capsys):
-    device = torch.device(DEVICE)
-    check.set_arithmetic(device, False, True)
-    network, batches = SHORT.networks["resnet20"], check.random_batches([8] * 7, 32, device)
+    set_arithmetic(PLACE.device, False, True)
+    case, batches = Case("resnet20", 8, 1), equalities.random_batches([8] * 7, PLACE)
     original = Update._iterate
-    with own_stream(device):
-        eager = check.new_training(network, "MBN-2", "eager", device, 8)
-        check.train(eager, batches)
+
+    def trained(mode):
+        training = equalities.new_training(case, Arm("mbn", 2, mode), PLACE)
+        equalities.train(training, batches)
+        return training
+
+    with own_stream(PLACE.device):
+        eager = equalities.tensors(trained("eager"))
         with monkeypatch.context() as patch:
             patch.setattr(Update, "_iterate", lambda self, x, y: (original(self, x, y), self.window.sum().item()))
-            waits = check.new_training(network, "MBN-2", "graph-eager", device, 8)
-            check.train(waits, batches)
+            waits = trained("graph-eager")
         assert waits.update.mode == "eager"
         assert capsys.readouterr().err.count("warning: iterations cannot be recorded here") == 1
-        assert check.same_bits(check.tensors(waits), check.tensors(eager))
-        recorded = check.new_training(network, "MBN-2", "graph-eager", device, 8)
-        check.train(recorded, batches)
+        assert equalities.difference(equalities.tensors(waits), eager)[0] == 0
+        recorded = trained("graph-eager")
         assert recorded.in_mode
-        assert check.same_bits(check.tensors(recorded), check.tensors(eager))
+        assert equalities.difference(equalities.tensors(recorded), eager)[0] == 0
 
 
 def test_recording_works_here():

@@ -1,35 +1,84 @@
-"""What a GPU does during a piece of work: its kernels, and how much of the time there is none."""
+"""What a GPU does while networks train: its kernels, and how much of the time there is none."""
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from mbn.benchmark.jobs import NO_TIME, Outcome
+from mbn.benchmark.side_by_side import SideBySide
+from mbn.benchmark.workload import Arm, Case, Place
+
+# Start and end in nanoseconds, and name.
+Kernel = tuple[int, int, str]
+
 
 @dataclass
-class Kernels:
-    """Kernels of one piece of work. Seconds: span, from the first one's start to the last one's end; busy, in which at
-    least one runs; total, of all added up, above busy where they run side by side. by_name: number and seconds.
+class Profiled(Outcome):
+    """Kernels of a case's iterations, of several lanes together.
+
+    Seconds: span, from the first one's start to the last one's end; busy, in which at least one runs; total, of all
+    added up, above busy where they run side by side. by_name: number and seconds.
     """
 
-    span: float
-    busy: float
-    total: float
-    by_name: dict[str, tuple[int, float]]
+    case: Case
+    arm: Arm
+    lanes: int
+    iterations: int = 0
+    span: float = 0.0
+    busy: float = 0.0
+    total: float = 0.0
+    by_name: dict[str, tuple[int, float]] = field(default_factory=dict)
 
-    @property
-    def number(self) -> int:
-        return sum(n for n, _ in self.by_name.values())
+    def add_up(self, kernels: list[Kernel]) -> None:
+        """Sum up all kernels, in the order of their starts."""
+        numbers: Counter[str] = Counter()
+        times: Counter[str] = Counter()
+        busy, until = 0, kernels[0][0]
+        for start, end, name in kernels:
+            numbers[name] += 1
+            times[name] += end - start
+            busy += max(0, end - max(start, until))
+            until = max(until, end)
+        self.span, self.busy, self.total = (until - kernels[0][0]) / 1e9, busy / 1e9, times.total() / 1e9
+        self.by_name = {name: (numbers[name], times[name] / 1e9) for name in numbers}
 
-    def longest(self, n: int) -> list[str]:
-        """The names of the n kernels that take most time."""
-        return sorted(self.by_name, key=lambda name: -self.by_name[name][1])[:n]
+    def line(self) -> str:
+        n, number = max(1, self.iterations), sum(count for count, _ in self.by_name.values())
+        return (
+            f"{self.arm.name}, lanes {self.lanes}: {1e3 * self.span / n:.3f} ms an iteration, of which "
+            f"{1e3 * self.busy / n:.3f} ms with a kernel running; {number / n:.0f} kernels, "
+            f"{1e3 * self.total / n:.3f} ms added up"
+        )
+
+    def rows(self, most: int = 15) -> list[str]:
+        """With a table of the kernels that take most time."""
+        n = max(1, self.iterations)
+        lines = [*super().rows(), "", "| kernel | an iteration | us each | us an iteration |", "|---|---|---|---|"]
+        for name, (number, seconds) in sorted(self.by_name.items(), key=lambda item: -item[1][1])[:most]:
+            short = name.replace("|", "/")[:100]
+            lines.append(f"| {short} | {number / n:.1f} | {1e6 * seconds / number:.1f} | {1e6 * seconds / n:.0f} |")
+        return lines
 
 
-def kernels(work: Callable[[], object], device: torch.device) -> Kernels:
+def profiled(case: Case, arm: Arm, n: int, place: Place, deadline: float) -> Profiled:
+    """Profile n lanes for a moment, once they are recorded."""
+    result = Profiled(case, arm, n)
+    with result.noted("profile"), SideBySide(case, arm, place) as running:
+        if not running.grow(n, deadline):
+            result.missing["profile"] = NO_TIME
+            return result
+        counts: list[int] = []
+        work = lambda: counts.append(running.iterate(place.sizes.profile_seconds)[0])  # noqa: E731
+        result.add_up(kernels(work, place.device))
+        result.iterations = counts[0]
+    return result
+
+
+def kernels(work: Callable[[], object], device: torch.device) -> list[Kernel]:
     """Do the work under torch's profiler. On a CPU its operations take the kernels' place.
 
     Errors: RuntimeError where the profiler sees nothing.
@@ -41,29 +90,11 @@ def kernels(work: Callable[[], object], device: torch.device) -> Kernels:
         if cuda:
             torch.cuda.synchronize(device)
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    found = [
+    found = sorted(
         (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
         for event in profile.profiler.kineto_results.events()
         if event.device_type() == kind
-    ]
+    )
     if not found:
         raise RuntimeError("the profiler saw no kernel")
-    return _summed(sorted(found))
-
-
-def _summed(found: list[tuple[int, int, str]]) -> Kernels:
-    """found: start, end and name of each kernel in nanoseconds, in the order of their starts."""
-    numbers: Counter[str] = Counter()
-    times: Counter[str] = Counter()
-    busy, until = 0, found[0][0]
-    for start, end, name in found:
-        numbers[name] += 1
-        times[name] += end - start
-        busy += max(0, end - max(start, until))
-        until = max(until, end)
-    return Kernels(
-        span=(until - found[0][0]) / 1e9,
-        busy=busy / 1e9,
-        total=times.total() / 1e9,
-        by_name={name: (numbers[name], times[name] / 1e9) for name in numbers},
-    )
+    return found

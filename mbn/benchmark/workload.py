@@ -1,24 +1,26 @@
 """What a benchmark repeats: training or testing one network, with the settings of a run, and a plain PyTorch loop."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mbn import config as configuration
-from mbn.data import in_memory
+from mbn.data import datasets, in_memory
 from mbn.layers import Layers, from_config
 from mbn.norm.memorized import set_lambda
-from mbn.training.iteration import READ_EVERY, Update, autocast
+from mbn.system.cuda_graph import Recorded
+from mbn.system.errors import UserError
+from mbn.training.iteration import READ_EVERY, Update
 
 Build = Callable[..., nn.Module]
 # The plain loop's loader has this many batches ready before it is needed; they must not count as its speed.
@@ -60,8 +62,77 @@ class Arm:
 
 
 PLAIN = Arm("plain", mode="plain")
-# What all ratios are to: BN with one forward and no compiler, on data already in memory.
-BASE = Arm("bn")
+# What ratios are to: BN with one forward and no compiler, on data already in memory; recorded where there are graphs.
+BASE, RECORDED = Arm("bn"), Arm("bn", mode="graph-eager")
+COMPARED = (("bn", 1), ("mbn", 1), ("mbn", 2), ("gn", 1))
+PAIR = (("bn", 1), ("mbn", 2))
+
+
+def arms(methods: tuple[tuple[str, int], ...], *modes: str, precision: str = "fp32") -> tuple[Arm, ...]:
+    """Each method, a norm and its number of forwards, in each mode."""
+    return tuple(Arm(norm, forwards, mode, precision=precision) for mode in modes for norm, forwards in methods)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured. As they stand, all of it takes at most five minutes on a GPU with a warm Inductor cache."""
+
+    models: tuple[str, ...] = ("resnet20", "resnet56")
+    batches: tuple[int, ...] = (8, 128)
+    arms: tuple[Arm, ...] = (*arms(COMPARED, "graph-eager", "eager"), PLAIN)
+    images: int = 390 * 128  # whole batches: a smaller one at an epoch's end would be recorded on its own
+    rounds: int = 6
+    round_seconds: float = 0.12  # of each arm
+    memory: bool = True  # on a CPU: measured
+    lanes: dict[int, tuple[int, ...]] = field(default_factory=lambda: {8: (1, 2, 4, 8, 16, 32), 128: (1, 2, 4, 8)})
+    compiled_lanes: dict[int, tuple[int, ...]] = field(default_factory=lambda: {8: (1, 2, 4, 8, 16), 128: (1, 2, 4)})
+    lane_seconds: float = 0.8
+    processes_seconds: float = 20.0
+    profile_seconds: float = 0.05
+    profile_lanes: int = 8
+    compiling: float = 20.0  # with less time left than this no compiling begins
+    workers: int = 16
+    pictures: int = 512
+    large_batch: int = 128  # ResNet-50's
+    loader_seconds: float = 5.0
+
+
+@dataclass
+class Place:
+    """Where and on what is measured: the images of CIFAR-10, or random ones if asked for or where folder has none."""
+
+    folder: Path
+    device: torch.device
+    build: Build
+    sizes: Sizes
+    random: bool = False
+
+    @functools.cached_property
+    def opened(self) -> tuple[in_memory.Arrays, str]:
+        """The images, and what they are in words."""
+        n = self.sizes.images
+        if not self.random and (self.folder / "cifar-10-batches-py").is_dir():
+            with contextlib.suppress(UserError):
+                found = datasets.load_cifar("cifar10", self.folder)
+                return found._replace(train_images=found[0][:n], train_labels=found[1][:n]), "CIFAR-10"
+        why = "as asked for" if self.random else f"no whole CIFAR-10 in the folder {self.folder.name}"
+        return random_arrays(n, 32, 10), f"random ({why})"
+
+    @functools.cached_property
+    def dataset(self) -> in_memory.DeviceDataset:
+        config = settings(Case("resnet20", 128, 1), BASE, self.folder).dataset
+        return in_memory.DeviceDataset(self.opened[0], config, 0, self.device)
+
+    def seconds_to_begin(self, arm: Arm) -> float:
+        """How much time must be left to make an arm ready."""
+        return self.sizes.compiling if arm.mode in ("graph", "compile") else 0.0
+
+
+def random_arrays(n: int, size: int, classes: int) -> in_memory.Arrays:
+    """n images of size x size random pixels with random labels, for training and for testing."""
+    draws = np.random.default_rng(0)
+    images, labels = draws.integers(0, 256, (n, size, size, 3), dtype=np.uint8), draws.integers(0, classes, n)
+    return in_memory.Arrays(images, labels, images, labels)
 
 
 class Workload:
@@ -91,29 +162,33 @@ class Workload:
             torch.cuda.current_stream(self.device).synchronize()
 
 
-class Training(Workload):
-    """A network, its optimiser and its Update, as a run has them. make: the network; batches: what `step` takes."""
+def warm_up(work: Workload, before_recording: Callable[[], None] = lambda: None) -> None:
+    """Iterate until the iteration is recorded, if the mode is to record. Errors: RuntimeError where it is not then."""
+    for _ in range(Recorded.AS_IT_IS):
+        work.step()
+    work.wait()
+    before_recording()
+    work.step()
+    work.wait()
+    if not work.in_mode:
+        raise RuntimeError("iterations cannot be recorded")
 
-    def __init__(
-        self,
-        make: Callable[[], nn.Module],
-        forwards: int,
-        mode: str,
-        device: torch.device,
-        batch_size: int,
-        batches: Iterator[in_memory.Batch],
-        precision: str = "fp32",
-    ) -> None:
-        super().__init__(self._step, device)
-        torch.manual_seed(0)
-        self.model = make().to(device).to(memory_format=torch.channels_last)
+
+class Training(Workload):
+    """A network, its optimiser and its Update, as a run has them. batches: what `step` takes."""
+
+    def __init__(self, case: Case, arm: Arm, place: Place, batches: Iterator[in_memory.Batch]) -> None:
+        super().__init__(self._step, place.device)
+        self.model = network(case, arm, place)
         # At 0.1 a batch of 8 may diverge, and NaNs have a speed of their own.
-        self.lr = torch.tensor(0.01, device=device)
+        self.lr = torch.tensor(0.01, device=place.device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-4, fused=True
         )
-        self.update = Update(self.model, self.optimizer, forwards, mode, precision, device, batch_size)
-        self.mode, self.batches = mode, batches
+        self.update = Update(
+            self.model, self.optimizer, arm.forwards, arm.mode, arm.precision, place.device, case.batch_size
+        )
+        self.mode, self.batches = arm.mode, batches
 
     def _step(self) -> None:
         self.update(*next(self.batches))
@@ -140,51 +215,24 @@ def _composed(*overrides: str) -> configuration.Config:
     return configuration.load(list(overrides))
 
 
-def prepare(
-    case: Case,
-    arm: Arm,
-    dataset: in_memory.Data,
-    folder: Path,
-    device: torch.device,
-    build: Build,
-    arrays: in_memory.Arrays | None = None,
-) -> Workload:
-    """An arm made ready.
-
-    arrays: what the plain loop reads where folder holds no CIFAR-10; the other arms take their batches from dataset.
-    """
+def network(case: Case, arm: Arm, place: Place) -> nn.Module:
+    """An arm's network on the device, always with the same parameters."""
+    config = settings(case, arm, place.folder)
     torch.manual_seed(0)
+    model = place.build(layers=from_config(config), **configuration.network(config))
+    set_lambda(model, 0.9)
+    return model.to(place.device).to(memory_format=torch.channels_last)
+
+
+def prepare(case: Case, arm: Arm, place: Place, dataset: in_memory.Data | None = None) -> Workload:
+    """An arm made ready. dataset: what it takes its batches from, in the place of place's images."""
     if arm == PLAIN:
-        loop = plain_loop(settings(case, BASE, folder), device, build, arrays)
-        return Workload(functools.partial(next, loop), device, PREFETCHED)
-    config = settings(case, arm, folder)
-
-    def make() -> nn.Module:
-        model = build(layers=from_config(config), **configuration.network(config))
-        set_lambda(model, 0.9)
-        return model
-
-    if arm.evaluates:
-        model = make().to(device).to(memory_format=torch.channels_last).eval()
-        return testing(model, lambda: dataset.test_batches(case.batch_size), device, arm.precision)
-    batches = dataset.train_batches(0, case.batch_size)
-    return Training(make, arm.forwards, arm.mode, device, case.batch_size, batches, arm.precision)
-
-
-def testing(
-    model: nn.Module, batches: Callable[[], Iterator[in_memory.Batch]], device: torch.device, precision: str
-) -> Workload:
-    def step() -> None:
-        with torch.no_grad(), autocast(device, precision):
-            model(next(images)[0])
-
-    images = _repeated(batches)
-    return Workload(step, device)
-
-
-def _repeated(make: Callable[[], Iterator[in_memory.Batch]]) -> Iterator[in_memory.Batch]:
-    while True:
-        yield from make()
+        return Workload(functools.partial(next, plain_loop(case, place)), place.device, PREFETCHED)
+    dataset = dataset or place.dataset
+    if not arm.evaluates:
+        return Training(case, arm, place, dataset.train_batches(0, case.batch_size))
+    model, (images, _) = network(case, arm, place).eval(), next(dataset.test_batches(case.batch_size))
+    return Workload(torch.no_grad()(lambda: model(images)), place.device)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -200,13 +248,9 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def plain_loop(
-    config: configuration.Config, device: torch.device, build: Build, arrays: in_memory.Arrays | None = None
-) -> Iterator[None]:
-    """What one would write today: torchvision's data set and transforms, a DataLoader, nn.BatchNorm2d, SGD, eager.
-
-    arrays: images in the place of CIFAR-10's.
-    """
+def plain_loop(case: Case, place: Place) -> Iterator[None]:
+    """What one would write today: PIL images and torchvision's transforms, a DataLoader, nn.BatchNorm2d, SGD, eager."""
+    config = settings(case, BASE, place.folder)
     transform = v2.Compose(
         [
             v2.ToImage(),
@@ -216,21 +260,20 @@ def plain_loop(
             v2.Normalize(config.dataset.mean, config.dataset.std),
         ]
     )
-    images: Any = (
-        Pictures(arrays, transform)
-        if arrays is not None
-        else torchvision.datasets.CIFAR10(config.machine.data, train=True, transform=transform)
-    )
     loader = torch.utils.data.DataLoader(
-        images, config.batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True
+        Pictures(place.opened[0], transform),
+        case.batch_size,
+        shuffle=True,
+        num_workers=WORKERS,
+        persistent_workers=True,
     )
     layers = Layers(nn.Conv2d, nn.BatchNorm2d, lambda: nn.ReLU(inplace=True))
-    model = build(layers=layers, **configuration.network(config)).to(device)
+    model = place.build(layers=layers, **configuration.network(config)).to(place.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     while True:
         for x, y in loader:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x.to(device)), y.to(device))
+            loss = F.cross_entropy(model(x.to(place.device)), y.to(place.device))
             loss.backward()
             optimizer.step()
             yield

@@ -25,9 +25,19 @@ from mbn.system.signals import Told
 Train = Callable[[Config, Told, Callable[[Config, torch.device], in_memory.Data]], None]
 # Settings that belong to the process, so that all its lanes have them in common.
 OF_THE_PROCESS = ("device", "deterministic", "tf32", "threads", "data", "results")
-# Seconds after which a thread that computes lets the others run: one that compiles must not hold up those that only
-# launch recordings.
-SWITCH = 0.0005
+
+
+@contextlib.contextmanager
+def switching_often() -> Iterator[None]:
+    """Inside, a thread that computes soon lets the others run: one that compiles must not hold up those that only
+    launch recordings.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def fits(config: Config) -> bool:
@@ -57,18 +67,19 @@ class Lanes:
     def __init__(self, train: Train, jobs: int) -> None:
         self.train, self.jobs = train, jobs
         self.load = SharedData()
+        self.often = switching_often()
         allow_many_streams()
 
     def __enter__(self) -> "Lanes":
-        self.usual = sys.stdout, sys.stderr, sys.getswitchinterval()
+        self.usual = sys.stdout, sys.stderr
         self.output = PerThread(sys.stdout), PerThread(sys.stderr)
         sys.stdout, sys.stderr = self.output
-        sys.setswitchinterval(SWITCH)
+        self.often.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.stdout, sys.stderr, interval = self.usual
-        sys.setswitchinterval(interval)
+        sys.stdout, sys.stderr = self.usual
+        self.often.__exit__(None, None, None)
 
     def __call__(self, run: Run, results: Path) -> "Lane":
         machine = dataclasses.replace(run.config.machine, together=self.jobs)

@@ -1,70 +1,73 @@
-"""scripts/check_gpu.py on the CPU: a tiny network, and the stand-in for CUDA graphs."""
+"""scripts/check_gpu.py on the CPU: comparisons find every fault, and what follows from the numbers."""
 
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from places import MBN2, SIZES, build, soon
 from running import load_script
 from tape import record
 from test_graph import plant
-from test_update import Small
 
+from mbn.benchmark import equalities
+from mbn.benchmark.equalities import Compared
+from mbn.benchmark.jobs import NO_TIME
+from mbn.benchmark.side_by_side import Rates
+from mbn.benchmark.workload import PAIR, Case, arms
 from mbn.norm import functional
 from mbn.norm.together import Memories
 from mbn.system import cuda_graph
 from mbn.training import iteration
 
-check = load_script("check_gpu")
-
-CPU = torch.device("cpu")
-TINY = check.Scale({"small": Small}, (4, 6), 3, image=6, plays=2, lanes=((1, 2), (1,)), seconds=0.05)
+script = load_script("check_gpu")
+LANES = {4: (1, 2), 6: (1,)}
+SHORT = replace(SIZES, arms=arms(PAIR, "graph-eager", "eager"), batches=(4, 6), lanes=LANES, compiled_lanes=LANES)
+COMPARISONS = {job.name: job for job in equalities.jobs()}
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch, recording):
-    """Graphs; a compiler that takes no time; and afterwards the process's settings as they were."""
-    monkeypatch.setattr(iteration, "compiled", lambda method, kind: method)
-    yield
-    torch.use_deterministic_algorithms(False)
+def as_on_a_gpu(recording):
+    """Graphs."""
 
 
-def run(name):
-    return check.run_step(name, 60, CPU, TINY)
+def compare(name, place):
+    found = COMPARISONS[name].work(replace(place, sizes=SHORT), soon())
+    assert not torch.are_deterministic_algorithms_enabled()
+    return found
 
 
-def failed(step):
-    return [row["what"] for row in step.rows if row["ok"] is False]
+def check(*arguments):
+    return script.main(["--device", "cpu", *arguments], SHORT, build)
 
 
-@pytest.mark.parametrize("name", check.STEPS)
-def test_every_step_is_ok_where_nothing_is_wrong(name, recording):
-    step = run(name)
-    assert (step.state, failed(step)) == ("ok", [])
-    assert step.rows
-    assert bool(recording) == (name not in ("mps",))
-
-
-def test_all_steps_end_with_a_table_the_advice_and_a_file(capsys, tmp_path, monkeypatch):
-    written = []
-    original = check.write_atomically
-    monkeypatch.setattr(check, "write_atomically", lambda p, content: written.append(content) or original(p, content))
-    assert check.main(["--device", "cpu", "--out", str(tmp_path / "check.json")], TINY) == 0
-    out = capsys.readouterr().out
-    found = json.loads((tmp_path / "check.json").read_text())
-    assert len(written) == len(check.STEPS)
-    assert list(found["steps"]) == list(check.STEPS)
-    assert all(step["state"] == "ok" for step in found["steps"].values())
+def test_all_jobs_end_with_the_advice_and_a_file(capsys, tmp_path, recording):
+    assert check("--out", str(tmp_path / "check.json")) == 0
+    found = json.loads((tmp_path / "check.json").read_text(), parse_constant=pytest.fail)
+    names = [
+        *(
+            "layers",
+            "bf16",
+            "graph",
+            "deterministic",
+            "r20-b4",
+            "r20-b6",
+            "lanes-r20-b4-mbn",
+            "lanes-r20-b6-mbn",
+            "compiled",
+        ),
+    ]
+    assert {name: case["status"] for name, case in found["cases"].items()} == dict.fromkeys(names, "done")
+    assert recording
     mode, (small, large) = found["advice"]["mode"], found["advice"]["lanes"]
     assert mode in ("graph", "graph-eager")
     assert small in (1, 2)
     assert large == 1
-    assert out.splitlines()[-1] == (
+    assert capsys.readouterr().out.splitlines()[-1] == (
         f"use: machine.mode={mode} ; reproduce.py --jobs {small} for batch 4, {large} for batch 6"
     )
-    for name in check.STEPS:
-        assert f"| **{name}** | ok |" in out
 
 
 # Faults.
@@ -100,10 +103,10 @@ def formula_off(monkeypatch):
 
 
 def not_recorded(monkeypatch):
-    def record(function):
+    def fail(function):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "record", fail)
 
 
 def not_deterministic(monkeypatch):
@@ -128,77 +131,65 @@ def compiler_off(monkeypatch):
     monkeypatch.setattr(iteration, "compiled", compiled)
 
 
+def not_resumed(monkeypatch):
+    monkeypatch.setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None)
+
+
+BN1, MBN1, BRN2, GN = (
+    f"{name}, graph-eager" for name in ("BN 1 forward", "MBN 1 forward", "BRN 2 forwards", "GN 1 forward")
+)
+BATCH = f"{MBN2.name}, gradient batch"
+EVERY = {BN1, MBN1, MBN2.name, BATCH, BRN2, GN}
+TWO = {f"{name}, {mode}" for name in ("BN 1 forward", "MBN 2 forwards") for mode in ("eager", "graph-eager")}
+FORMULAS = {f"{norm} {n}, eager" for norm in ("MBN", "BRN") for n in ("1 forward", "2 forwards")}
+FORMULAS.add("MBN 2 forwards, eager, gradient batch")
 FAULTS = {
-    "memory off": (memory_off, "graph", ["small, MBN-1", "small, MBN-2", "small, MBN-2, gradient batch"]),
-    "learning rate": (lambda patch: plant(patch, "learning rate"), "graph", [f"small, {m}" for m in check.METHODS]),
-    "lambda": (lambda patch: plant(patch, "lambda"), "graph", ["small, MBN-1", "small, MBN-2"]),
-    "bounds": (lambda patch: plant(patch, "bounds"), "graph", ["small, BRN-2"]),
-    "not recorded": (not_recorded, "graph", [f"small, {m}" for m in check.METHODS]),
-    "formula off": (
-        formula_off,
-        "layers",
-        ["MBN, formula", "MBN, gradient batch, formula", "BRN, formula"],
-    ),
-    "not deterministic": (
-        not_deterministic,
-        "deterministic",
-        [
-            f"small, {m}, {mode}, {what}"
-            for m in ("BN-1", "MBN-2")
-            for mode in ("eager", "graph-eager")
-            for what in ("twice", "resumed")
-        ],
-    ),
-    "compiler off": (compiler_off, "compiled", ["small, MBN-2"]),
-    "not recorded, lanes": (
-        not_recorded,
-        "lanes",
-        ["small, MBN-2, batch 4, 1 at once", "small, MBN-2, batch 4, 2 at once", "small, MBN-2, batch 6, 1 at once"],
-    ),
+    "none": (lambda patch: None, "layers", set()),
+    "memory off": (memory_off, "graph", {MBN1, MBN2.name, BATCH}),
+    "learning rate": (lambda patch: plant(patch, "learning rate"), "graph", EVERY),
+    "lambda": (lambda patch: plant(patch, "lambda"), "graph", {MBN1, MBN2.name}),
+    "bounds": (lambda patch: plant(patch, "bounds"), "graph", {BRN2}),
+    "not recorded": (not_recorded, "graph", EVERY),
+    "formula off": (formula_off, "layers", FORMULAS),
+    "not deterministic": (not_deterministic, "deterministic", TWO),
+    "not resumed": (not_resumed, "deterministic", TWO),
+    "compiler off": (compiler_off, "compiled", {"MBN 2 forwards, graph"}),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_by_its_step_and_no_other_row(fault, monkeypatch):
-    put, name, rows = FAULTS[fault]
+def test_a_fault_is_found_by_its_comparison_and_no_other(fault, monkeypatch, place):
+    put, name, wrong = FAULTS[fault]
     put(monkeypatch)
-    step = run(name)
-    assert step.state == "FAILED"
-    assert failed(step) == rows
+    found = compare(name, place)
+    assert found.missing == dict.fromkeys(wrong, "failed: does not hold")
+    assert found.found.keys() >= wrong
 
 
-def test_a_fault_gives_eager_mode_and_exit_code_1_and_the_rest_goes_on(monkeypatch, capsys):
-    memory_off(monkeypatch)
-    assert check.main(["--device", "cpu", "--steps", "layers,graph,deterministic,mps"], TINY) == 1
+@pytest.mark.parametrize(
+    ("put", "only", "said", "wrong"),
+    [
+        (memory_off, "layers,bf16,graph,deterministic", f"{MBN2.name}: failed: does not hold", "graph"),
+        (not_recorded, "lanes-*", "more lanes: failed: RuntimeError: iterations cannot be recorded", "layers, bf16"),
+    ],
+)
+def test_a_fault_gives_eager_mode_and_exit_code_1_and_the_rest_goes_on(put, only, said, wrong, monkeypatch, capsys):
+    put(monkeypatch)
+    assert check("--only", only) == 1
     out = capsys.readouterr().out
-    assert "| **graph** | FAILED |" in out
-    assert "| **mps** | ok |" in out
-    assert "not shown to be right: graph" in out
+    assert f"\n  {said}\n" in out
+    assert "\ndeterministic (" in out
+    assert f"not shown to be right: {wrong}" in out
     assert out.splitlines()[-1].startswith("use: machine.mode=eager ; reproduce.py --jobs 1 for batch 4, 1 for")
 
 
-def test_an_error_and_a_step_without_end_are_failures_and_the_next_step_runs(monkeypatch, capsys):
-    def breaks(step, device, scale):
-        raise RuntimeError("CUDA error: no kernel image\nmore")
-
-    def hangs(step, device, scale):
-        step.note("began")
-        time.sleep(30)
-
-    monkeypatch.setitem(check.STEPS, "layers", (breaks, 5))
-    monkeypatch.setitem(check.STEPS, "graph", (hangs, 0.2))
-    began = time.monotonic()
-    assert check.main(["--device", "cpu", "--steps", "layers,graph,mps"], TINY) == 1
-    assert time.monotonic() - began < 10
-    out = capsys.readouterr().out
-    assert "layers: RuntimeError: CUDA error: no kernel image: FAILED" in out
-    assert "graph: not finished in 0 s: FAILED" in out
-    assert "| **mps** | ok |" in out
-
-
-def test_nothing_begins_once_the_time_is_over(capsys):
-    assert check.main(["--device", "cpu", "--limit", "0", "--steps", "deterministic"], TINY) == 1
-    assert "| **deterministic** | FAILED |" in capsys.readouterr().out
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_without_time_does_not_hold(name, place, capsys):
+    found = COMPARISONS[name].work(place, time.monotonic())
+    assert found.missing
+    assert all(why.startswith("failed: TimeoutError: n") for why in found.missing.values())
+    assert check("--limit", "0", "--only", name) == 1
+    assert f"{name} (0.0 s): {NO_TIME}" in capsys.readouterr().out
 
 
 def test_without_cuda_one_sentence_and_exit_code_2(monkeypatch, capsys):
@@ -206,33 +197,22 @@ def test_without_cuda_one_sentence_and_exit_code_2(monkeypatch, capsys):
     for device in ("cpu", "cuda"):
         if device == "cuda" and torch.cuda.is_available():
             continue
-        assert check.main(["--device", device]) == 2
+        assert script.main(["--device", device]) == 2
         out, err = capsys.readouterr()
         assert (out, err) == ("", f"error: this checks a CUDA device, and {device} is none or not there.\n")
-
-
-def test_an_unknown_step_is_refused_by_name(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        check.main(["--steps", "layers,speeed"])
-    assert stopped.value.code == 2
-    assert "there is no step speeed" in capsys.readouterr().err
 
 
 # What the numbers say.
 
 
-def steps(states=(), ms=(1.0, 2.0), rates=None):
-    """Steps as they would be with these states (ok where none is given), ms compiled and without, and rates."""
-    made = {}
-    for name in check.STEPS:
-        made[name] = check.Step(name)
-        made[name].state = dict(states).get(name, "ok")
-    made["compiled"].note("equality", True, difference=0.0)
-    made["compiled"].note("speed", ms=ms[0], ms_without=ms[1])
-    for (network, batch), found in (rates or {}).items():
-        for n, rate in found.items():
-            made["lanes"].note("rate", network=network, batch=batch, lanes=n, rate=rate)
-    return made
+def advise(states=(), ms=(1.0, 2.0), rates=None):
+    """The advice where jobs have these states ("done" where none is given), ms compiled and without, and rates."""
+    status = {**dict.fromkeys(COMPARISONS, "done"), **dict(states)}
+    compiled = Compared(found={"MBN 2 forwards, graph": {"ms": ms[0], "ms_without": ms[1]}})
+    if status["compiled"] != "done":
+        compiled.missing["MBN 2 forwards, graph"] = "failed: does not hold"
+    measured = {f"lanes-{name}-{n}": Rates(Case(name, n, 1), MBN2, found) for (name, n), found in (rates or {}).items()}
+    return script.advice(status, {"compiled": compiled, **measured}, (8, 128))
 
 
 @pytest.mark.parametrize(
@@ -240,23 +220,15 @@ def steps(states=(), ms=(1.0, 2.0), rates=None):
     [
         ({}, (1.0, 2.0), "graph"),
         ({}, (2.0, 1.0), "graph-eager"),
-        ({"compiled": "FAILED"}, (1.0, 2.0), "graph-eager"),
-        ({"speed": "FAILED"}, (1.0, 2.0), "graph"),
-        ({"graph": "FAILED"}, (1.0, 2.0), "eager"),
-        ({"layers": "FAILED"}, (1.0, 2.0), "eager"),
-        ({"deterministic": "FAILED"}, (1.0, 2.0), "eager"),
+        ({"compiled": "partly"}, (1.0, 2.0), "graph-eager"),
+        ({"graph": "partly"}, (1.0, 2.0), "eager"),
+        ({"layers": "skipped: not asked for"}, (1.0, 2.0), "eager"),
+        ({"deterministic": "failed: no memory"}, (1.0, 2.0), "eager"),
     ],
     ids=str,
 )
 def test_the_mode_is_the_fastest_that_is_right(states, ms, mode):
-    assert check.advice(steps(states, ms), (8, 128))["mode"] == mode
-
-
-@pytest.mark.parametrize("missing", ["layers", "graph", "deterministic"])
-def test_an_equality_that_was_not_checked_does_not_hold(missing):
-    some = steps()
-    del some[missing]
-    assert check.advice(some, (8, 128))["mode"] == "eager"
+    assert advise(states, ms)["mode"] == mode
 
 
 @pytest.mark.parametrize(
@@ -265,38 +237,19 @@ def test_an_equality_that_was_not_checked_does_not_hold(missing):
         ({("a", 8): {1: 100.0, 2: 190.0, 4: 300.0, 8: 310.0}, ("a", 128): {1: 50.0, 2: 51.0}}, [4, 1]),
         ({("a", 8): {1: 100.0, 2: 190.0, 4: 300.0, 8: 320.0}, ("a", 128): {1: 50.0, 2: 60.0, 4: 55.0}}, [8, 2]),
         ({("a", 8): {1: 100.0, 2: 190.0}, ("b", 8): {1: 40.0, 2: 41.0}, ("b", 128): {1: 9.0, 2: 12.0}}, [2, 2]),
-        ({}, [1, 1]),
+        ({("a", 8): {}}, [1, 1]),
     ],
     ids=["near the best", "the best", "two networks", "not measured"],
 )
 def test_lanes_are_the_fewest_near_the_best_rate(rates, lanes):
-    assert check.advice(steps(rates=rates), (8, 128))["lanes"] == lanes
-
-
-# Comparing.
+    assert advise(rates=rates)["lanes"] == lanes
 
 
 def test_a_difference_is_relative_to_the_largest_value_and_nan_is_infinitely_far():
     wanted = {"a": torch.tensor([100.0, 0.0]), "b": torch.zeros(2)}
-    assert check.difference({"a": torch.tensor([100.0, 1.0]), "b": torch.zeros(2)}, wanted) == (0.01, "a")
-    assert check.difference({"a": wanted["a"], "b": torch.full((2,), 1e-8)}, wanted) == (pytest.approx(1e-4), "b")
-    assert check.difference(wanted, wanted) == (0.0, "none")
+    difference = equalities.difference
+    assert difference({"a": torch.tensor([100.0, 1.0]), "b": torch.zeros(2)}, wanted) == (0.01, "a")
+    assert difference({"a": wanted["a"], "b": torch.full((2,), 1e-8)}, wanted) == (pytest.approx(1e-4), "b")
+    assert difference(wanted, wanted) == (0.0, "none")
     for bad in (math.nan, math.inf):
-        assert check.difference({"a": torch.tensor([100.0, bad]), "b": torch.zeros(2)}, wanted) == (math.inf, "a")
-
-
-def test_the_time_limit_leaves_another_timer_as_it_was():
-    rang = []
-    before = check.signal.signal(check.signal.SIGALRM, lambda *_: rang.append(1))
-    rest = check.signal.setitimer(check.signal.ITIMER_REAL, 0.3)
-    try:
-        with check.at_most(5):
-            pass
-        assert 0 < check.signal.getitimer(check.signal.ITIMER_REAL)[0] <= 0.3
-        with pytest.raises(check.TimeUp), check.at_most(0.01):
-            time.sleep(0.2)
-        time.sleep(0.3)
-        assert rang == [1]
-    finally:
-        check.signal.setitimer(check.signal.ITIMER_REAL, *rest)
-        check.signal.signal(check.signal.SIGALRM, before)
+        assert difference({"a": torch.tensor([100.0, bad]), "b": torch.zeros(2)}, wanted) == (math.inf, "a")

@@ -1,0 +1,155 @@
+"""Jobs one after the other, each with a limit in seconds of its own: what fails is named, and the rest goes on.
+
+The clock is read between iterations: nothing is interrupted.
+"""
+
+import argparse
+import contextlib
+import datetime
+import fnmatch
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mbn import config as configuration
+from mbn.benchmark.workload import Place
+from mbn.records import provenance
+from mbn.system.cuda_graph import first_line
+from mbn.system.errors import UserError
+from mbn.system.files import write_atomically
+from mbn.training.execution import set_arithmetic
+
+NO_TIME = "skipped: no time left"
+
+
+def left(deadline: float) -> float:
+    """Seconds until an instant of the monotonic clock; below 0 when it is over."""
+    return deadline - time.monotonic()
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a job has found; missing: what it has not, with the reason."""
+
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """The result in a line."""
+        raise NotImplementedError
+
+    def rows(self) -> list[str]:
+        """The result as markdown."""
+        return [f"{self.line()}."]
+
+    @contextlib.contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Put whatever fails inside (memory, a compiler, a driver) into missing under name, and go on."""
+        try:
+            yield
+        except Exception as error:
+            self.missing[name] = f"failed: {first_line(error)}"
+
+
+Outcomes = dict[str, Outcome]
+
+
+class Job(NamedTuple):
+    """A short name, a limit in seconds, and what works in a place until a deadline."""
+
+    name: str
+    limit: float
+    work: Callable[[Place, float], Outcome]
+
+
+def free(device: torch.device) -> None:
+    """Give unused memory back; after an error nothing may refer to that error any more."""
+    gc.collect()
+    new_peak(device)
+
+
+def new_peak(device: torch.device) -> None:
+    """Let the peaks of memory begin again from what is in use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def add_options(parser: argparse.ArgumentParser, limit: str) -> None:
+    """The options that choose among jobs. limit: the default of --limit, in words."""
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"for everything together; default: {limit}")
+    parser.add_argument("--only", default="*", help="jobs to do, by name or pattern, with commas: 'r20-*,loader'")
+    parser.add_argument("--skip", default="", help="jobs to leave out, likewise")
+
+
+def run(
+    jobs: list[Job], place: Place, limit: float, only: str = "*", skip: str = "", path: Path | None = None
+) -> tuple[dict[str, Any], Outcomes]:
+    """Do the jobs within limit seconds; returns a report and what each job that was begun has found.
+
+    After each job its result is printed, and the report written to path. only, skip: names or patterns, with commas.
+    Errors: UserError where a name fits no job.
+    """
+    began = time.monotonic()
+    end = began + limit
+    # As in training: TF32, and algorithms chosen by trial.
+    set_arithmetic(place.device, tf32=True, deterministic=False)
+    names = [job.name for job in jobs]
+    asked = chosen(names, only) - chosen(names, skip)
+    report: dict[str, Any] = {
+        "device": provenance.device_name(place.device),
+        "cores": configuration.cores(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": provenance.commit_and_dirty()[0],
+        "versions": provenance.versions(),
+        "images": place.opened[1],
+        "limit": limit,
+        "cases": {},
+    }
+    print(f"{report['device']}, torch {torch.__version__}", flush=True)
+    outcomes: Outcomes = {}
+    for job in jobs:
+        start = time.monotonic()
+        status = _one(job, place, end, outcomes) if job.name in asked else "skipped: not asked for"
+        took = time.monotonic() - start
+        found = outcomes.get(job.name)
+        report["cases"][job.name] = {"status": status, "took": took, **(asdict(found) if found else {})}
+        report["seconds"] = time.monotonic() - began
+        if path is not None:
+            write_report(path, report)
+        print(f"{job.name} ({took:.1f} s): {found.line() if found else status}", flush=True)
+        for name, why in found.missing.items() if found else ():
+            print(f"  {name}: {why}", flush=True)
+    return report, outcomes
+
+
+def _one(job: Job, place: Place, end: float, outcomes: Outcomes) -> str:
+    """Do a job and put what it finds among the outcomes. Returns its status in words."""
+    if left(end) <= 0:
+        return NO_TIME
+    failed = Outcome()
+    with failed.noted(job.name):
+        outcomes[job.name] = job.work(place, min(end, time.monotonic() + job.limit))
+    with failed.noted("memory"):  # a GPU that answers no longer must not end the report
+        free(place.device)
+    missing = (outcomes.get(job.name) or failed).missing
+    return next((why for why in missing.values() if why.startswith("failed")), "partly" if missing else "done")
+
+
+def chosen(names: list[str], patterns: str) -> set[str]:
+    """The names that fit one of the patterns. Errors: UserError where a pattern fits none."""
+    found = {pattern: fnmatch.filter(names, pattern) for pattern in patterns.split(",") if pattern}
+    for pattern, fitting in found.items():
+        if not fitting:
+            raise UserError(f"no case is named {pattern}: there are {', '.join(names)}.", code=2)
+    return {name for fitting in found.values() for name in fitting}
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write it as JSON."""
+    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())

@@ -1,0 +1,37 @@
+"""The benchmark on the CPU, with the stand-in for CUDA graphs."""
+
+import pytest
+import torch
+from places import small_place
+
+from mbn.benchmark import kernels, suites
+from mbn.training import iteration
+
+
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch):
+    """What a compiler makes is not an operation that the stand-in could note."""
+    monkeypatch.setattr(iteration, "compiled", lambda method, kind: method)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setattr(suites, "cores", lambda: 1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def profiler(monkeypatch):
+    """A profiler that sees two kernels: on a CPU the real one sees nothing of other threads."""
+
+    def seen(work, device):
+        work()
+        return [(0, 10**9, "convolution"), (10**9, 2 * 10**9, "sum")]
+
+    monkeypatch.setattr(kernels, "kernels", seen)
+
+
+@pytest.fixture
+def place():
+    return small_place()

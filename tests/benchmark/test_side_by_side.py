@@ -1,0 +1,124 @@
+"""Networks that train at the same time, and a profile's sums."""
+
+import contextlib
+import sys
+import time
+
+import pytest
+import torch
+from places import CASE, CPU, MBN2, SIZES, fake_workloads, soon
+
+from mbn.benchmark import kernels, side_by_side, suites, timing, workload
+from mbn.benchmark.jobs import NO_TIME, run
+from mbn.benchmark.kernels import Profiled
+from mbn.benchmark.side_by_side import SideBySide, lanes
+from mbn.benchmark.workload import Arm, Sizes
+
+profiler = kernels.kernels  # before conftest puts another one in its place
+
+
+def rate(place, n, seconds):
+    with SideBySide(CASE, MBN2, place) as running:
+        assert running.grow(n, soon())
+        count, took = running.iterate(seconds)
+        return count / took
+
+
+@pytest.mark.parametrize(
+    ("n", "step", "window", "least"), [(1, 0.02, 0.4, 25), (3, 0.02, 0.4, 75), (1, 0.3, 0.05, 2)], ids=str
+)
+def test_lanes_are_counted_from_their_start_to_their_end(n, step, window, least, monkeypatch, place):
+    """A step never takes less: n lanes make at most n / step a second, and most of them on a busy machine, too.
+
+    The four iterations up to the recording do not count, and one of 0.3 s in a window of 0.05 s does with its time.
+    """
+    fake_workloads(monkeypatch, step=lambda: time.sleep(step))
+    assert least < rate(place, n, window) <= n / step
+
+
+def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, place, recording):
+    made, switch = [], set()
+
+    def prepare(case, arm, place, dataset):
+        made.append((workload.prepare(case, arm, place, dataset), dataset))
+        switch.add(sys.getswitchinterval())
+        return made[-1][0]
+
+    monkeypatch.setattr(side_by_side, "prepare", prepare)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.004)
+    try:
+        assert rate(place, 2, 0.1) > 0
+        assert switch == {0.0005}
+        assert sys.getswitchinterval() == 0.004
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(recording) == 2
+    (one, images), (other, other_images) = made
+    assert one.model is not other.model
+    assert (images.seed, other_images.seed) == (0, 1)
+    assert images.train_images.data_ptr() == other_images.train_images.data_ptr()
+
+
+def test_lanes_are_all_that_holds_streams(monkeypatch, place, recording):
+    """torch has 32 streams, and there are jobs of 32 lanes."""
+    inside, most = [], []
+
+    @contextlib.contextmanager
+    def own_stream(device):
+        inside.append(device)
+        most.append(len(inside))
+        yield
+        inside.pop()
+
+    for module in (timing, side_by_side):
+        monkeypatch.setattr(module, "own_stream", own_stream)
+    run(suites.on_cuda(SIZES), place, 100, only="lanes-r20-b8-mbn,compiled-r20-b8")
+    assert (most, inside) == ([1, 2, 1], [])
+
+
+def test_a_lane_that_fails_ends_the_job_with_what_was_measured(monkeypatch, place):
+    made = []
+
+    def full():
+        made.append(1)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("it is full")
+
+    fake_workloads(monkeypatch, step=lambda: time.sleep(0.001), made=full)
+    found = lanes(CASE, MBN2, (1, 2, 4), place, soon())
+    assert list(found.rates) == [1, 2]
+    assert found.missing == {"more lanes": "failed: OutOfMemoryError: it is full"}
+
+
+@pytest.mark.parametrize("work", [lanes, lambda *given: kernels.profiled(*given)], ids=["lanes", "profile"])
+def test_nothing_is_compiled_where_there_is_little_time(work, place):
+    place.sizes = Sizes()
+    numbers, what = ((1, 2), "1 lanes and more") if work is lanes else (1, "profile")
+    assert work(CASE, Arm("bn", mode="graph"), numbers, place, time.monotonic() + 10).missing == {what: NO_TIME}
+
+
+# Profiles.
+
+
+def test_a_profile_is_of_one_iteration():
+    """Microseconds: a 0-100, b 50-150 beside it, c 200-300 with a short a inside, and nothing from 150 to 200."""
+    found = Profiled(CASE, MBN2, 2, iterations=2)
+    found.add_up(
+        [(1000 * s, 1000 * e, n) for s, e, n in [(0, 100, "a"), (50, 150, "b"), (200, 300, "c"), (220, 230, "a")]]
+    )
+    assert (found.span, found.busy, found.total) == pytest.approx((300e-6, 250e-6, 310e-6))
+    assert found.line() == (
+        "MBN 2 forwards, graph-eager, lanes 2: 0.150 ms an iteration, of which 0.125 ms with a kernel running; "
+        "2 kernels, 0.155 ms added up"
+    )
+    assert found.rows(most=1)[-2:] == ["|---|---|---|---|", "| a | 1.0 | 55.0 | 55 |"]
+
+
+def test_operations_stand_for_kernels_on_a_cpu():
+    x = torch.ones(100, 100)
+    found = profiler(lambda: [x.mm(x) for _ in range(3)], CPU)
+    assert [name for _, _, name in found].count("aten::mm") == 3
+    assert all(start <= end for start, end, _ in found)
+    with pytest.raises(RuntimeError, match="saw no kernel"):
+        profiler(lambda: None, CPU)

@@ -1,0 +1,171 @@
+"""How arms are timed, and what they are."""
+
+import itertools
+import time
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from places import CASE, CPU, EMPTY, MBN2, SIZES, build, fake_workloads, soon
+from torch import nn
+
+from mbn import config
+from mbn.benchmark import imagenet_loader, jobs, suites, timing, workload
+from mbn.benchmark.jobs import NO_TIME
+from mbn.benchmark.timing import Timed, timed
+from mbn.benchmark.workload import BASE, PLAIN, RECORDED, Arm, Place, Sizes
+from mbn.system import cuda_graph
+
+
+def test_ratios_are_taken_round_by_round():
+    """A machine that is twice as slow for half the rounds changes no ratio."""
+    result = Timed(CASE, {BASE.name: [1.0, 2.0, 1.0, 2.0], "other": [1.1, 2.2, 1.1, 2.2]}, {BASE.name: 1, "other": 1})
+    assert result.ratios("other", BASE.name) == pytest.approx([1.1] * 4)
+    assert result.rows()[-1] == "| other | 1650 (1100 to 2200) | 5 | 1.10 (1.10 to 1.10) | 1.0 | - |"
+
+
+def test_every_arm_is_timed_in_every_round(monkeypatch, place):
+    """By a clock that moves a second with every look at it: each measurement is one second, over its iterations."""
+    clock = itertools.count()
+    monkeypatch.setattr(workload.time, "perf_counter", lambda: float(next(clock)))
+    place.sizes = Sizes(images=64, rounds=3, round_seconds=4.0)
+    chosen = (BASE, Arm("mbn", 2), Arm("gn"), Arm("mbn", evaluates=True))
+    result = timed(CASE, chosen, place, soon())
+    assert result.seconds == {arm.name: [0.25] * 3 for arm in chosen}
+    assert result.missing == {}
+    assert min(result.memory.values()) > 0
+
+
+@pytest.fixture
+def clock(monkeypatch, place):
+    """Time that passes only in measurements, a second in each."""
+    now = [0.0]
+    fake = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0], sleep=lambda _: None)
+    for module in (timing, jobs):
+        monkeypatch.setattr(module, "time", fake)
+
+    def second(_):
+        now[0] += 1
+        return now[0]
+
+    fake_workloads(monkeypatch, second)
+    place.sizes = Sizes(memory=False)
+    return now
+
+
+def test_a_round_that_the_limit_breaks_off_does_not_count(clock, place):
+    """Of 6.5 s two arms take 2 to start and 2 a round: the third round breaks off after its first arm."""
+    result = timed(CASE, (RECORDED, MBN2), place, 6.5)
+    assert result.seconds == {RECORDED.name: [3, 5], MBN2.name: [4, 6]}
+    assert result.missing == {"rounds from 3 to 6": NO_TIME}
+
+
+def test_arms_that_the_limit_leaves_no_time_for_are_named(clock, place):
+    """Each takes a second to start; compiling begins only with 20 s left."""
+    place.sizes = Sizes(rounds=1, memory=False)
+    result = timed(CASE, (RECORDED, Arm("bn", mode="graph"), MBN2), place, 10)
+    assert result.missing == {"BN 1 forward, graph": NO_TIME}
+    assert list(result.seconds) == [RECORDED.name, MBN2.name]
+    result = timed(CASE, (RECORDED, BASE), place, clock[0] + 1)
+    assert result.missing == {BASE.name: NO_TIME, "rounds from 1 to 1": NO_TIME}
+
+
+def test_an_arm_that_fails_in_a_round_has_no_times(monkeypatch, place):
+    calls = []
+
+    def seconds(arm):
+        calls.append(arm)
+        if arm == MBN2 and calls.count(MBN2) == 3:
+            raise RuntimeError("once")
+        return 0.5
+
+    fake_workloads(monkeypatch, seconds)
+    place.sizes = Sizes(rounds=3, memory=False)
+    result = timed(CASE, (RECORDED, MBN2), place, soon())
+    assert result.seconds == {RECORDED.name: [0.5] * 3}
+    assert result.missing == {MBN2.name: "failed: RuntimeError: once"}
+
+
+def test_iterations_that_are_not_recorded_are_not_taken_for_recorded_ones(monkeypatch, place, capsys):
+    def record(function):
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    result = timed(CASE, (BASE, RECORDED), place, soon())
+    assert list(result.seconds) == [BASE.name]
+    assert result.missing == {RECORDED.name: "failed: RuntimeError: iterations cannot be recorded"}
+    assert "warning: iterations cannot be recorded here" in capsys.readouterr().err
+
+
+def test_peak_memory_is_the_allocators(place):
+    """A layer that keeps a large tensor for its backward pass shows, byte for byte."""
+
+    class Greedy(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.n, self.fc = n, nn.Linear(3, 10)
+
+        def forward(self, x):
+            kept = x.new_zeros(self.n)
+            return self.fc(x.mean((2, 3))) + 0 * kept.sum()
+
+    def peak(n):
+        return timing.peak_memory(workload.prepare(CASE, BASE, replace(place, build=lambda **_: Greedy(n))))
+
+    assert peak(10**7) - peak(10**6) == pytest.approx(4 * 9 * 10**6, rel=0.01)
+
+
+# Arms and images.
+
+
+def test_an_arm_that_tests_changes_nothing(place):
+    made = []
+    place.build = lambda **given: made.append(build(**given)) or made[0]
+    testing = workload.prepare(CASE, Arm("mbn", evaluates=True), place)
+    before = {name: tensor.clone() for name, tensor in made[0].state_dict().items()}
+    testing.step()
+    torch.testing.assert_close(made[0].state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_plain_loop_takes_images_as_torchvision_hands_them_out(place):
+    """As PIL images, transformed; the folder is empty."""
+    workload.prepare(CASE, PLAIN, place).step()
+    arrays = place.opened[0]
+    pictures = workload.Pictures(arrays, lambda image: (type(image).__name__, image.size, image.getpixel((9, 7))))
+    assert pictures[3] == (("Image", (32, 32), tuple(arrays.train_images[3, 7, 9])), arrays.train_labels[3])
+    assert len(pictures) == 64
+
+
+def test_an_arm_has_the_configuration_that_it_is_called_by():
+    for arm in (*suites.ON_CPU[:-1], Arm("mbn", 2, "graph", precision="bf16")):
+        found = workload.settings(CASE, arm, EMPTY)
+        assert (found.norm.name, found.forwards, found.precision) == (arm.norm, arm.forwards, arm.precision)
+        assert getattr(found.norm, "gradient", "paper") == arm.gradient
+    assert len({arm.name for arm in suites.ON_CPU}) == len(suites.ON_CPU)
+    assert config.network(workload.settings(CASE, BASE, EMPTY))["builder"] == "resnet_cifar.resnet20"
+
+
+def test_images_are_random_where_there_is_no_cifar(tmp_path, monkeypatch):
+    def images(random):
+        place = Place(tmp_path, CPU, build, SIZES, random)
+        assert place.dataset.train_images.shape == place.opened[0].train_images.shape == (64, 32, 32, 3)
+        return place.opened[1]
+
+    assert images(False) == f"random (no whole CIFAR-10 in the folder {tmp_path.name})"
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    monkeypatch.setattr(workload.datasets, "load_cifar", lambda *_: workload.random_arrays(100, 32, 10))
+    assert images(False) == "CIFAR-10"
+    assert images(True) == "random (as asked for)"
+
+
+def test_pictures_are_like_imagenets(tmp_path):
+    imagenet_loader.make_pictures(tmp_path, 66)
+    files = sorted((tmp_path / "train").rglob("*.jpeg"))
+    assert len(files) == 66
+    assert 100e3 < sum(file.stat().st_size for file in files) / 66 < 120e3
+    assert len({file.read_bytes() for file in files}) == 64
+
+
+def test_a_loader_without_time_is_said(place):
+    assert imagenet_loader.loader(place, time.monotonic()).missing == {"loader": NO_TIME}
