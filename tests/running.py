@@ -24,6 +24,7 @@ import train
 from mbn import config
 from mbn.config import REPOSITORY
 from mbn.data import datasets
+from mbn.norm.base import norm_layers
 from mbn.records import provenance, record
 from mbn.training import checkpoint
 from mbn.training.iteration import Update
@@ -67,6 +68,18 @@ class Small(nn.Module):
 
 def build_small(*, layers, classes, **_):
     return Small(layers, classes, dropout=0.1, widths=(8, 16))
+
+
+@torch.no_grad()
+def follow(model: Small, references, x, remember=True):
+    """Put x through the model as it is now, with references in the place of its layers: what goes into each."""
+    given = []
+    for conv, layer, reference in zip((model.conv1, model.conv2), norm_layers(model), references, strict=True):
+        given.append(conv(x))
+        x = reference.normalize(given[-1], layer.weight, layer.bias).relu()
+        if remember:
+            reference.remember(given[-1])
+    return given
 
 
 # 6 iterations an epoch, the last one smaller, and a third of a second epoch.

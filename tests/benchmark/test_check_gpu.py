@@ -6,10 +6,9 @@ import time
 
 import pytest
 import torch
-from running import load_script
+from running import Small, load_script
 from tape import record
 from test_graph import plant
-from test_update import Small
 
 from mbn.norm import functional
 from mbn.norm.together import Memories

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from tape import record
-from test_update import METHODS, batch, prepare, state
+from test_iteration import METHODS, batch, prepare, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbn.layers import bn, brn, gn, mbn, normprop
