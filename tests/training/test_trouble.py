@@ -355,24 +355,23 @@ def both(forkers, results, overrides=TINY):
 
 
 def one_trained(ends, run):
-    """Whether of two processes one trained and the other was told who does, or that it is done."""
+    """Whether of two processes one trained and the other named it, or said that it is done."""
     codes = sorted(e.code for e in ends)
     text = "".join(e.text for e in ends)
     if codes == [0, 76]:
-        told = re.search(rf"error: {re.escape(str(run.folder))} is being trained by process \d+ on ", text)
-        right = told is not None
+        right = re.search(rf"error: {re.escape(str(run.folder))} is being trained by process \d+ on ", text) is not None
     else:
         right = codes == [0, 0] and text.count("The run is finished") == 1
     return right and "Traceback" not in text and run.record()["iterations"] == run.config.schedule.iterations
 
 
 def pairs(forkers, folder, times):
-    right = told = 0
+    right = named = 0
     for number in range(times):
         ends = both(forkers, folder / str(number))
-        told += any(e.code == 76 for e in ends)
+        named += any(e.code == 76 for e in ends)
         right += one_trained(ends, Run(folder / str(number), TINY))
-    return right, told
+    return right, named
 
 
 def test_of_the_same_command_twice_at_once_one_trains_and_the_other_says_who(forkers, tmp_path):
@@ -402,8 +401,8 @@ def test_the_holder_that_is_named_is_not_the_one_before(tmp_path):
 @pytest.mark.long("6", "The same command twice at once: one trained, the other named the holder")
 def test_many_pairs(forkers, tmp_path, count, figure):
     total = count(50)
-    right, told = pairs(forkers, tmp_path, total)
-    figure(right, total, f"{told} times while the other trained, else just after it had ended")
+    right, named = pairs(forkers, tmp_path, total)
+    figure(right, total, f"{named} times while the other trained, else just after it had ended")
 
 
 @pytest.mark.long("6", "Killed holders of a run whose lock the next process took over at once")
