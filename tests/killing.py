@@ -195,7 +195,7 @@ class Events:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Places. EAGER stands inside a compiled network, which can not be entered.
+# Where a process can be killed.
 PLACES = (
     *("first forward", "optimiser's step", "second forward", "evaluation", "row of the journal", "end of an epoch"),
     *("saving", "half a checkpoint", "between the renames", "resuming", "half a record", "record written"),
