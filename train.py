@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     options = p.parse_intermixed_args(arguments)
     overrides = options.overrides
     if options.help:
-        p.epilog = f"choices:\n{choices()}\nsettings:\n{configuration.explained(configuration.compose(overrides))}"
+        choices = "".join(f"  {group}={'|'.join(configuration.options(group))}\n" for group in configuration.groups())
+        p.epilog = f"choices:\n{choices}\nsettings:\n{configuration.explained(configuration.compose(overrides))}"
         p.print_help()
     elif options.cfg:
         composed = configuration.compose([o for o in overrides if o not in ("job", "all", "hydra")])
@@ -59,24 +60,24 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
     """Train, or show what is trained already. stop, load: of a run in a thread, see `mbn.training.run`."""
     from mbn.records import record
 
-    path = record.path_of(Path(config.machine.results), configuration.run_name(config))
-    runs = Path(config.machine.results) / "runs"
+    results = Path(config.machine.results)
+    path = record.path_of(results, configuration.run_name(config))
 
     def build(layers):
         import models
 
         return models.build(layers=layers, **configuration.network(config))
 
+    precise = config.evaluate.precise and METHODS[config.norm.name].statistics
+    if config.evaluate.precise and not precise:
+        print(f"warning: norm={config.norm.name} has no statistics to take again.", file=sys.stderr)
     # Importing torch takes seconds: not before the configuration is known to be right, nor for what is finished.
     if path.exists() and not config.machine.again:
         result = record.read(path)
-        if config.evaluate.precise and result["test_error_precise"] is None:
-            if METHODS[config.norm.name].statistics:
-                from mbn.training.run import add_precise_error
+        if precise and result["test_error_precise"] is None:
+            from mbn.training.run import add_precise_error
 
-                result = add_precise_error(config, build, stop)
-            else:
-                print(f"warning: norm={config.norm.name} has no statistics to take again.", file=sys.stderr)
+            result = add_precise_error(config, build, stop)
         print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it again.")
     else:
         from mbn.training.run import train
@@ -84,7 +85,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
         print(f"{configuration.run_name(config)}: {configuration.iterations(config)} iterations", flush=True)
         result = train(config, build, stop, load)
         print(record.summary(result))
-    print(f"record: {path}\ncurves: tensorboard --logdir {runs}")
+    print(f"record: {path}\ncurves: tensorboard --logdir {results / 'runs'}")
 
 
 def sweep(overrides: list[str]) -> int:
@@ -135,10 +136,6 @@ def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) 
         left = len(outcome.left)
         print(f"error: stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)
     return outcome.code if outcome.code is not None else 1 if outcome.failed else code
-
-
-def choices() -> str:
-    return "".join(f"  {group}={'|'.join(configuration.options(group))}\n" for group in configuration.groups())
 
 
 if __name__ == "__main__":

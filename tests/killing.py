@@ -4,6 +4,7 @@ As a script it reads jobs from its input, one JSON a line, forks for each, and s
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,56 +51,39 @@ class Forker:
         self.process.wait()
         self.process.stdout.close()
 
-    def start(self, **job) -> int:
-        """The process's id."""
-        self.began = time.monotonic()
-        print(json.dumps(job | {"log": str(self.log)}), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def wait(self) -> Ended:
-        code = int(self.process.stdout.readline())
-        return Ended(code, self.log.read_text(), time.monotonic() - self.began)
-
-    def forget(self) -> None:
-        """Let the ended process's id go."""
-        print(file=self.process.stdin, flush=True)
-
     def run(self, after=None, once=None, **job) -> Ended:
         """Run a job to its end; after: seconds until it is killed, from when the file `once` is there."""
-        process = self.start(**job)
-        if after is None:
-            ended = self.wait()
-            self.forget()
-            return ended
+        began = time.monotonic()
+        print(json.dumps(job | {"log": str(self.log)}), file=self.process.stdin, flush=True)
+        process = int(self.process.stdout.readline())
         over = threading.Event()
 
         def kill():
             while once is not None and not once.exists():
                 if over.wait(0.002):
                     return
-            # Until `wait` returns the process is not forgotten, and its id nobody else's.
+            # Until it is forgotten its id is nobody else's.
             if not over.wait(after):
                 os.kill(process, signal.SIGKILL)
 
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
-            return self.wait()
-        finally:
+        with ThreadPoolExecutor(1) as killer:
+            if after is not None:
+                killer.submit(kill)
+            code = int(self.process.stdout.readline())
             over.set()
-            killer.join()
-            self.forget()
+        print(file=self.process.stdin, flush=True)  # forget it
+        return Ended(code, self.log.read_text(), time.monotonic() - began)
 
 
 # In the forking process and its children.
 
 
 def serve() -> None:
+    import running  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import torch._dynamo
     import torch.utils.tensorboard
 
-    import train  # noqa: F401
     from mbn import config
 
     torch.set_num_threads(1)
@@ -138,22 +123,19 @@ def child(job: dict) -> None:
 
 def train_job(job: dict) -> int:
     """`train.py overrides`, killed at a place at or after an iteration, or not at all."""
+    import running
+
     import models
     import train
 
-    if job.get("network"):
-        import running
-
-        models.build = {"tiny": running.build_tiny, "small": running.build_small}[job["network"]]
+    models.build = {"tiny": running.build_tiny, "small": running.build_small}[job["network"]]
     if job.get("place"):
-        aim(job["place"], job["at"], job.get("number", int(signal.SIGKILL)), random.Random(job.get("seed", 0)))
+        aim(job["place"], job["at"], random.Random(job.get("seed", 0)))
     return train.main(job["overrides"])
 
 
 def soak_job(job: dict) -> int:
     """As `train_job`; what this process holds is written to `samples` every so many iterations."""
-    import itertools
-
     from mbn.training.iteration import Update
 
     numbers = itertools.count(1)
@@ -213,14 +195,14 @@ class Events:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Places. EAGER stands inside a compiled network, which can not be entered.
+# Where a process can be killed.
 PLACES = (
     *("first forward", "optimiser's step", "second forward", "evaluation", "row of the journal", "end of an epoch"),
     *("saving", "half a checkpoint", "between the renames", "resuming", "half a record", "record written"),
 )
 
 
-def aim(place: str, at: int, number: int, draw: random.Random) -> None:
+def aim(place: str, at: int, draw: random.Random) -> None:
     """Have this process killed when it comes to a place at or after an iteration."""
     from mbn.records import record
     from mbn.system import files
@@ -231,7 +213,7 @@ def aim(place: str, at: int, number: int, draw: random.Random) -> None:
 
     def strike(armed: bool = True) -> None:
         if armed and now >= at:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def patch(owner, name, make) -> None:
         setattr(owner, name, make(getattr(owner, name)))
@@ -278,23 +260,17 @@ def aim(place: str, at: int, number: int, draw: random.Random) -> None:
             if path.name.endswith(name) and (now >= at or name == "metrics.jsonl"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.with_name(f"{path.name}.{os.getpid()}.partial").write_bytes(content[: len(content) // 2])
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGKILL)
             original(path, content, keep_as)
 
         return call
 
-    if place == "evaluation":
-        second_batch = after(next)
+    if place == "evaluation":  # between its first batch and its second
 
         def evaluate(original):
             def call(model, batches):
-                def until():
-                    iterator = iter(batches)
-                    yield next(iterator)
-                    yield second_batch(iterator)
-                    yield from iterator
-
-                return original(model, until())
+                numbers = itertools.count()
+                return original(model, map(after(lambda batch: batch, lambda _: next(numbers)), batches))
 
             return call
 

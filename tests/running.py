@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a tiny network, runs in this process and in others, and what they left."""
+"""What the tests of whole runs share: small networks, runs in this process and in others, and what they left."""
 
 import copy
 import dataclasses
@@ -8,11 +8,14 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import nn
 
@@ -21,8 +24,10 @@ import train
 from mbn import config
 from mbn.config import REPOSITORY
 from mbn.data import datasets
+from mbn.norm.base import norm_layers
 from mbn.records import provenance, record
 from mbn.training import checkpoint
+from mbn.training.iteration import Update
 
 
 class Tiny(nn.Module):
@@ -46,27 +51,35 @@ def build_tiny(*, layers, classes, **_):
 
 
 class Small(nn.Module):
-    """Three layers with statistics and dropout, a few milliseconds an iteration."""
+    """Two layers with statistics, so that the second one's input depends on what the first one normalises by."""
 
-    def __init__(self, layers, classes):
+    def __init__(self, layers, classes=10, dropout=0.0, widths=(4, 5)):
         super().__init__()
-        widths = [3, 8, 8, 16]
-        self.convs = nn.ModuleList(
-            layers.conv(a, b, 3, stride=2, padding=1, bias=False) for a, b in itertools.pairwise(widths)
-        )
-        self.norms = nn.ModuleList(layers.norm(b) for b in widths[1:])
-        self.act = layers.act()
-        self.dropout = nn.Dropout(0.1)
-        self.fc = nn.Linear(16, classes)
+        a, b = widths
+        self.conv1, self.norm1, self.act1 = layers.conv(3, a, 3, padding=1, bias=False), layers.norm(a), layers.act()
+        self.dropout = nn.Dropout(dropout)
+        self.conv2, self.norm2, self.act2 = layers.conv(a, b, 3, stride=2, bias=False), layers.norm(b), layers.act()
+        self.fc = nn.Linear(b, classes)
 
     def forward(self, x):
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = self.act(norm(conv(x)))
-        return self.fc(self.dropout(x.mean((2, 3))))
+        x = self.dropout(self.act1(self.norm1(self.conv1(x))))
+        return self.fc(self.act2(self.norm2(self.conv2(x))).mean((2, 3)))
 
 
 def build_small(*, layers, classes, **_):
-    return Small(layers, classes)
+    return Small(layers, classes, dropout=0.1, widths=(8, 16))
+
+
+@torch.no_grad()
+def follow(model: Small, references, x, remember=True):
+    """Put x through the model as it is now, with references in the place of its layers: what goes into each."""
+    given = []
+    for conv, layer, reference in zip((model.conv1, model.conv2), norm_layers(model), references, strict=True):
+        given.append(conv(x))
+        x = reference.normalize(given[-1], layer.weight, layer.bias).relu()
+        if remember:
+            reference.remember(given[-1])
+    return given
 
 
 # 6 iterations an epoch, the last one smaller, and a third of a second epoch.
@@ -150,19 +163,22 @@ def assert_same_bits(a, b, path=""):
         assert a == b, path
 
 
+def ended(run: Run):
+    """All that a run ended with, timing aside."""
+    state, points = run.checkpoint(), without(run.points(), {"speed/images_per_second"})
+    assert all(steps == sorted(set(steps)) for steps in ([s for s, _ in series] for series in points.values()))
+    keys = ("name", "identity", "iteration", "length", "journal_lines", "model", "optimizer", "generators")
+    rows = [without(row, TIMES) for row in run.rows()]
+    return [{key: state[key] for key in keys}, without(run.record(), TIMES), rows, dict(sorted(points.items()))]
+
+
 def assert_same_run(a: Run, b: Run):
     """Two runs of one configuration that ended with the same bits, timing aside."""
-    one, other = a.checkpoint(), b.checkpoint()
-    for key in ("name", "identity", "iteration", "length", "model", "optimizer", "generators", "journal_lines"):
-        assert_same_bits(one[key], other[key], key)
-    assert without(a.record(), TIMES) == without(b.record(), TIMES)
-    assert [without(row, TIMES) for row in a.rows()] == [without(row, TIMES) for row in b.rows()]
-    speed = {"speed/images_per_second"}
-    assert without(a.points(), speed) == without(b.points(), speed)
+    assert_same_bits(ended(a), ended(b))
 
 
 def fingerprint(run: Run) -> str:
-    """SHA-256 of all that a run ended with but timing: what `assert_same_run` compares."""
+    """SHA-256 of all that a run ended with, timing aside."""
     digest = hashlib.sha256()
 
     def add(value):
@@ -170,9 +186,7 @@ def fingerprint(run: Run) -> str:
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
-            for key, inner in value.items():
-                add(key)
-                add(inner)
+            add(list(value.items()))
         elif isinstance(value, (list, tuple)):
             digest.update(f"{len(value)}".encode())
             for inner in value:
@@ -180,14 +194,7 @@ def fingerprint(run: Run) -> str:
         else:
             digest.update(repr(value).encode())
 
-    state = run.checkpoint()
-    add({key: state[key] for key in ("name", "identity", "iteration", "length", "journal_lines")})
-    add({key: state[key] for key in ("model", "optimizer", "generators")})
-    add(without(run.record(), TIMES))
-    add([without(row, TIMES) for row in run.rows()])
-    points = without(run.points(), {"speed/images_per_second"})
-    assert all(steps == sorted(set(steps)) for steps in ([s for s, _ in series] for series in points.values()))
-    add(dict(sorted(points.items())))
+    add(ended(run))
     return digest.hexdigest()
 
 
@@ -210,6 +217,92 @@ def run_here(capsys, monkeypatch, *overrides) -> Outcome:
     finally:
         torch.set_num_threads(threads)
     return Outcome(code, *capsys.readouterr())
+
+
+# Fixtures, for the conftest.py of the folders that need them.
+
+
+@pytest.fixture
+def here(capsys, monkeypatch, tmp_path):
+    """A function that runs `train.py` with TINY and more, in this process, its results in a temporary folder."""
+    return lambda *more: run_here(capsys, monkeypatch, *TINY, f"machine.results={tmp_path / 'results'}", *more)
+
+
+@pytest.fixture
+def left(tmp_path):
+    """What such a run has left."""
+    return lambda *more: Run(tmp_path / "results", [*TINY, *more])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A function that gives an uninterrupted run of TINY and more, trained once."""
+
+    @functools.cache
+    def get(*more):
+        results = tmp_path_factory.mktemp("whole")
+        with pytest.MonkeyPatch.context() as patch:
+            silent = types.SimpleNamespace(readouterr=lambda: ("", ""))  # capsys is for functions only
+            assert run_here(silent, patch, *TINY, f"machine.results={results}", *more).code == 0
+        return Run(results, [*TINY, *more])
+
+    return get
+
+
+@pytest.fixture
+def after(monkeypatch):
+    """A function that has action(update) called once after so many iterations from now on."""
+
+    def arrange(iterations, action):
+        original = Update.__call__
+        numbers = itertools.count(1)
+
+        def call(self, images, labels):
+            original(self, images, labels)
+            if next(numbers) == iterations:
+                monkeypatch.setattr(Update, "__call__", original)
+                action(self)
+
+        monkeypatch.setattr(Update, "__call__", call)
+
+    return arrange
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The reads of tensors by the host so far, each by its name: a GPU is waited for at each of them."""
+    found = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, _original=original, _name=name, **kwargs):
+            found.append(_name)
+            return _original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    return found
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def cut(*_):
+    raise PowerCutError
+
+
+def send(name):
+    return lambda *_: os.kill(os.getpid(), getattr(signal, name))
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def load_script(name):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mbn.norm.base import BatchStatisticsNorm
+from mbn.measure.statistics_gap import named_norm_layers
 
 
 def first_nonfinite(model: nn.Module) -> str | None:
@@ -33,8 +33,7 @@ class Watch:
         parameters = dict(model.named_parameters())
         statistics = {
             f"{name}.{key}".removeprefix("."): buffer
-            for name, layer in model.named_modules()
-            if isinstance(layer, BatchStatisticsNorm)
+            for name, layer in named_norm_layers(model).items()
             for key, buffer in layer.named_buffers()
             if key.startswith("running_")
         }

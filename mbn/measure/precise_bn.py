@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from mbn.measure.statistics_gap import named_norm_layers
+from mbn.measure.statistics_gap import named_norm_layers, observed
 from mbn.norm.base import BatchStatisticsNorm, held
 from mbn.norm.functional import batch_moments, values_per_channel
 from mbn.system.cuda_graph import Recorded, first_line, warn
@@ -19,10 +19,8 @@ class Moments:
     """Running mean and biased variance of all values seen, (C,) in float64 (Chan et al. 1979), changed in place."""
 
     def __init__(self, layer: BatchStatisticsNorm) -> None:
-        where = layer.running_mean.device
-        self.n = torch.zeros((), dtype=torch.float64, device=where)
-        self.mean = torch.zeros(layer.num_features, dtype=torch.float64, device=where)
-        self.variance = self.mean.clone()
+        self.mean = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+        self.variance, self.n = self.mean.clone(), self.mean.new_zeros(())
 
     def add(self, mean: Tensor, variance: Tensor, n: int) -> None:
         """Take in the moments of n more values."""
@@ -47,27 +45,19 @@ def set_precise_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
     layers = named_norm_layers(model)
     moments = {name: Moments(layer) for name, layer in layers.items()}
 
-    def note(name: str):
-        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            moments[name].add(*batch_moments(inputs[0]), values_per_channel(inputs[0]))
-
-        return hook
+    def note(name: str, _: BatchStatisticsNorm, x: Tensor) -> None:
+        moments[name].add(*batch_moments(x), values_per_channel(x))
 
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
     forwards: dict[int, Callable[[Tensor], object]] = {}
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
-    try:
-        with held(model):
-            for images, _ in batches:
-                if recorded and len(images) not in forwards:
-                    forwards[len(images)] = Recorded(model, lambda error: warn(first_line(error)))
-                forwards.get(len(images), model)(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with held(model), observed(model, note):
+        for images, _ in batches:
+            if recorded and len(images) not in forwards:
+                forwards[len(images)] = Recorded(model, lambda error: warn(first_line(error)))
+            forwards.get(len(images), model)(images)
     model.eval()
     for name, layer in layers.items():
         layer.set_test_statistics(moments[name].mean, moments[name].variance)

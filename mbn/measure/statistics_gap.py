@@ -1,5 +1,7 @@
 """How far training's statistics are from those that evaluation would use (the gap), and which channels are dead."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,16 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 
 def named_norm_layers(model: nn.Module) -> dict[str, BatchStatisticsNorm]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchStatisticsNorm)}
+
+
+@contextlib.contextmanager
+def observed(model: nn.Module, note: Callable[[str, BatchStatisticsNorm, Tensor], None]) -> Iterator[None]:
+    """While in use, calls note(name, layer, x) before each layer with batch statistics normalises an x."""
+    with contextlib.ExitStack() as hooks:
+        for name, layer in named_norm_layers(model).items():
+            hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: note(name, layer, inputs[0]))
+            hooks.enter_context(hook)
+        yield
 
 
 def uses_dropout(model: nn.Module) -> bool:
@@ -27,21 +39,13 @@ def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
     """
     seen: Statistics = {}
 
-    def note(name: str):
-        def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-            seen[name] = layer.training_statistics(inputs[0])  # type: ignore[operator]
+    def note(name: str, layer: BatchStatisticsNorm, x: Tensor) -> None:
+        seen[name] = layer.training_statistics(x)
 
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in named_norm_layers(model).items()]
     devices = [images.device] if images.device.type == "cuda" else []
-    try:
-        # Dropout's draws belong to the training forward. Without it the generators are left alone: threads share them.
-        with torch.random.fork_rng(devices, enabled=uses_dropout(model)), held(model):
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    # Dropout's draws belong to the training forward. Without it the generators are left alone: threads share them.
+    with torch.random.fork_rng(devices, enabled=uses_dropout(model)), held(model), observed(model, note):
+        model(images)
     return seen
 
 

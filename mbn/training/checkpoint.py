@@ -50,9 +50,9 @@ def read(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged: its checksum is wrong")
     try:
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        if isinstance(error, pickle.UnpicklingError):  # whose advice is to read it without care
-            raise DamagedError(f"{path} is damaged: it does not hold a state alone") from None
+    except pickle.UnpicklingError:  # whose advice is to read it without care
+        raise DamagedError(f"{path} is damaged: it does not hold a state alone") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise DamagedError(f"{path} is damaged: {(str(error).splitlines() or ['it ends early'])[0]}") from None
 
 

@@ -80,15 +80,12 @@ def choose_mode(
     records = cuda_graph.supported(device)
     if wanted in GRAPHS and not records:
         raise UserError(f"machine.mode={wanted} needs a CUDA device, not {device.type}: leave machine.mode=auto.")
+    mode = wanted
     if wanted == "auto" and earlier is not None and (records or earlier not in GRAPHS):
         mode = earlier
     elif wanted == "auto":
-        long = pays_to_compile(config, model, device, threads)
-        mode = {(False, False): "eager", (False, True): "compile", (True, False): "graph-eager", (True, True): "graph"}[
-            records, long
-        ]
-    else:
-        mode = wanted
+        modes = ("graph-eager", "graph") if records else ("eager", "compile")
+        mode = modes[pays_to_compile(config, model, device, threads)]
     if mode in GRAPHS:
         why = cuda_graph.fault(device)
         if why is not None:
@@ -101,25 +98,21 @@ def choose_mode(
                 f"torch.compile does not work here ({why}): install a C++ compiler, or leave machine.mode=auto."
             )
         if why is not None:
-            instead = {"compile": "eager", "graph": "graph-eager"}[mode]
-            what = {"eager": "training in eager mode", "graph-eager": "recording without it"}[instead]
+            what = "training in eager mode" if mode == "compile" else "recording without it"
             print(f"warning: torch.compile does not work here ({why}): {what}.", file=sys.stderr)
-            return instead
+            return "eager" if mode == "compile" else "graph-eager"
     return mode
 
 
 def pays_to_compile(config: Config, model: nn.Module, device: torch.device, threads: int) -> bool:
     if device.type == "cuda":
         return iterations(config) >= COMPILES_FROM_ITERATIONS
-    return seconds_expected(config, model, device, threads) >= COMPILES_FROM
-
-
-def seconds_expected(config: Config, model: nn.Module, device: torch.device, threads: int) -> float:
-    """A rough guess at a run's seconds in eager mode, from its count of operations; model is still on the CPU."""
+    # A rough guess at the seconds in eager mode, from the count of operations; model is still on the CPU.
     rate = CPU_THREAD_RATE * threads if device.type == "cpu" else GPU_RATE
     images = iterations(config) * config.batch_size
     # A backward pass does the work of two forward passes.
-    return images * operations(model, config.dataset.image_size) * (2 + config.forwards) / rate
+    work = images * operations(model, config.dataset.image_size) * (2 + config.forwards)
+    return work / rate >= COMPILES_FROM
 
 
 def operations(model: nn.Module, image_size: int) -> int:

@@ -66,7 +66,6 @@ class Journal:
     def __init__(self, folder: Path, configuration: str, lines: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         written = self.path.read_bytes() if self.path.exists() else b""
         # A row ends in a newline: what a crash cut short has none.
         kept = written.split(b"\n")[:-1][:lines]

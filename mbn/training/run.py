@@ -21,7 +21,6 @@ from mbn.measure.first_nonfinite import first_nonfinite
 from mbn.measure.precise_bn import set_precise_statistics
 from mbn.measure.statistics_gap import Statistics
 from mbn.methods import METHODS
-from mbn.norm.base import norm_layers
 from mbn.records import provenance, record
 from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import one_at_a_time, own_stream
@@ -93,8 +92,8 @@ def add_precise_error(config: Config, build: Build, stop: Told | None = None) ->
     Nothing else in the record changes but its checksum. stop: as for `train`. Errors: UserError where the checkpoint is
     not there any more, or when a signal stopped it.
     """
-    path = record.path_of(Path(config.machine.results), run_name(config))
-    folder = Path(config.machine.results) / "runs" / run_name(config)
+    results, name = Path(config.machine.results), run_name(config)
+    folder = results / "runs" / name
     with lock(folder / "lock"):
         run = Run(config, build, folder)
         if run.state.iteration != run.state.length:
@@ -103,7 +102,7 @@ def add_precise_error(config: Config, build: Build, stop: Told | None = None) ->
                 "machine.again=true trains it again."
             )
         with own_stream(run.state.device), _signals(stop) as signals:
-            return record.rewrite(path, test_error_precise=run.precise_error(signals))
+            return record.rewrite(record.path_of(results, name), test_error_precise=run.precise_error(signals))
 
 
 class Run:
@@ -124,11 +123,11 @@ class Run:
         mode = choose_mode(machine.mode, earlier.get("mode"), config, model, device, threads)
         self.state = State(config, model, device, threads)
         self.model = self.state.model
-        self.change = METHODS[config.norm.name].change
+        self.method = METHODS[config.norm.name]
         self.update = Update(
             self.model, self.state.optimizer, config.forwards, mode, config.precision, device, config.batch_size
         )
-        if config.forwards == 2 and not self.update.layers:
+        if config.forwards == 2 and not self.method.statistics:
             print(
                 f"warning: norm={config.norm.name} has no batch statistics: the second forward is skipped.",
                 file=sys.stderr,
@@ -142,7 +141,6 @@ class Run:
     def open_journal(self) -> Journal:
         """The journal, opened to go on where the checkpoint left off; rows after it are cut off."""
         text = to_yaml(to_dict(self.config))
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", text.encode())
         return Journal(self.folder, text, self.state.journal_lines)
 
@@ -168,7 +166,8 @@ class Run:
                     self.drain()
                     report.show_sums(bar, state)
                 if row_due:
-                    self._write_row(journal)
+                    journal.write(report.row("train", state, state.row_sums))
+                    state.row_sums = Sums()
                 if ends:
                     self._end_epoch(training, journal, bar)
                 stopped = stop.code is not None and state.iteration < state.length
@@ -185,8 +184,8 @@ class Run:
             self.state.scheduled[name] = value
             if name == "lr":
                 self.state.lr.fill_(value)
-            elif self.change:
-                self.change.put(self.model, *value)
+            elif self.method.change:
+                self.method.change.put(self.model, *value)
 
     def drain(self) -> None:
         """Read the losses of the iterations since the last time, and stop if one of them is not finite."""
@@ -199,10 +198,6 @@ class Run:
             state.add(iteration, loss, errors)
         state.clock.count(training=True)
 
-    def _write_row(self, journal: Journal) -> None:
-        journal.write(report.row("train", self.state, self.state.row_sums))
-        self.state.row_sums = Sums()
-
     def _end_epoch(self, training: Statistics, journal: Journal, bar: tqdm) -> None:
         row = report.epoch_row(self.state, self.data, training)
         report.show_epoch(bar, self.state, row)
@@ -212,18 +207,16 @@ class Run:
 
     def save_is_due(self, epoch_ends: bool) -> bool:
         """Whether the run has ended, or the last checkpoint is so old: at the ends of epochs a younger one will do."""
-        wait = self.config.machine.checkpoint_seconds
-        wait = min(SAVES_APART, wait) if epoch_ends else wait
+        wait = min(self.config.machine.checkpoint_seconds, SAVES_APART if epoch_ends else math.inf)
         return self.state.iteration == self.state.length or time.monotonic() - self.saved_at > wait
 
     def save(self, journal: Journal) -> None:
         """Write a checkpoint, unless the state is no longer finite. Errors: UserError."""
         if self.update.pending:
             self.drain()
-        state = self.state
+        state, last = self.state, self.state.iteration - 1
         name = first_nonfinite(state.model)
         if name is not None:
-            last = state.iteration - 1
             raise self._diverged(f"{name} is no longer finite after iteration {last}", last)
         journal.sync()
         checkpoint.save(state.content(self.update.mode, journal.lines), self.checkpoint_path)
@@ -239,23 +232,20 @@ class Run:
         )
 
     def _diverged(self, what: str, iteration: int) -> UserError:
-        last = f"{self.checkpoint_path} holds the last good state" if self.checkpoint_path.exists() else ""
+        path = self.checkpoint_path
+        last = f"{path} holds the last good state" if path.exists() else "no checkpoint had been written yet"
         epoch = iteration // self.state.per_epoch + 1
         lr = scheduled(self.config, iteration, self.state.length)["lr"]
         return UserError(
-            f"training diverged: {what} (epoch {epoch}, learning rate {lr}); "
-            f"{last or 'no checkpoint had been written yet'}; try a smaller schedule.lr."
+            f"training diverged: {what} (epoch {epoch}, learning rate {lr}); {last}; try a smaller schedule.lr."
         )
 
-    def precise_error(self, stop: Told) -> float | None:
+    def precise_error(self, stop: Told) -> float:
         """Test error in percent with statistics taken again over an epoch of training, which are then put back.
 
         The images are augmented as in training: it is their statistics that the weights were trained with. Those of
         plain images differ by more than what is to be measured (ResNet-56, BN, batch 8: 18.1 % against 15.7 %).
         """
-        if not norm_layers(self.model):
-            print(f"warning: norm={self.config.norm.name} has no statistics to take again.", file=sys.stderr)
-            return None
         self.set_schedule(self.state.length - 1)  # lambda, r_max and d_max as training ended with
         batches = self._until(stop, self.data.train_batches(0, self.config.batch_size))
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -278,6 +268,7 @@ class Run:
         state, rows = self.state, list(journal.rows())
         epochs = [row for row in rows if row["kind"] == "epoch"]
         last = epochs[-1]
+        precise = self.config.evaluate.precise and self.method.statistics
         train_loss, train_error = last_epoch(rows, self.config.dataset.train_images)
         content = {
             "name": state.name,
@@ -286,7 +277,7 @@ class Run:
             "test_error_best": min(row["test_error"] for row in epochs),
             "train_error": train_error,
             "test_error_top5": last["test_error_top5"],
-            "test_error_precise": self.precise_error(stop) if self.config.evaluate.precise else None,
+            "test_error_precise": self.precise_error(stop) if precise else None,
             "test_loss": last["test_loss"],
             "train_loss": train_loss,
             "iterations": state.length,

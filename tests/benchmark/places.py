@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import torch
-from test_update import Small
+from running import Small
 from torch import nn
 
 from mbn.benchmark import side_by_side, timing

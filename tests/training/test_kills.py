@@ -43,51 +43,51 @@ def plan(draw, seconds, kills):
     return [*plan, Kill(draw.choice(RECORDING), -1)]
 
 
-class Killed:
-    """Trains one configuration again and again, killed by a plan each time, and counts."""
+def job(run, overrides):
+    return {"job": "train", "network": "small", "overrides": [*overrides, f"machine.results={run.results}"]}
 
-    def __init__(self, forker, folder, overrides, network):
-        self.forker, self.folder, self.network = forker, folder, network
+
+class Killed:
+    """Trains one configuration many times, killed by a plan each time, and counts."""
+
+    def __init__(self, forker, folder, overrides):
+        self.forker, self.folder = forker, folder
         self.overrides = [*BASE, f"schedule.iterations={LENGTH}", *overrides]
         self.hits = collections.Counter()
         self.last_epoch = 0
         self.wrong = []
-        self.whole = self._train("whole", SAVES[1])
-        ended = self.forker.run(**self._job(self.whole, SAVES[1]))
+        whole, train = self._run("whole", SAVES[1])
+        ended = self.forker.run(**train)
         assert ended.code == 0, ended
         self.seconds = ended.seconds
-        self.expected = fingerprint_but_for_saves(self.whole)
+        self.expected = result(whole)
 
-    def _train(self, name, saves):
+    def _run(self, name, saves):
+        """What a run leaves, and the job that trains it."""
         with COMPOSING:
-            return Run(self.folder / name, [*self.overrides, saves])
-
-    def _job(self, run, saves):
-        settings = [*self.overrides, saves, f"machine.results={run.results}"]
-        return {"job": "train", "network": self.network, "overrides": settings}
+            run = Run(self.folder / name, [*self.overrides, saves])
+        return run, job(run, [*self.overrides, saves])
 
     def once(self, number, kills, planned=None):
         """One run, killed that many times or as planned: how many came, how many of these it survived."""
-        draw = random.Random(f"{self.network} {self.overrides} {number}")
-        saves = SAVES[number % 2]
-        run = self._train(f"run{number}", saves)
+        draw = random.Random(f"{self.overrides} {number}")
+        run, train = self._run(f"run{number}", SAVES[number % 2])
         done = 0
         # A run may end before a kill of its plan comes: the rest are another run's.
         for kill in planned or plan(draw, self.seconds, kills):
-            job = self._job(run, saves)
             if kill.place:
-                ended = self.forker.run(**job, place=kill.place, at=kill.at, seed=draw.randrange(1 << 30))
+                ended = self.forker.run(**train, place=kill.place, at=kill.at, seed=draw.randrange(1 << 30))
             else:
-                ended = self.forker.run(**job, after=kill.at, once=run.folder / "config.yaml")
+                ended = self.forker.run(**train, after=kill.at, once=run.folder / "config.yaml")
             if ended.code == 0:
                 break
             assert ended.code == -9, ended
             done += 1
             self.hits[kill.place or "at a random moment"] += 1
             self.last_epoch += reached(run) > 2 * EPOCH
-        ended = self.forker.run(**self._job(run, saves))
+        ended = self.forker.run(**train)
         assert ended.code == 0, ended
-        if fingerprint_but_for_saves(run) != self.expected:
+        if result(run) != self.expected:
             self.wrong.append(run.name)
             return done, 0
         assert not list(run.results.rglob("*.partial"))
@@ -112,15 +112,15 @@ def reached(run):
     return checkpoint.read(path)["iteration"] if path.exists() else 0
 
 
-def fingerprint_but_for_saves(run):
-    """The record holds the configuration, and that how often to save."""
+def result(run):
+    """The fingerprint of a run; how often it was saved is left out, with the configuration in its record."""
     original = run.record()
     run.record = lambda: original | {"config": None}
     return fingerprint(run)
 
 
 def test_a_run_killed_once_at_each_place_ends_with_the_bits_of_a_whole_one(forkers, tmp_path):
-    killed = Killed(forkers[0], tmp_path, ["norm=mbn", "norm.memory=5"], "small")
+    killed = Killed(forkers[0], tmp_path, ["norm=mbn", "norm.memory=5"])
     kills = [Kill(place, -1 if place in RECORDING else 5 * i) for i, place in enumerate(PLACES)]
     assert killed.once(0, len(kills), kills) == (len(PLACES), len(PLACES))
     assert set(killed.hits) == set(PLACES)
@@ -132,7 +132,7 @@ def test_hundred_kills_of_mbn(forkers, tmp_path, count, figure):
 
     def half(side):
         (tmp_path / str(side)).mkdir()
-        killed = Killed(forkers[side], tmp_path / str(side), ["norm=mbn", "norm.memory=5", f"seed={side}"], "small")
+        killed = Killed(forkers[side], tmp_path / str(side), ["norm=mbn", "norm.memory=5", f"seed={side}"])
         return killed.all((kills + side) // 2, 10), killed
 
     with ThreadPoolExecutor(2) as pool:
@@ -149,7 +149,7 @@ def test_hundred_kills_of_mbn(forkers, tmp_path, count, figure):
     ["norm=bn", "norm=bn forwards=2", "norm=brn", "norm=mbn norm.gradient=batch", "norm=mbn machine.mode=compile"],
 )
 def test_ten_kills_of_the_others(forkers, tmp_path, count, figure, overrides):
-    killed = Killed(forkers[0], tmp_path, overrides.split(), "small")
+    killed = Killed(forkers[0], tmp_path, overrides.split())
     kills = count(10)
     figure(killed.all(kills, 10), kills, killed.remarks())
 
@@ -206,14 +206,13 @@ def test_500_kills_inside_a_save(forkers, tmp_path, count, figure):
 # The same command twice.
 
 
-def same_twice(forkers, folder, overrides, network="small"):
+def same_twice(forkers, folder, overrides):
     """Whether two processes that train the same end with the same SHA-256."""
     sums = set()
     for number, forker in enumerate(forkers):
         settings = [*BASE, f"schedule.iterations={LENGTH}", *overrides]
         run = Run(folder / str(number), settings)
-        job = {"job": "train", "network": network, "overrides": [*settings, f"machine.results={run.results}"]}
-        ended = forker.run(**job)
+        ended = forker.run(**job(run, settings))
         assert ended.code == 0, ended
         sums.add(fingerprint(run))
     return len(sums) == 1

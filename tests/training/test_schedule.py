@@ -1,38 +1,31 @@
-"""Learning rate and lambda over a run, as literal lists; what imports what."""
+"""Learning rate, lambda, r_max and d_max over a run, as literal lists."""
 
-import subprocess
-import sys
+import itertools
 
 import pytest
+import running
 
-from mbn.config import REPOSITORY
-from mbn.training.schedule import value_at
+from mbn.norm.base import norm_layers
+from mbn.training.iteration import Update
+from mbn.training.schedule import renorm_bounds, value_at
 
 LR, LAM, STONES = [0.1, 0.01, 0.001], [0.1, 0.5, 0.9], [0.4, 0.6]
 
 
 @pytest.mark.parametrize(
-    ("iterations", "lr", "lam"),
+    ("iterations", "stages"),
     [
-        (1, [0.1], [0.1]),
-        (2, [0.1, 0.01], [0.1, 0.5]),  # 0.8 and 1.2
-        (3, [0.1, 0.1, 0.001], [0.1, 0.1, 0.9]),  # 1.2 and 1.8
-        (5, [0.1, 0.1, 0.01, 0.001, 0.001], [0.1, 0.1, 0.5, 0.9, 0.9]),  # 2 and 3
-        (
-            7,  # 2.8 and 4.2
-            [0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001],
-            [0.1, 0.1, 0.1, 0.5, 0.5, 0.9, 0.9],
-        ),
-        (
-            10,  # 4 and 6
-            [0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001, 0.001],
-            [0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.9, 0.9, 0.9, 0.9],
-        ),
+        (1, [0]),
+        (2, [0, 1]),  # 0.8 and 1.2
+        (3, [0, 0, 2]),  # 1.2 and 1.8
+        (5, [0, 0, 1, 2, 2]),  # 2 and 3
+        (7, [0, 0, 0, 1, 1, 2, 2]),  # 2.8 and 4.2
+        (10, [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]),  # 4 and 6
     ],
 )
-def test_the_papers_schedule_at_every_iteration(iterations, lr, lam):
-    assert [value_at(LR, STONES, t, iterations) for t in range(iterations)] == lr
-    assert [value_at(LAM, STONES, t, iterations) for t in range(iterations)] == lam
+def test_the_papers_schedule_at_every_iteration(iterations, stages):
+    for values in (LR, LAM):
+        assert [value_at(values, STONES, t, iterations) for t in range(iterations)] == [values[i] for i in stages]
 
 
 def test_the_papers_run_changes_at_31280_and_46920_of_78200():
@@ -53,44 +46,47 @@ def test_one_value_is_a_constant():
     assert [value_at([0.9], [], t, 3) for t in range(3)] == [0.9] * 3
 
 
-# What imports what.
+def test_the_bounds_at_the_instants_of_the_original_schedule():
+    """5k, 25k and 40k of 160k steps; exactly, for they are fractions. Between them they are linear."""
+    bounds = {0: (1, 0), 5: (1, 0), 15: (1 + 4 / 7, 2.5), 22.5: (2, 4.375), 25: (1 + 8 / 7, 5), 40: (3, 5), 159: (3, 5)}
+    for thousands, expected in bounds.items():
+        assert renorm_bounds(int(1000 * thousands), 160_000) == expected
 
 
-def modules_after(code):
-    """The names in sys.modules after running code in a fresh Python."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(done.stdout.split())
+@pytest.mark.parametrize("iterations", [1, 2, 3, 31, 33, 320, 1001, 78_200])
+def test_the_bounds_only_rise_and_never_pass_3_and_5(iterations):
+    """A public version's warm-up factor grows past 1, and its bounds with it, to the end of training."""
+    step = max(1, iterations // 500)
+    bounds = [renorm_bounds(t, iterations) for t in [*range(0, iterations, step), iterations - 1]]
+    assert bounds[0] == (1.0, 0.0)
+    assert all(1 <= r <= 3 and 0 <= d <= 5 for r, d in bounds)
+    assert all(a <= b for pair in itertools.pairwise(bounds) for a, b in zip(*pair, strict=True))
+    if iterations > 3:
+        assert bounds[-1] == (3.0, 5.0)
 
 
-OURS = ("mbn", "models", "train", "scripts", "tests")
+@pytest.mark.parametrize(
+    ("norm", "names", "expected"),
+    [
+        ("brn", ("r_max", "d_max"), [renorm_bounds(t, 32) for t in range(32)]),
+        ("mbn", ("lam",), [(0.1,)] * 13 + [(0.5,)] * 7 + [(0.9,)] * 12),
+    ],
+)
+def test_all_layers_are_set_before_each_iteration(here, monkeypatch, norm, names, expected):
+    """As numbers and, with batch renormalisation, in the tensor that computes."""
+    monkeypatch.setattr("running.build_tiny", running.build_small)
+    seen = []
+    iterate = Update.__call__
 
+    def spy(update, *batch):
+        first, second = norm_layers(update.model)
+        values = tuple(getattr(first, name) for name in names)
+        assert values == tuple(getattr(second, name) for name in names)
+        for layer in (first, second):
+            assert norm != "brn" or layer.bounds.tolist() == pytest.approx(values, abs=1e-6)
+        seen.append(values)
+        iterate(update, *batch)
 
-def ours(modules):
-    return sorted(m for m in modules if m.split(".")[0] in OURS)
-
-
-def test_importing_mbn_loads_nothing_of_ours_nor_torch():
-    modules = modules_after("import mbn")
-    assert ours(modules) == ["mbn"]
-    assert not modules & {"torch", "torchvision", "hydra", "omegaconf", "numpy", "tensorboard", "yaml"}
-
-
-def test_the_two_lines_of_the_readme_load_torch_and_the_layers_only():
-    modules = modules_after(
-        "from mbn import MemorizedBatchNorm2d, convert, second_forward, set_lambda, to_batch_norm\n"
-        "convert(__import__('torch').nn.BatchNorm2d(3))"
-    )
-    assert "torch" in modules
-    assert all(m == "mbn" or m.startswith("mbn.norm") for m in ours(modules))
-    assert not modules & {"torchvision", "hydra", "omegaconf", "tensorboard", "sklearn"}
-
-
-def test_the_configuration_and_records_are_read_without_torch():
-    modules = modules_after("import train, mbn.records.record; train.configuration.load([])")
-    assert not modules & {"torch", "torchvision", "sklearn", "tensorboard"}
+    monkeypatch.setattr(Update, "__call__", spy)
+    assert here(f"norm={norm}", "batch_size=8", "schedule.iterations=32").code == 0
+    assert seen == expected

@@ -1,4 +1,4 @@
-"""What befalls a run from outside: a full disk, signals, damage, a malicious file, a second process."""
+"""What can happen to a run from outside: a full disk, signals, damage, a malicious file, a second process."""
 
 import json
 import os
@@ -16,11 +16,11 @@ import pytest
 import torch
 import toy
 from checkouts import TOY, Checkout
-from running import TINY, Run, build_tiny, digits, fingerprint, outcome, start
+from running import TINY, PowerCutError, Run, Trap, build_tiny, cut, digits, fingerprint, outcome, start
 from test_files import small_disk
 from test_real_cifar import FOUND
 from test_reproduce import running, wait_until
-from test_training import Trap
+from test_run import SIGNALS
 
 from mbn import grid
 from mbn.config import REPOSITORY
@@ -36,42 +36,44 @@ SENTENCE = re.compile(r"(warning: [^\n]*\n)*error: [^\n]*\.\n")
 # A full disk. A file may have so many bytes; which write fails first depends on it.
 
 
+FULL = ["machine.checkpoint_seconds=1e-9", "schedule.iterations=40"]
+
+
+def said_what_to_do(stopped, where):
+    """Whether a run on a full disk ended in one sentence that names a file there."""
+    sentence = SENTENCE.fullmatch(stopped.err) and "free some space and run the command again." in stopped.err
+    return stopped.code == 1 and bool(sentence) and str(where) in stopped.err
+
+
 @pytest.mark.parametrize("size", [10, 300, 2000, 6000, 12000], ids=str)
 def test_a_full_disk_ends_in_one_sentence_that_names_the_file_and_loses_nothing(here, left, size):
     """From nothing at all to all but the checkpoint, which is the largest."""
-    more = ["machine.checkpoint_seconds=1e-9", "schedule.iterations=40"]
     digits()  # scikit-learn's import makes a semaphore
     with small_disk(size):
-        stopped = here(*more)
-    assert stopped.code == 1
-    assert SENTENCE.fullmatch(stopped.err), stopped.err
-    assert str(left(*more).folder) in stopped.err
-    assert "free some space and run the command again." in stopped.err
-    assert here(*more).code == 0
+        stopped = here(*FULL)
+    assert said_what_to_do(stopped, left(*FULL).folder), stopped
+    assert here(*FULL).code == 0
 
 
 @pytest.mark.long("2", "Limits on the size of a file: one sentence with the file's name, then resumed to the same bits")
 def test_many_full_disks(here, left, count, figure):
     """Evenly from nothing to the size at which all fits; the last of them need not fail."""
-    more = ["machine.checkpoint_seconds=1e-9", "schedule.iterations=40"]
-    run = left(*more)
+    run = left(*FULL)
     digits()
-    assert here(*more).code == 0
+    assert here(*FULL).code == 0
     expected = fingerprint(run)
     largest = max(path.stat().st_size for path in run.folder.iterdir())
     right, total = 0, count(60)
     for number in range(total):
         shutil.rmtree(run.results)
         with small_disk(largest * number // total):
-            stopped = here(*more)
-        told = stopped.code == 1 and SENTENCE.fullmatch(stopped.err) and str(run.results) in stopped.err
-        right += bool(told) and here(*more).code == 0 and fingerprint(run) == expected
+            stopped = here(*FULL)
+        right += said_what_to_do(stopped, run.results) and here(*FULL).code == 0 and fingerprint(run) == expected
     figure(right, total)
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(here, left, monkeypatch):
     """The journal's row does not fit, in mid-training."""
-    more = ["machine.checkpoint_seconds=1e-9", "schedule.iterations=40"]
     write = trainer.Journal.write
 
     def fills(self, row):
@@ -82,49 +84,29 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(here, lef
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Journal, "write", fills)
-        stopped = here(*more)
-    run = left(*more)
-    assert (stopped.code, bool(SENTENCE.fullmatch(stopped.err))) == (1, True), stopped.err
-    assert re.search(rf"cannot write {run.folder}/metrics.jsonl \(.*\): it needs \d+ bytes", stopped.err)
+        stopped = here(*FULL)
+    run = left(*FULL)
+    assert said_what_to_do(stopped, f"cannot write {run.folder}/metrics.jsonl"), stopped
+    assert re.search(r"it needs \d+ bytes", stopped.err)
     assert run.checkpoint()["iteration"] == 19
-    done = here(*more)
+    done = here(*FULL)
     assert (done.code, "resuming at iteration 19 of 40" in done.out) == (0, True), done.err
     assert [row["iteration"] for row in run.rows()] == list(range(1, 41))
 
 
 @pytest.mark.parametrize("tail", [b'{"kind": "tr', b"\0" * 700, b"\xff\xfe\x85\n{]\n", b"\n\n"], ids=repr)
-def test_a_journal_that_a_power_failure_cut_is_gone_on_with(here, left, monkeypatch, tail):
+def test_a_journal_that_a_power_failure_cut_is_gone_on_with(here, left, after, tail):
     """Its checkpoint's rows are there, and behind them whatever the file system made of the rest."""
-    write = trainer.Journal.write
-
-    def power_cut(self, row):
-        if row["iteration"] == 5:
-            with self.path.open("ab") as file:
-                file.write(tail)
-            os.kill(os.getpid(), signal.SIGTERM)
-        write(self, row)
-
     more = ["machine.checkpoint_seconds=1e-9"]
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Journal, "write", lambda self, row: power_cut(self, row))
-        patch.setattr(trainer.checkpoint, "save", counted(trainer.checkpoint.save, 4))
-        assert here(*more).code == 75
+    after(5, cut)
+    with pytest.raises(PowerCutError):
+        here(*more)
+    with (left(*more).folder / "metrics.jsonl").open("ab") as file:
+        file.write(tail)
     done = here(*more)
     assert done.code == 0, done.err
     assert "resuming at iteration 4 of 8" in done.out
     assert [row["iteration"] for row in left(*more).rows()] == list(range(1, 9))
-
-
-def counted(save, most):
-    """A save that does nothing after so many times, as if the machine had gone."""
-    done = []
-
-    def call(*args):
-        done.append(1)
-        if len(done) <= most:
-            save(*args)
-
-    return call
 
 
 def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(here, left, monkeypatch):
@@ -147,8 +129,6 @@ def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(here, left, mon
 
 
 # Signals.
-
-SIGNALS = {"SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75, "SIGINT": 130}
 
 
 @pytest.mark.long("3", "Signals to train.py (ResNet-20, MBN) answered by their exit code within 30 s, nothing lost")
@@ -184,19 +164,25 @@ def test_signals_to_real_runs(tmp_path, count, figure):
     figure(right, total, f"the slowest took {slowest:.1f} s")
 
 
+def begin_reproduce(folder, iterations, jobs, seeds):
+    """A function that begins reproduce.py on a toy grid, and its results' folder."""
+    grids, results = folder / "grids", folder / "results"
+    grids.mkdir()
+    (grids / "toy.yaml").write_text(TOY.format(iterations=iterations))
+    settings = ["toy", "--grids", grids, f"machine.results={results}", "--jobs", str(jobs), "--seeds", str(seeds)]
+    settings += ["machine.device=cpu", "machine.mode=eager", f"machine.data={folder}"]
+    return lambda: Checkout(REPOSITORY, results).begin(*settings), results
+
+
 @pytest.mark.long("3", "Signals to reproduce.py with two trainings: its exit code, checkpoints, no child left")
 def test_signals_to_reproduce(tmp_path, count, figure):
-    grids, results = tmp_path / "grids", tmp_path / "results"
-    grids.mkdir()
-    (grids / "toy.yaml").write_text(TOY.format(iterations=2000))
-    settings = ["toy", "--grids", str(grids), f"machine.results={results}", "--jobs", "2", "--seeds", "1"]
-    settings += ["machine.device=cpu", "machine.mode=eager", f"machine.data={tmp_path}"]
+    begin, results = begin_reproduce(tmp_path, iterations=2000, jobs=2, seeds=1)
     draw = random.Random(4)
     right, total = 0, count(8)
     for number in range(total):
         name, code = list(SIGNALS.items())[number % 4]
         before = {path: path.stat().st_mtime_ns for path in results.rglob("metrics.jsonl")}
-        process = Checkout(REPOSITORY, results).begin(*settings)
+        process = begin()
         wait_until(
             lambda before=before: (
                 sum(p.stat().st_mtime_ns > before.get(p, 0) for p in results.rglob("metrics.jsonl")) == 2
@@ -255,34 +241,31 @@ def test_350_damages(here, left, count, figure, capsys):
     figure(damages(left("machine.checkpoint_seconds=1e-9"), flips, cuts, capsys), flips + cuts, "0 silent loads")
 
 
+def refused_cifar(name, source, file, content, folder):
+    """Whether CIFAR's loader refuses its files where one has that content, with its name and what to do."""
+    there = folder / source.name
+    there.mkdir(parents=True)
+    for other in source.iterdir():
+        (there / other.name).symlink_to(other)
+    (there / file).unlink()
+    (there / file).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        datasets.load_cifar(name, folder)
+    shutil.rmtree(there)
+    return str(there / file) in str(caught.value) and "run the command again" in str(caught.value)
+
+
 @pytest.mark.long("4", "CIFAR's files, each with a flipped byte: refused with the file's name and what to do")
 @pytest.mark.skipif(not FOUND, reason="CIFAR is not here")
 def test_damaged_cifar(tmp_path, figure):
-    refused = total = 0
+    refused = []
     for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
-        source = FOUND[0] / folder
-        if not source.is_dir():
-            continue
-        checked = re.compile(r"data_batch_\d|test_batch|.*meta|train|test")
-        for path in sorted(p for p in source.iterdir() if checked.fullmatch(p.name)):
-            total += 1
-            there = tmp_path / str(total) / folder
-            there.mkdir(parents=True)
-            for other in source.iterdir():
-                (there / other.name).symlink_to(other)
-            (there / path.name).unlink()
-            shutil.copy(path, there / path.name)
-            with (there / path.name).open("r+b") as file:
-                file.seek(path.stat().st_size // 2)
-                byte = file.read(1)
-                file.seek(-1, 1)
-                file.write(bytes([byte[0] ^ 1]))
-            try:
-                datasets.load_cifar(name, there.parent)
-            except UserError as error:
-                refused += str(there / path.name) in str(error) and "run the command again" in str(error)
-            shutil.rmtree(there)
-    figure(refused, total)
+        for path in sorted((FOUND[0] / folder).glob("*")):
+            if re.fullmatch(r"data_batch_\d|test_batch|.*meta|train|test", path.name):
+                content = bytearray(path.read_bytes())
+                content[len(content) // 2] ^= 1
+                refused.append(refused_cifar(name, path.parent, path.name, content, tmp_path))
+    figure(sum(refused), len(refused))
 
 
 @pytest.mark.long("4", "Records with one field edited by hand: tables.py refuses, names the file, writes nothing")
@@ -354,18 +337,8 @@ def test_malicious_files(tmp_path, here, left, figure):
                 text=True,
             )
             note(f"weights {name} {suffix}", done.returncode == 1 and SENTENCE.fullmatch(done.stderr))
-    names = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
-    for name in [*names, "batches.meta"] if FOUND else []:
-        folder = tmp_path / "cifar" / "cifar-10-batches-py"
-        folder.mkdir(parents=True)
-        for other in [*names, "batches.meta"]:
-            (folder / other).symlink_to(FOUND[0] / "cifar-10-batches-py" / other)
-        (folder / name).unlink()
-        (folder / name).write_bytes(forms["plain"])
-        with pytest.raises(UserError) as caught:
-            datasets.load_cifar("cifar10", folder.parent)
-        note(f"cifar {name}", str(folder / name) in str(caught.value))
-        shutil.rmtree(folder)
+    for path in sorted((FOUND[0] / "cifar-10-batches-py").glob("*batch*")) if FOUND else []:
+        note(f"cifar {path.name}", refused_cifar("cifar10", path.parent, path.name, forms["plain"], tmp_path))
     pickle.loads(forms["plain"])
     assert sprung.exists()  # the trap is one
     figure(sum(safe.values()), len(safe), "" if all(safe.values()) else str([k for k, v in safe.items() if not v]))
@@ -382,24 +355,23 @@ def both(forkers, results, overrides=TINY):
 
 
 def one_trained(ends, run):
-    """Whether of two processes one trained and the other was told who does, or that it is done."""
+    """Whether of two processes one trained and the other named it, or said that it is done."""
     codes = sorted(e.code for e in ends)
     text = "".join(e.text for e in ends)
     if codes == [0, 76]:
-        told = re.search(rf"error: {re.escape(str(run.folder))} is being trained by process \d+ on ", text)
-        right = told is not None
+        right = re.search(rf"error: {re.escape(str(run.folder))} is being trained by process \d+ on ", text) is not None
     else:
         right = codes == [0, 0] and text.count("The run is finished") == 1
     return right and "Traceback" not in text and run.record()["iterations"] == run.config.schedule.iterations
 
 
 def pairs(forkers, folder, times):
-    right = told = 0
+    right = named = 0
     for number in range(times):
         ends = both(forkers, folder / str(number))
-        told += any(e.code == 76 for e in ends)
+        named += any(e.code == 76 for e in ends)
         right += one_trained(ends, Run(folder / str(number), TINY))
-    return right, told
+    return right, named
 
 
 def test_of_the_same_command_twice_at_once_one_trains_and_the_other_says_who(forkers, tmp_path):
@@ -429,8 +401,8 @@ def test_the_holder_that_is_named_is_not_the_one_before(tmp_path):
 @pytest.mark.long("6", "The same command twice at once: one trained, the other named the holder")
 def test_many_pairs(forkers, tmp_path, count, figure):
     total = count(50)
-    right, told = pairs(forkers, tmp_path, total)
-    figure(right, total, f"{told} times while the other trained, else just after it had ended")
+    right, named = pairs(forkers, tmp_path, total)
+    figure(right, total, f"{named} times while the other trained, else just after it had ended")
 
 
 @pytest.mark.long("6", "Killed holders of a run whose lock the next process took over at once")
@@ -446,12 +418,8 @@ def test_locks_of_dead_processes(forkers, tmp_path, count, figure):
 
 @pytest.mark.long("6", "Runs of a grid shared by two reproduce.py at once, each trained once")
 def test_two_grids_at_once(tmp_path, figure):
-    grids, results = tmp_path / "grids", tmp_path / "results"
-    grids.mkdir()
-    (grids / "toy.yaml").write_text(TOY.format(iterations=8))
-    settings = ["toy", "--grids", str(grids), f"machine.results={results}", "--jobs", "1", "--seeds", "4"]
-    settings += ["machine.device=cpu", "machine.mode=eager", f"machine.data={tmp_path}"]
-    calls = [Checkout(REPOSITORY, results).begin(*settings) for _ in range(2)]
+    begin, results = begin_reproduce(tmp_path, iterations=8, jobs=1, seeds=4)
+    calls = [begin() for _ in range(2)]
     outputs = [process.communicate(timeout=1200) for process in calls]
     assert [process.returncode for process in calls] == [0, 0], outputs
     logs = list(results.rglob("log.txt"))

@@ -6,6 +6,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from kinds import reference_of
+from running import Small, follow
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,23 +19,6 @@ from mbn.training import iteration as update_module
 from mbn.training.iteration import READ_EVERY, Update
 
 CPU = torch.device("cpu")
-
-
-class Small(nn.Module):
-    """Two convolutions with norms, so that the second one's input depends on what the first one normalises by."""
-
-    def __init__(self, layers, dropout=0.0, widths=(4, 5)):
-        super().__init__()
-        a, b = widths
-        self.conv1, self.norm1, self.act1 = layers.conv(3, a, 3, padding=1, bias=False), layers.norm(a), layers.act()
-        self.conv2, self.norm2, self.act2 = layers.conv(a, b, 3, stride=2, bias=False), layers.norm(b), layers.act()
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(b, 10)
-
-    def forward(self, x):
-        x = self.act1(self.norm1(self.conv1(x)))
-        x = self.act2(self.norm2(self.conv2(x)))
-        return self.fc(self.dropout(x.mean((2, 3))))
 
 
 def batch(size=8, dtype=torch.float64):
@@ -53,94 +38,54 @@ def state(model):
     return copy.deepcopy(model.state_dict())
 
 
-def channel_moments(x):
-    """Mean and biased variance of each channel, and the number of values in one."""
-    mu = x.sum((0, 2, 3)) / (x.numel() / x.shape[1])
-    s2 = (x - mu.view(1, -1, 1, 1)).square().sum((0, 2, 3)) / (x.numel() / x.shape[1])
-    return mu, s2, x.numel() // x.shape[1]
+METHODS = {
+    "bn 1": (bn(1), 1),
+    "bn 2": (bn(2), 2),
+    "brn 1": (brn(1), 1),
+    "brn 2": (brn(2), 2),
+    "mbn 1": (mbn(1, 0.1, memory=3), 1),
+    "mbn 2": (mbn(2, 0.1, memory=3), 2),
+    "mbn 2 batch": (mbn(2, 0.1, memory=3, gradient="batch"), 2),
+}
+every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def by_hand(x, remembered, layer, lam, eta=0.9, eps=1e-5):
-    """Eq. 6 and 7 on x with a list of remembered (mu, s2, n), newest first."""
-    entries = [(1.0, *channel_moments(x))] + [(lam * eta**age, *entry) for age, entry in enumerate(remembered)]
-    total = sum(alpha * n for alpha, _, _, n in entries)
-    mu = sum(alpha * n * m for alpha, m, _, n in entries) / total
-    s2 = sum(alpha * n * ((m - mu) ** 2 + v) for alpha, m, v, n in entries) / total
-    shape = (1, -1, 1, 1)
-    xhat = (x - mu.view(shape)) / (s2.view(shape) + eps).sqrt()
-    return layer.weight.view(shape) * xhat + layer.bias.view(shape)
-
-
-@pytest.mark.parametrize("gradient", ["paper", "batch"])
-def test_two_forwards_remember_the_moments_under_the_new_weights_one_entry_a_batch(gradient):
-    lam = 0.5
-    model, _, update = prepare(mbn(2, lam, memory=2, gradient=gradient), forwards=2)
-    first, second = [], []  # what each layer should remember, newest first
-    for iteration, size in enumerate((8, 8, 5)):
+@every_method
+def test_each_batch_is_remembered_once_with_the_new_weights_where_there_are_two_forwards(method):
+    layers, forwards = METHODS[method]
+    model, _, update = prepare(layers, forwards)
+    references = [reference_of(layer) for layer in norm_layers(model)]
+    for size in (8, 8, 5, 8):
         before = model.conv1.weight.detach().clone()
         images, labels = batch(size)
+        if forwards == 1:
+            follow(model, references, images)
         update(images, labels)
         assert not torch.equal(model.conv1.weight, before)
-        with torch.no_grad():  # the whole network again, with the weights as they are now
-            x = F.conv2d(images, model.conv1.weight, padding=1)
-            moments1 = channel_moments(x)
-            x = by_hand(x, first, model.norm1, lam).relu()
-            x = F.conv2d(x, model.conv2.weight, stride=2)
-            moments2 = channel_moments(x)
-        first, second = [moments1, *first][:2], [moments2, *second][:2]
-        for layer, expected in ((model.norm1, first), (model.norm2, second)):
-            assert int((layer.memory_count > 0).sum()) == min(iteration + 1, 2)
-            for age, (mu, s2, n) in enumerate(expected):
-                torch.testing.assert_close(layer.memory_mean[age], mu)
-                torch.testing.assert_close(layer.memory_var[age], s2)
-                assert layer.memory_count[age] == n
+        if forwards == 2:
+            follow(model, references, images)
+        for layer, expected in zip(norm_layers(model), references, strict=True):
+            for name, value in expected.buffers().items():
+                torch.testing.assert_close(getattr(layer, name), value)
 
 
-def test_one_forward_remembers_the_moments_under_the_old_weights():
-    model, _, update = prepare(mbn(1, 0.5, memory=3), forwards=1)
-    images, labels = batch()
-    with torch.no_grad():
-        mu, s2, n = channel_moments(model.conv1(images))
-    update(images, labels)
-    torch.testing.assert_close(model.norm1.memory_mean[0], mu)
-    torch.testing.assert_close(model.norm1.memory_var[0], s2)
-    assert model.norm1.memory_count.tolist() == [n, 0, 0]
-
-
-@pytest.mark.parametrize("forwards", [1, 2])
-@pytest.mark.parametrize("layers", [bn, brn], ids=["bn", "brn"])
-def test_averages_move_once_an_iteration_whatever_the_number_of_forwards(layers, forwards):
-    model, _, update = prepare(layers(forwards), forwards)
-    for iteration in range(1, 4):
-        update(*batch())
-        assert [layer.num_batches_tracked.item() for layer in norm_layers(model)] == [iteration] * 2
-
-
-def test_bn_with_two_forwards_averages_under_the_new_weights():
-    model, _, update = prepare(bn(2, momentum=0.25), forwards=2)
-    images, labels = batch()
-    update(images, labels)
-    with torch.no_grad():
-        mu, s2, n = channel_moments(model.conv1(images))
-    torch.testing.assert_close(model.norm1.running_mean, 0.25 * mu)
-    torch.testing.assert_close(model.norm1.running_var, 0.75 + 0.25 * s2 * n / (n - 1))
-
-
-def test_bn_with_one_forward_is_torchs():
-    model, _, update = prepare(bn(1), forwards=1)
+def test_bn_with_one_forward_is_torchs_under_a_learning_rate_that_changes():
+    model, lr, update = prepare(bn(1), forwards=1)
     plain = copy.deepcopy(model)
     for name in ("norm1", "norm2"):
         theirs = nn.BatchNorm2d(getattr(plain, name).num_features, dtype=torch.float64)
         theirs.load_state_dict(getattr(plain, name).state_dict())
         setattr(plain, name, theirs)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    for _ in range(3):
+    for rate in (0.1, 0.1, 0.02, 0.0):
+        lr.fill_(rate)
+        optimizer.param_groups[0]["lr"] = rate
         images, labels = batch()
         update(images, labels)
         optimizer.zero_grad()
         F.cross_entropy(plain(images), labels).backward()
         optimizer.step()
-    torch.testing.assert_close(state(model), state(plain))
+        torch.testing.assert_close(state(model), state(plain))
 
 
 def test_the_second_forward_changes_no_weight():
@@ -205,49 +150,11 @@ def test_a_non_finite_loss_is_reported_as_it_is():
     assert not infinite < float("inf")
 
 
-def test_a_new_learning_rate_in_the_tensor_takes_effect():
-    model, lr, update = prepare(bn(1), forwards=1)
-    update(*batch())
-    lr.fill_(0.0)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    update(*batch())
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    lr.fill_(0.5)
-    update(*batch())
-    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def test_sgd_is_plain_momentum_with_decay_on_every_parameter():
-    """v = 0.9 v + (g + 1e-4 w), w -= lr v: no Nesterov, no dampening, biases and gammas decayed too."""
-    model, lr, update = prepare(bn(1), forwards=1)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    speed = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for rate in (0.1, 0.1, 0.02):
-        lr.fill_(rate)
-        images, labels = batch()
-        copied = copy.deepcopy(model)
-        F.cross_entropy(copied(images), labels).backward()
-        update(images, labels)
-        for name, p in copied.named_parameters():
-            speed[name] = 0.9 * speed[name] + p.grad + 1e-4 * weights[name]
-            weights[name] = weights[name] - rate * speed[name]
-        torch.testing.assert_close(dict(model.named_parameters()), weights)
-
-
-METHODS = {
-    "bn 1": (bn(1), 1),
-    "bn 2": (bn(2), 2),
-    "brn 1": (brn(1), 1),
-    "brn 2": (brn(2), 2),
-    "mbn 1": (mbn(1, 0.1, memory=3), 1),
-    "mbn 2": (mbn(2, 0.1, memory=3), 2),
-    "mbn 2 batch": (mbn(2, 0.1, memory=3, gradient="batch"), 2),
-}
 # Compiling with the C++ compiler takes long; what is compiled is the same with autograd's half alone.
 QUICK = ("mbn 2",)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_compiled_iterations_equal_eager_ones(method, monkeypatch):
     """50 in float64 and 3 in float32: weights, losses, memories and moving averages, with a learning rate and a lambda
     that change, and a smaller batch on the way; and nothing is compiled twice.
@@ -285,18 +192,9 @@ def test_the_second_forward_keeps_nothing_for_a_backward_pass():
     assert set(kept) == {"first"}
 
 
-def test_fifty_iterations_read_from_the_device_once(monkeypatch):
+def test_fifty_iterations_read_from_the_device_once(reads):
     """What waits for a GPU: a value, a list or a copy on the host."""
     _, _, update = prepare(mbn(2, 0.1), forwards=2)
-    reads = []
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        original = getattr(torch.Tensor, name)
-
-        def counted(tensor, *arguments, original=original, name=name):
-            reads.append(name)
-            return original(tensor, *arguments)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
 
     class Values(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -305,6 +203,7 @@ def test_fifty_iterations_read_from_the_device_once(monkeypatch):
             return function(*args, **(kwargs or {}))
 
     batches = [batch() for _ in range(READ_EVERY)]
+    reads.clear()
     with Values():
         for images, labels in batches:
             update(images, labels)

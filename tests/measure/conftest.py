@@ -1,0 +1,1 @@
+from running import after, here, left, reads, whole  # noqa: F401

@@ -1,0 +1,264 @@
+"""Whole runs in this process, of a tiny network: signals, locks, divergence, finished runs, sweeps."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from running import TIMES, assert_same_bits, cut, send, without
+
+from mbn.config import REPOSITORY
+from mbn.system.errors import UserError
+from mbn.system.files import lock
+from mbn.training.iteration import Update
+
+SIGNALS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_finishes_the_iteration_saves_and_ends_with_its_code(here, left, after, name):
+    before = [signal.getsignal(getattr(signal, other)) for other in SIGNALS]
+    after(4, send(name))
+    stopped = here()
+    assert stopped.code == SIGNALS[name]
+    assert "stopped at iteration 4 of 8" in stopped.err
+    assert left().checkpoint()["iteration"] == 4
+    assert [signal.getsignal(getattr(signal, other)) for other in SIGNALS] == before
+
+
+def test_a_signal_in_the_last_iteration_still_ends_the_run(here, left, after):
+    after(8, send("SIGTERM"))
+    assert here().code == 0
+    assert left().record()["iterations"] == 8
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_second_signal_exits_at_once():
+    code = (
+        "import os, signal\n"
+        "from mbn.system.signals import Stop\n"
+        "with Stop() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stop.code == 75\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('went on')\n"
+    )
+    assert python(code) == (130, "", "")
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_before_training_has_begun_exits_at_once(name):
+    code = (
+        "import os, signal, train\n"
+        f"train.run = lambda config: os.kill(os.getpid(), signal.{name}) or print('went on')\n"
+        "train.main([])\n"
+    )
+    said = f"error: stopped by {name} outside training: the same command goes on from there.\n"
+    assert python(code) == (SIGNALS[name], "", said)
+
+
+def test_what_killed_processes_left_of_their_writes_is_removed(here, left):
+    run = left()
+    run.folder.mkdir(parents=True)
+    run.record_path.parent.mkdir(parents=True)
+    for path in (run.checkpoint_path, run.folder / "metrics.jsonl", run.record_path):
+        path.with_name(f"{path.name}.123.partial").write_bytes(b"half")
+    other = run.record_path.with_name("another.json.123.partial")
+    other.write_bytes(b"half")
+    assert here().code == 0
+    assert list(run.results.rglob("*.partial")) == [other]
+
+
+# Finished runs.
+
+
+def test_a_finished_run_says_so_and_trains_nothing(here, left, monkeypatch):
+    here()
+    before = left().record_path.read_bytes()
+    monkeypatch.setattr("mbn.training.run.train", cut)
+    done = here()
+    assert done.code == 0
+    error = f"test error {left().record()['test_error']:.2f} %"
+    for part in ("finished", "machine.again=true", str(left().record_path), "tensorboard --logdir", error):
+        assert part in done.out
+    assert left().record_path.read_bytes() == before
+
+
+def test_again_trains_a_finished_run_again_each_time_and_ends_with_the_same_numbers(here, left, whole, monkeypatch):
+    here()
+    first = left().record()
+    passes = []
+    original = Update.__call__
+    monkeypatch.setattr(Update, "__call__", lambda *a: (passes.append(1), original(*a)))
+    for time in (1, 2):
+        assert here("machine.again=true").code == 0
+        assert len(passes) == 8 * time
+    ignored = TIMES | {"config"}
+    assert without(left().record(), ignored) == without(first, ignored)
+    assert_same_bits(left().checkpoint()["model"], whole().checkpoint()["model"])
+    assert len(left().rows()) == len(whole().rows())
+
+
+def test_training_again_that_was_stopped_goes_on(here, left, after):
+    here()
+    before = left().record_path.read_bytes()
+    after(3, send("SIGTERM"))
+    assert here("machine.again=true").code == 75
+    assert left().record_path.read_bytes() == before
+    assert "finished" in here().out  # the record of the first time is still there
+    done = here("machine.again=true")
+    assert "resuming at iteration 3 of 8" in done.out
+    assert done.code == 0
+
+
+# Two at once.
+
+
+def test_a_second_process_learns_who_holds_the_run(here, left):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mbn.system.files import lock\n"
+        "with lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(left().folder / "lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        refused = here()
+        assert refused.code not in (0, 75, 130)
+        assert f"process {holder.pid} on {os.uname().nodename}" in refused.err
+        holder.kill()
+    assert here().code == 0  # the lock died with its holder
+
+
+@pytest.mark.parametrize("more", [(), ("machine.again=true",)], ids=["first", "again"])
+def test_a_run_is_locked_while_it_trains(here, left, after, more):
+    """Also one that is trained again, for which the folder is emptied first."""
+    if more:
+        here()
+    refusals = []
+
+    def try_it(_):
+        with pytest.raises(UserError) as caught, lock(left().folder / "lock"):
+            pass
+        refusals.append(str(caught.value))
+
+    after(3, try_it)
+    here(*more)
+    assert len(refusals) == 1
+    assert f"process {os.getpid()}" in refusals[0]
+
+
+# Divergence.
+
+
+def test_divergence_names_the_iteration_and_the_learning_rate_of_the_first_bad_loss_and_what_to_do(here, left):
+    """The learning rate drops between the first bad loss and the moment at which losses are read."""
+    more = ["batch_size=16", "schedule.iterations=20", "schedule.lr=[1e30,0.5]", "schedule.milestones=[0.2]"]
+    more += ["norm.lam=[0.1]"]
+    done = here(*more)
+    assert done.code == 1
+    assert [t for t in range(4) if f"at iteration {t} " in done.err], done.err
+    for part in ("diverged", "epoch 1", "learning rate 1e+30", "schedule.lr"):
+        assert part in done.err
+    assert not left(*more).record_path.exists()
+    assert not left(*more).checkpoint_path.exists()
+
+
+def test_divergence_keeps_the_last_good_checkpoint(here, left):
+    """The second epoch's learning rate is too large; the end of the first one left a checkpoint."""
+    more = ("schedule.lr=[0.1,1e30]", "schedule.milestones=[0.75]", "norm.lam=[0.1]")
+    done = here(*more)
+    assert done.code == 1
+    for part in ("epoch 2", "learning rate 1e+30", str(left(*more).checkpoint_path)):
+        assert part in done.err
+    state = left(*more).checkpoint()
+    assert state["iteration"] == 6
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_a_bad_loss_stops_the_run_within_50_iterations(here, monkeypatch):
+    seen = []
+    original = Update._first
+
+    def first(self, images, labels):
+        seen.append(1)
+        loss, measured = original(self, images, labels)
+        return loss, measured * float("nan") if len(seen) == 60 else measured
+
+    monkeypatch.setattr(Update, "_first", first)
+    done = here("batch_size=1", "schedule.iterations=1000", "norm=bn")
+    assert done.code == 1
+    assert 60 <= len(seen) <= 110
+    assert "at iteration 59" in done.err
+
+
+def test_weights_that_are_not_finite_are_never_saved(here, left, after):
+    """Those of the last step before a checkpoint, whose own loss was finite."""
+
+    @torch.no_grad()
+    def spoil(update):
+        update.model.fc.weight[0, 0] = float("inf")
+
+    after(4, spoil)
+    done = here("machine.checkpoint_seconds=1e-9")
+    assert done.code == 1
+    assert "fc.weight" in done.err
+    state = left().checkpoint()
+    assert state["iteration"] == 3
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_an_iteration_reads_nothing_from_the_device(here, reads, monkeypatch):
+    marks = []
+    original = Update.__call__
+    monkeypatch.setattr(Update, "__call__", lambda *a: (marks.append(len(reads)), original(*a)))
+    here("batch_size=8", "schedule.iterations=40")  # rows of the journal every 18
+    quiet = [after - before for before, after in itertools.pairwise(marks[1:])]
+    assert sum(n == 0 for n in quiet) >= len(quiet) - 2, (quiet, reads)
+
+
+def test_a_second_forward_that_would_do_nothing_is_skipped_with_one_warning(here):
+    done = here("norm=gn", "forwards=2")
+    assert done.code == 0
+    assert done.err.count("warning: norm=gn has no batch statistics") == 1
+
+
+# Sweeps.
+
+
+def test_a_sweep_runs_one_after_another(here, left):
+    sweep = ("-m", "norm=bn,mbn", "seed=0,1")
+    assert here(*sweep).code == 0
+    for norm, seed in itertools.product(("bn", "mbn"), (0, 1)):
+        assert left(f"norm={norm}", f"seed={seed}").record()["iterations"] == 8
+    assert here(*sweep).out.count("The run is finished") == 4
+
+
+def test_a_run_of_a_sweep_that_diverges_does_not_stop_the_others_but_is_no_success(here, left):
+    done = here("-m", "schedule.lr=[1e30],[0.1]")
+    assert done.code == 1
+    assert f"error: {left('schedule.lr=[1e30]').name}: training diverged" in done.err
+    assert left("schedule.lr=[0.1]").record()["iterations"] == 8
+
+
+def test_a_run_of_a_sweep_that_another_process_is_training_does_not_stop_the_others(here, left):
+    with lock(left("seed=0").folder / "lock"):
+        done = here("-m", "seed=0,1")
+    assert done.code != 0
+    assert left("seed=0").name in done.err
+    assert left("seed=1").record()["iterations"] == 8
+
+
+def test_a_signal_stops_a_sweep(here, left, after):
+    after(10, send("SIGTERM"))  # in the second run
+    assert here("-m", "seed=0,1,2").code == 75
+    assert left("seed=0").record_path.exists()
+    assert left("seed=1").checkpoint()["iteration"] == 2
+    assert not left("seed=2").folder.exists()
