@@ -17,7 +17,7 @@ from mbn.norm.batch import BatchNorm2d
 from mbn.norm.memorized import MemorizedBatchNorm2d
 from mbn.norm.propagation import StandardReLU, UnitConv2d
 from mbn.norm.renorm import BatchRenorm2d
-from mbn.system.settings import leaves
+from mbn.system.setting_fields import leaves
 
 
 class Layers(NamedTuple):

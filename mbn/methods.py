@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from mbn.system.settings import ABOVE_0, SHARE, Rule, among, at_least, setting
+from mbn.system.setting_fields import ABOVE_0, SHARE, Rule, among, at_least, setting
 
 # Settings. A default here is what a setting's absence means, see `mbn.config.schema`.
 

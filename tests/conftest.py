@@ -44,10 +44,10 @@ def figure(request, count):
     """
     marker = request.node.get_closest_marker("long")
     began = time.monotonic()
-    told = []
+    said = []
 
     def put(text):
-        told.append(text)
+        said.append(text)
         print(f"{marker.args[0]}: {text} in {time.monotonic() - began:.0f} s")
         if request.config.getoption("--long-scale") == 1:
             callspec = getattr(request.node, "callspec", None)
@@ -60,7 +60,7 @@ def figure(request, count):
         assert done == of, remarks
 
     yield tell
-    if not told:
+    if not said:
         put("failed before there was a figure")
 
 

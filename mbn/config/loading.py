@@ -15,7 +15,7 @@ from mbn.config.run_identity import to_yaml
 from mbn.config.schema import CONFIGS, REPOSITORY, Config, check
 from mbn.methods import METHODS
 from mbn.system.errors import ConfigError
-from mbn.system.settings import leaves
+from mbn.system.setting_fields import leaves
 
 # The groups whose options have an entry in a registry, and the file in which it stands.
 REGISTRIES: dict[str, tuple[dict[str, Any], str]] = {

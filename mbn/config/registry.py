@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from mbn.system.settings import BELOW_1, setting
+from mbn.system.setting_fields import BELOW_1, setting
 
 
 @dataclass

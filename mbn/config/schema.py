@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from mbn.config.registry import DATASETS, NETWORKS, Model, networks
 from mbn.methods import METHODS, Norm
 from mbn.system.errors import ConfigError
-from mbn.system.settings import ABOVE_0, BELOW_1, Rule, among, at_least, group, leaves, setting
+from mbn.system.setting_fields import ABOVE_0, BELOW_1, Rule, among, at_least, group, leaves, setting
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CONFIGS = REPOSITORY / "configs"

@@ -19,10 +19,10 @@ from mbn.launch.missing_runs import Run
 from mbn.launch.pool import Child
 from mbn.system.cuda_graph import allow_many_streams, one_at_a_time
 from mbn.system.errors import UserError
-from mbn.system.signals import Told
+from mbn.system.signals import StopRequest
 
 # What trains a run: given its configuration, what tells it to stop, and what opens its data set.
-Train = Callable[[Config, Told, Callable[[Config, torch.device], in_memory.Data]], None]
+Train = Callable[[Config, StopRequest, Callable[[Config, torch.device], in_memory.Data]], None]
 # Settings that belong to the process, so that all its lanes have them in common.
 OF_THE_PROCESS = ("device", "deterministic", "tf32", "threads", "data", "results")
 
@@ -86,16 +86,18 @@ class Lanes:
         config = dataclasses.replace(run.config, machine=machine)
         log = run.folder(results) / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        return Lane(run, log, lambda told: self.train(config, told, self.load), self.output)
+        return Lane(run, log, lambda stop: self.train(config, stop, self.load), self.output)
 
 
 class Lane(Child):
     """A run in a thread."""
 
-    def __init__(self, run: Run, log: Path, train: Callable[[Told], None], output: tuple["PerThread", ...]) -> None:
+    def __init__(
+        self, run: Run, log: Path, train: Callable[[StopRequest], None], output: tuple["PerThread", ...]
+    ) -> None:
         self.run, self.log, self.asked = run, log, False
         self.train, self.output = train, output
-        self.signal = Told()
+        self.signal = StopRequest()
         self.result = 1
         self.thread = threading.Thread(target=self._work, name=run.name, daemon=True)
         self.thread.start()

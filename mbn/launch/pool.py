@@ -19,7 +19,7 @@ from mbn.launch.missing_runs import Run
 from mbn.records import record
 from mbn.system import signals
 from mbn.system.errors import UserError
-from mbn.system.files import HELD, held
+from mbn.system.files import LOCKED, is_locked
 
 # Seconds between two looks at the children.
 LOOK = 0.1
@@ -188,12 +188,12 @@ class Pool:
             if run.finished(self.results):
                 self.elsewhere.remove(run)
                 self._finished(run, " (by another process)")
-            elif not held(run.folder(self.results) / "lock"):
+            elif not is_locked(run.folder(self.results) / "lock"):
                 self.elsewhere.remove(run)
                 self.queue.append(run)
         while self.queue and len(self.children) < self.jobs:
             run = self.queue.popleft()
-            if held(run.folder(self.results) / "lock"):
+            if is_locked(run.folder(self.results) / "lock"):
                 self.elsewhere.append(run)
             elif run.finished(self.results):  # by another process, since the start
                 self._finished(run, " (by another process)")
@@ -207,7 +207,7 @@ class Pool:
         run = child.run
         if code == 0 and run.finished(self.results):
             self._finished(run)
-        elif code == HELD:
+        elif code == LOCKED:
             self.elsewhere.append(run)
         elif child.asked and (code in signals.CODES.values() or code < 0):
             self.queue.appendleft(run)

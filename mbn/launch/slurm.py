@@ -12,7 +12,7 @@ from typing import Any
 
 from mbn.launch.missing_runs import Run
 from mbn.system.errors import UserError
-from mbn.system.files import HELD
+from mbn.system.files import LOCKED
 
 # How often a run may reach its time limit and be requeued: it goes on from its checkpoint each time.
 TIMEOUTS = 1000
@@ -39,7 +39,7 @@ class Job:
         # Not wait(): it holds a lock, for which checkpoint(), called by a signal, would wait for ever.
         while self.process.poll() is None:
             time.sleep(0.1)
-        if self.process.returncode not in (0, HELD):
+        if self.process.returncode not in (0, LOCKED):
             raise RuntimeError(f"train.py ended with exit code {self.process.returncode}: see {self.log}")
 
     @staticmethod

@@ -43,8 +43,8 @@ class BatchStatisticsNorm(nn.Module):
         self.forwards = forwards
         self.phase = "first"
         self._forgotten = False
-        # True while a `Together` enters the batches of this layer and others at once.
-        self.together = False
+        # True while an `AllMemories` enters the batches of this layer and others at once.
+        self.deferred = False
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -99,7 +99,7 @@ class BatchStatisticsNorm(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         kept = {name: getattr(self, name) for name in self.statistics}
-        self.together = False  # its buffers are its own again
+        self.deferred = False  # its buffers are its own again
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
@@ -111,7 +111,7 @@ class BatchStatisticsNorm(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.together = False  # a copy enters its batches on its own
+        self.deferred = False  # a copy enters its batches on its own
 
     def extra_repr(self) -> str:
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)

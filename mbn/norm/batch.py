@@ -58,7 +58,7 @@ class _BatchNorm(BatchStatisticsNorm):
         # Without buffers there is nothing to update. Momentum 0 would not be enough: 0 * NaN is NaN.
         mean, var = (self.running_mean, self.running_var) if remember else (None, None)
         y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
-        if remember and not self.together:
+        if remember and not self.deferred:
             self.num_batches_tracked.add_(1)
         return y
 

@@ -73,7 +73,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     memory_count: Tensor
     memory_weight: Tensor
     lam_tensor: Tensor
-    # What a forward leaves for `Together`: the batch's mean, biased variance and number of values, 0 for none.
+    # What a forward leaves for `AllMemories`: the batch's mean, biased variance and number of values, 0 for none.
     noted_mean: Tensor
     noted_var: Tensor
     noted_count: int
@@ -131,7 +131,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
         weight, bias = self._affine(x)
         m, v, W = self.running_mean, self.running_var, self.lam_tensor * self.memory_weight
-        if remember and not self.together:  # then this forward overwrites them
+        if remember and not self.deferred:  # then this forward overwrites them
             m, v, W = snapshot(m, v, W)
         if self.gradient == "paper":
             y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
@@ -151,9 +151,9 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     def remember(self, mu: Tensor, s2: Tensor, n: int) -> None:
         """Enter one batch's mean and biased variance (C,) over n values as age 0; the oldest entry leaves.
 
-        In a `Together` the batch is only noted here, and `Together.enter` enters it.
+        In an `AllMemories` the batch is only noted here, and `AllMemories.enter` enters it.
         """
-        if self.together:
+        if self.deferred:
             self.noted_mean.copy_(mu)
             self.noted_var.copy_(s2)
             self.noted_count = n

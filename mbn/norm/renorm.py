@@ -104,7 +104,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         first = self.num_batches_tracked == 0
         for average, value in ((self.running_mean, mu), (self.running_std, sigma)):
             average.copy_(torch.where(first, value, average + self.momentum * (value - average)))
-        if not self.together:
+        if not self.deferred:
             self.num_batches_tracked.add_(1)
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import IO
 from mbn.system.errors import UserError
 
 # The exit code of a run that another process is training.
-HELD = 76
+LOCKED = 76
 
 
 def write_atomically(path: Path, content: bytes, keep_as: Path | None = None) -> None:
@@ -73,7 +73,7 @@ def _fsync_folder(folder: Path) -> None:
 def lock(path: Path) -> Iterator[None]:
     """Hold path for this process; the operating system lets go when the process dies, however it dies.
 
-    Errors: UserError with code HELD, naming the process that holds it, when another does; UserError where path cannot
+    Errors: UserError with code LOCKED, naming the process that holds it, when another does; UserError where path cannot
     be written.
     """
     try:
@@ -91,7 +91,7 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             message = f"{path.parent} is being trained by {_holder(file)}: wait for it, or stop it."
-            raise UserError(message, code=HELD) from None
+            raise UserError(message, code=LOCKED) from None
         name = f"process {os.getpid()} on {os.uname().nodename}\n"
         try:
             file.seek(0)
@@ -139,7 +139,7 @@ def let_go_of_inherited_locks() -> None:
         os.close(_held.pop())
 
 
-def held(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether another process holds path by `lock`."""
     try:
         import fcntl

@@ -41,14 +41,14 @@ class Exit(Answered):
         os._exit(self.codes[name])
 
 
-class Told:
+class StopRequest:
     """Whether training is to stop: `code` is the exit code that it then has."""
 
     def __init__(self) -> None:
         self.code: int | None = None
 
 
-class Stop(Told, Answered):
+class Stop(StopRequest, Answered):
     """While in use as a context, notes the first of these signals in `code`; a second one exits at once."""
 
     def _answer(self, number: int, _: FrameType | None) -> None:

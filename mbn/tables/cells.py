@@ -11,7 +11,7 @@ from mbn.grid import Cell, Grid
 from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.tables.claims import Runs
-from mbn.tables.statistics import Summary, Values, difference, summary, welch
+from mbn.tables.over_seeds import Summary, Values, difference, summary, welch
 
 # The grids that the figure of test error against batch size is drawn from.
 BATCH_SIZES = ("table4-resnet20", "table4-methods")

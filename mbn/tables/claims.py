@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from mbn.grid import Cell, Claim, Drop, Gain, Lower, Rise
-from mbn.tables.statistics import Summary, seeds_to_decide, summary
+from mbn.tables.over_seeds import Summary, seeds_to_decide, summary
 
 # The records of a cell, by seed.
 Runs = dict[int, dict[str, Any]]

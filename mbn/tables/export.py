@@ -4,8 +4,8 @@ import csv
 import io
 
 from mbn.tables.cells import Table, file_name, heads, lines
+from mbn.tables.over_seeds import Summary
 from mbn.tables.page import command, markdown
-from mbn.tables.statistics import Summary
 
 
 def latex(table: Table) -> str:

@@ -6,7 +6,7 @@ import statistics
 from mbn.grid import METRICS, Cell
 from mbn.tables import claims
 from mbn.tables.cells import Table, heading, heads, label, lines
-from mbn.tables.statistics import Values
+from mbn.tables.over_seeds import Values
 
 # The fields of a record that help to explain its test error, and what a page calls them.
 BESIDE = {

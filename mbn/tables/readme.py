@@ -3,8 +3,8 @@
 from mbn.system.errors import UserError
 from mbn.tables import claims
 from mbn.tables.cells import BATCH_SIZES, Entry, Records, Table, heading, label
+from mbn.tables.over_seeds import ASSUMED_RUNS, ASSUMED_SD, POWER
 from mbn.tables.page import BESIDE, main_table, pipes
-from mbn.tables.statistics import ASSUMED_RUNS, ASSUMED_SD, POWER
 
 START, END = "<!-- results -->", "<!-- /results -->"
 

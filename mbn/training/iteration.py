@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mbn.measure.first_nonfinite import Watch, push
 from mbn.norm.base import norm_layers, phase
 from mbn.norm.functional import statistics_dtype
+from mbn.norm.memories import AllMemories
 from mbn.norm.propagation import project_unit_rows, unit_layers
-from mbn.norm.together import Together
 from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, warn
 from mbn.training.execution import GRAPHS
 
@@ -76,7 +76,7 @@ class Update:
         self.optimizer = optimizer
         self.mode = mode
         self.layers = [layer for layer in norm_layers(model) if layer.forwards == 2] if forwards == 2 else []
-        self.together = Together(self.layers or [layer for layer in norm_layers(model) if layer.forwards == 1])
+        self.memories = AllMemories(self.layers or [layer for layer in norm_layers(model) if layer.forwards == 1])
         self.projects = bool(unit_layers(model))
         # From the first step on: a step's effect is its size over the row's norm.
         project_unit_rows(model)
@@ -128,7 +128,7 @@ class Update:
         if self.layers:
             with torch.no_grad(), autocast(self.device, self.precision), phase(self.layers, "second"):
                 second(images)
-        self.together.enter()
+        self.memories.enter()
         push(self.window, measured)
 
     def _not_recorded(self, error: Exception) -> None:

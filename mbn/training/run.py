@@ -26,7 +26,7 @@ from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import one_at_a_time, own_stream
 from mbn.system.errors import UserError
 from mbn.system.files import lock, remove_partials, write_atomically
-from mbn.system.signals import Stop, Told
+from mbn.system.signals import Stop, StopRequest
 from mbn.training import checkpoint, report
 from mbn.training.execution import GRAPHS, choose_device, choose_mode, choose_threads, set_arithmetic
 from mbn.training.iteration import READ_EVERY, Update, autocast
@@ -45,7 +45,9 @@ Build = Callable[[Layers], nn.Module]
 OpenData = Callable[[Config, torch.device], Data]
 
 
-def train(config: Config, build: Build, stop: Told | None = None, open_data: OpenData | None = None) -> dict[str, Any]:
+def train(
+    config: Config, build: Build, stop: StopRequest | None = None, open_data: OpenData | None = None
+) -> dict[str, Any]:
     """Train the run that config describes, from its last checkpoint if there is one, and return its record.
 
     build: makes the network from its layers. For threads side by side, which cannot answer signals and share their
@@ -70,7 +72,7 @@ def train(config: Config, build: Build, stop: Told | None = None, open_data: Ope
                 run.update.recorded.clear()  # and the memory that recordings hold
 
 
-def _signals(stop: Told | None) -> contextlib.AbstractContextManager[Told]:
+def _signals(stop: StopRequest | None) -> contextlib.AbstractContextManager[StopRequest]:
     return Stop() if stop is None else contextlib.nullcontext(stop)
 
 
@@ -86,7 +88,7 @@ def _memory_is_enough(config: Config) -> Iterator[None]:
         ) from None
 
 
-def add_precise_error(config: Config, build: Build, stop: Told | None = None) -> dict[str, Any]:
+def add_precise_error(config: Config, build: Build, stop: StopRequest | None = None) -> dict[str, Any]:
     """Measure `test_error_precise` from a finished run's final checkpoint, add it to its record, and return that.
 
     Nothing else in the record changes but its checksum. stop: as for `train`. Errors: UserError where the checkpoint is
@@ -144,7 +146,7 @@ class Run:
         write_atomically(self.folder / "config.yaml", text.encode())
         return Journal(self.folder, text, self.state.journal_lines)
 
-    def train(self, stop: Told, journal: Journal) -> None:
+    def train(self, stop: StopRequest, journal: Journal) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
         state, update = self.state, self.update
         batches = self.data.train_batches(state.iteration, self.config.batch_size)
@@ -223,7 +225,7 @@ class Run:
         self.saved, self.saved_at = state.iteration, time.monotonic()
         state.clock.count(training=False)
 
-    def _stopped(self, stop: Told) -> UserError:
+    def _stopped(self, stop: StopRequest) -> UserError:
         assert stop.code is not None
         return UserError(
             f"stopped at iteration {self.state.iteration} of {self.state.length}, saved in {self.checkpoint_path}: the "
@@ -240,7 +242,7 @@ class Run:
             f"training diverged: {what} (epoch {epoch}, learning rate {lr}); {last}; try a smaller schedule.lr."
         )
 
-    def precise_error(self, stop: Told) -> float:
+    def precise_error(self, stop: StopRequest) -> float:
         """Test error in percent with statistics taken again over an epoch of training, which are then put back.
 
         The images are augmented as in training: it is their statistics that the weights were trained with. Those of
@@ -256,14 +258,14 @@ class Run:
         self.model.load_state_dict(kept)
         return error
 
-    def _until(self, stop: Told, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _until(self, stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Batches, but UserError once a signal has come."""
         for batch in batches:
             if stop.code is not None:
                 raise self._stopped(stop)
             yield batch
 
-    def finish(self, stop: Told, journal: Journal) -> dict[str, Any]:
+    def finish(self, stop: StopRequest, journal: Journal) -> dict[str, Any]:
         """Write the record of a run that has reached its end, and return it. Errors: UserError after a signal."""
         state, rows = self.state, list(journal.rows())
         epochs = [row for row in rows if row["kind"] == "epoch"]

@@ -18,7 +18,7 @@ from mbn.benchmark.jobs import NO_TIME
 from mbn.benchmark.side_by_side import Rates
 from mbn.benchmark.workload import PAIR, Case, arms
 from mbn.norm import functional
-from mbn.norm.together import Memories
+from mbn.norm.memories import Memories
 from mbn.system import cuda_graph
 from mbn.training import iteration
 

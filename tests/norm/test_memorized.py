@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from mbn import MemorizedBatchNorm2d, second_forward
 from mbn.norm import functional
-from mbn.norm.together import Together
+from mbn.norm.memories import AllMemories
 
 
 def test_both_gradients_have_the_same_output(path):
@@ -87,7 +87,7 @@ def test_a_memory_weight_of_either_shape_loads(together):
     assert state["memory_weight"].shape == (1,)
     state["memory_weight"] = state["memory_weight"][0].clone()
     if together:
-        Together([other])
+        AllMemories([other])
     other.load_state_dict(state)
     assert state["memory_weight"].shape == ()
     assert other.memory_weight.tolist() == [16]

@@ -15,9 +15,9 @@ from mbn.config import REPOSITORY
 from mbn.system.errors import UserError
 from mbn.tables.cells import BATCH_SIZES, Table, read_records, read_tables
 from mbn.tables.export import cells_csv, contents, latex
+from mbn.tables.over_seeds import difference, summary, welch
 from mbn.tables.page import markdown
 from mbn.tables.readme import END, START, evidence_part, readme_part, replace_part
-from mbn.tables.statistics import difference, summary, welch
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
 

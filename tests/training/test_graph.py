@@ -193,8 +193,8 @@ def test_memories_entered_together_have_the_bits_of_each_layer_entering_its_own(
         model, _, update = prepare(layers, forwards, dtype=dtype, widths=(64, 32))
         if not together:
             for layer in norm_layers(model):
-                layer.together = False
-            update.together.enter = lambda: None
+                layer.deferred = False
+            update.memories.enter = lambda: None
         for images, labels in given:
             update(images, labels)
         results.append((state(model), update.drain()))
@@ -209,7 +209,7 @@ def test_the_state_dict_and_a_copy_are_those_of_layers_on_their_own():
     update(*batch())
     assert {key: (value.shape, value.dtype) for key, value in model.state_dict().items()} == before
     copied = copy.deepcopy(model)
-    assert not any(layer.together for layer in norm_layers(copied))
+    assert not any(layer.deferred for layer in norm_layers(copied))
     kept = state(model)
     second_forward(copied, batch()[0])
     assert all((layer.memory_count > 0).all() for layer in norm_layers(copied))
@@ -219,10 +219,10 @@ def test_the_state_dict_and_a_copy_are_those_of_layers_on_their_own():
 def test_a_layer_that_was_moved_or_has_not_run_is_an_error():
     model, _, update = prepare(mbn(2, 0.3, memory=3), 2)
     with pytest.raises(RuntimeError, match="did not run"):
-        update.together.enter()
+        update.memories.enter()
     model.float()
     with pytest.raises(RuntimeError, match="moved or cast"):
-        update.together.enter()
+        update.memories.enter()
 
 
 def test_a_batch_enters_all_memories_with_22_operations():
@@ -240,9 +240,9 @@ def test_a_batch_enters_all_memories_with_22_operations():
         update(*batch())
         for layer in norm_layers(model):
             layer.noted_count = 1
-        update.together.enter()
+        update.memories.enter()
         for layer in norm_layers(model):
             layer.noted_count = 1
         with Count() as count:
-            update.together.enter()
+            update.memories.enter()
         assert count.calls <= 22

@@ -9,13 +9,13 @@ from .memorized import _MemorizedBatchNorm
 from .renorm import _BatchRenorm
 
 
-class Together:
+class AllMemories:
     """Enters a batch into all layers at once, which each of them would otherwise do on its own.
 
     In the forward that remembers, the layers only note their batch. `enter`, called once after it, takes the notes into
     the memories and counts the batch: some twenty operations for the whole network instead of twenty for each layer,
     with the same bits. The layers' state dict stays the same: their buffers become views of shared tensors. A layer
-    that is cast or moved to another device enters its batches on its own again; make a new Together then.
+    that is cast or moved to another device enters its batches on its own again; make a new AllMemories then.
 
     layers: those whose forward remembers, each once. Errors: RuntimeError from `enter` if a layer was moved, or if its
     forward has not run since the last call.
@@ -25,7 +25,7 @@ class Together:
         self.layers = layers
         alike: dict[object, list[_MemorizedBatchNorm]] = {}
         for layer in layers:
-            layer.together = True
+            layer.deferred = True
             if isinstance(layer, _MemorizedBatchNorm):
                 key = (layer.memory, layer.decay, layer.memory_mean.device, layer.memory_mean.dtype)
                 alike.setdefault(key, []).append(layer)
@@ -35,8 +35,8 @@ class Together:
     @torch.no_grad()
     def enter(self) -> None:
         """Take the batch that every layer has noted into all memories and counters."""
-        if not all(layer.together for layer in self.layers):
-            raise RuntimeError("a layer was moved or cast since its Together was made: make a new one")
+        if not all(layer.deferred for layer in self.layers):
+            raise RuntimeError("a layer was moved or cast since its AllMemories was made: make a new one")
         for memories in self.memories:
             memories.enter()
         if self.counters:

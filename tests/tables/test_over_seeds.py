@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from mbn.tables.statistics import Summary, difference, seeds_to_decide, summary, welch
+from mbn.tables.over_seeds import Summary, difference, seeds_to_decide, summary, welch
 
 
 def test_a_difference_is_paired_over_common_seeds_and_welchs_test_takes_all():
