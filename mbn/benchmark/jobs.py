@@ -151,5 +151,6 @@ def chosen(names: list[str], patterns: str) -> set[str]:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write it as JSON."""
-    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    """Write it as JSON, numbers to five digits."""
+    rounded = json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))
+    write_atomically(path, (json.dumps(rounded, indent=1) + "\n").encode())

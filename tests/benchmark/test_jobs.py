@@ -116,6 +116,11 @@ def test_what_fails_is_said_and_the_rest_goes_on(monkeypatch, capsys, recording)
     assert f"  BN 1 forward, graph: {why}\n" in capsys.readouterr().out
 
 
+def test_numbers_are_written_to_five_digits(tmp_path):
+    jobs.write_report(tmp_path / "report.json", {"rates": {8: (2 / 3e6, 123456)}})
+    assert json.loads((tmp_path / "report.json").read_text()) == {"rates": {"8": [6.6667e-07, 123456]}}
+
+
 # Bars.
 
 
