@@ -1,6 +1,7 @@
 """Damaged checkpoints are noticed, set aside, and the generation before them is used."""
 
 import contextlib
+import hashlib
 import pickle
 
 import pytest
@@ -19,7 +20,10 @@ def two(here, left, after):
     return left().checkpoint_path
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut short", "empty", "malicious", "malicious with a right checksum"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flipped", "cut short", "empty", "empty with a right checksum", "malicious", "malicious with a right checksum"],
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(here, left, whole, two, tmp_path, damage):
     sprung, content = tmp_path / "sprung", two.read_bytes()
     half = len(content) // 2
@@ -31,6 +35,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(here, 
             "flipped": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :],
             "cut short": content[:half],
             "empty": b"",
+            "empty with a right checksum": checkpoint.MARK + hashlib.sha256().hexdigest().encode(),
             "malicious": pickle.dumps(Trap(sprung)),
             "malicious with a right checksum": (tmp_path / "malicious").read_bytes(),
         }[damage]
