@@ -22,12 +22,12 @@ _HOME = {
     "MemorizedBatchNorm1d": "memorized",
     "MemorizedBatchNorm2d": "memorized",
     "MemorizedBatchNorm3d": "memorized",
-    "StandardReLU": "propagation",
-    "UnitConv2d": "propagation",
+    "StandardReLU": "normprop",
+    "UnitConv2d": "normprop",
     "convert": "convert",
-    "held": "base",
-    "project_unit_rows": "propagation",
-    "second_forward": "base",
+    "held": "second_forward",
+    "project_unit_rows": "normprop",
+    "second_forward": "second_forward",
     "set_lambda": "memorized",
     "set_renorm": "renorm",
     "to_batch_norm": "convert",
@@ -35,8 +35,6 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from .norm.base import held as held
-    from .norm.base import second_forward as second_forward
     from .norm.batch import BatchNorm1d as BatchNorm1d
     from .norm.batch import BatchNorm2d as BatchNorm2d
     from .norm.batch import BatchNorm3d as BatchNorm3d
@@ -46,13 +44,15 @@ if TYPE_CHECKING:
     from .norm.memorized import MemorizedBatchNorm2d as MemorizedBatchNorm2d
     from .norm.memorized import MemorizedBatchNorm3d as MemorizedBatchNorm3d
     from .norm.memorized import set_lambda as set_lambda
-    from .norm.propagation import StandardReLU as StandardReLU
-    from .norm.propagation import UnitConv2d as UnitConv2d
-    from .norm.propagation import project_unit_rows as project_unit_rows
+    from .norm.normprop import StandardReLU as StandardReLU
+    from .norm.normprop import UnitConv2d as UnitConv2d
+    from .norm.normprop import project_unit_rows as project_unit_rows
     from .norm.renorm import BatchRenorm1d as BatchRenorm1d
     from .norm.renorm import BatchRenorm2d as BatchRenorm2d
     from .norm.renorm import BatchRenorm3d as BatchRenorm3d
     from .norm.renorm import set_renorm as set_renorm
+    from .norm.second_forward import held as held
+    from .norm.second_forward import second_forward as second_forward
 
 
 def __getattr__(name: str):

@@ -91,10 +91,10 @@ class Method:
 
 # Colours that the colour-blind tell apart: Okabe and Ito 2008.
 METHODS: dict[str, Method] = {
-    "bn": Method("BN", "mbn.layers:bn", "#D55E00", "s", BN),
+    "bn": Method("BN", "mbn.network_layers:bn", "#D55E00", "s", BN),
     "brn": Method(
         "BRN",
-        "mbn.layers:brn",
+        "mbn.network_layers:brn",
         "#009E73",
         "^",
         BRN,
@@ -102,16 +102,16 @@ METHODS: dict[str, Method] = {
     ),
     "mbn": Method(
         "MBN",
-        "mbn.layers:mbn",
+        "mbn.network_layers:mbn",
         "#0072B2",
         "o",
         MBN,
         change=Change("mbn.training.schedule:lambda_values", "mbn.norm.memorized:set_lambda", logged="lambda"),
     ),
-    "gn": Method("GN", "mbn.layers:gn", "#CC79A7", "D", GN, statistics=False),
+    "gn": Method("GN", "mbn.network_layers:gn", "#CC79A7", "D", GN, statistics=False),
     "normprop": Method(
         "NormProp",
-        "mbn.layers:normprop",
+        "mbn.network_layers:normprop",
         "#E69F00",
         "v",
         statistics=False,

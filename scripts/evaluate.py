@@ -50,8 +50,8 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
 
     import models
     from mbn.data.datasets import load
-    from mbn.layers import from_config
     from mbn.measure.test_error import batch_size_for, evaluate
+    from mbn.network_layers import from_config
     from mbn.training.execution import choose_device
     from mbn.training.iteration import autocast
 
@@ -98,7 +98,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
     import torch
 
-    from mbn.training import checkpoint
+    from mbn.training import checkpoint_file
 
     if not path.is_file():
         raise UserError(f"{path} is not a file: name a checkpoint or a file of weights.")
@@ -119,9 +119,9 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         raise UserError(f"{path} is not a file of weights ({why}).") from None
     if isinstance(content, dict) and "model" in content and "config" in content:
         try:
-            content = checkpoint.read(path)
-        except checkpoint.DamagedError as error:
-            raise UserError(f"{error}: use {checkpoint.previous(path)}, or train again.") from None
+            content = checkpoint_file.read(path)
+        except checkpoint_file.DamagedError as error:
+            raise UserError(f"{error}: use {checkpoint_file.previous(path)}, or train again.") from None
         return content["model"], configuration.identity(configuration.from_dict(json.loads(content["config"])))
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

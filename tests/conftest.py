@@ -5,7 +5,7 @@ import killing
 import pytest
 import reliability
 import torch
-from tape import recording  # noqa: F401
+from fake_cuda_graph import recording  # noqa: F401
 from torch import nn
 
 from mbn.training import run

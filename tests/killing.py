@@ -156,7 +156,7 @@ def soak_job(job: dict) -> int:
 
 def save_job(job: dict) -> int:
     """Save states of one iteration after another for ever; killed inside the one that follows `at`, or from outside."""
-    from mbn.training import checkpoint
+    from mbn.training import checkpoint_file
 
     path = Path(job["path"])
     iteration = job["at"]
@@ -165,7 +165,7 @@ def save_job(job: dict) -> int:
         iteration += 1
         content = state(iteration, job["size"])
         with count or contextlib.nullcontext():
-            checkpoint.save(content, path)
+            checkpoint_file.save(content, path)
 
 
 def state(iteration: int, size: int) -> dict:
@@ -206,7 +206,7 @@ def aim(place: str, at: int, draw: random.Random) -> None:
     """Have this process killed when it comes to a place at or after an iteration."""
     from mbn.records import record
     from mbn.system import files
-    from mbn.training import checkpoint, journal, report
+    from mbn.training import checkpoint_file, journal, report
     from mbn.training import run as trainer
 
     now = -1
@@ -299,9 +299,9 @@ def aim(place: str, at: int, draw: random.Random) -> None:
 
             return call
 
-        patch(checkpoint, "save", save)
+        patch(checkpoint_file, "save", save)
     elif place == "half a checkpoint":
-        patch(checkpoint, "write_atomically", lambda f: half(f, "checkpoint.pt"))
+        patch(checkpoint_file, "write_atomically", lambda f: half(f, "checkpoint.pt"))
     elif place == "between the renames":
         patch(type(Path()), "replace", lambda f: after(f, lambda _, to: Path(to).name == "checkpoint.previous.pt"))
     elif place == "resuming":

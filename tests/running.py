@@ -26,7 +26,7 @@ from mbn.config import REPOSITORY
 from mbn.data import datasets
 from mbn.norm.base import norm_layers
 from mbn.records import provenance, record
-from mbn.training import checkpoint
+from mbn.training import checkpoint_file
 from mbn.training.iteration import Update
 
 
@@ -120,7 +120,7 @@ class Run:
         self.record_path = self.results / "records" / f"{self.name}.json"
 
     def checkpoint(self):
-        return checkpoint.read(self.checkpoint_path)
+        return checkpoint_file.read(self.checkpoint_path)
 
     def record(self):
         return record.read(self.record_path)

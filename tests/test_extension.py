@@ -59,7 +59,7 @@ columns:
 # What is written into files that are there: into which, before which line, and what.
 ENTRIES = [
     (
-        "mbn/layers.py",
+        "mbn/network_layers.py",
         "def bn(",
         """
 def ln(forwards, eps):
@@ -87,8 +87,8 @@ class LN(Norm):
         "mbn/methods.py",
         '    "bn": Method(',
         f"""    "ln": Method(
-        "LN", "mbn.layers:ln", "{COLOUR}", "x", LN, statistics=False,
-        change=Change("mbn.layers:ln_values", "mbn.layers:set_ln", logged="eps"),
+        "LN", "mbn.network_layers:ln", "{COLOUR}", "x", LN, statistics=False,
+        change=Change("mbn.network_layers:ln_values", "mbn.network_layers:set_ln", logged="eps"),
     ),
 """,
     ),

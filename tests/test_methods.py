@@ -12,10 +12,10 @@ from torch import nn
 import models
 from mbn import config
 from mbn.config import ConfigError
-from mbn.layers import from_config, gn
 from mbn.methods import METHODS
+from mbn.network_layers import from_config, gn
 from mbn.norm.base import norm_layers
-from mbn.norm.propagation import unit_layers
+from mbn.norm.normprop import unit_layers
 from mbn.norm.renorm import set_renorm
 from mbn.training.iteration import Update
 from mbn.training.run import Run

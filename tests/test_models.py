@@ -11,7 +11,7 @@ from torch import nn
 
 import models
 from mbn.config import NETWORKS, networks
-from mbn.layers import Layers, bn, mbn
+from mbn.network_layers import Layers, bn, mbn
 
 CIFAR, IMAGENET = networks(32), networks(224)
 EVERY = [("cifar", name) for name in CIFAR] + [("imagenet", name) for name in IMAGENET]

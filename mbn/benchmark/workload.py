@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from mbn import config as configuration
 from mbn.data import datasets, in_memory
-from mbn.layers import Layers, from_config
+from mbn.network_layers import Layers, from_config
 from mbn.norm.memorized import set_lambda
 from mbn.system.cuda_graph import Recorded
 from mbn.system.errors import UserError

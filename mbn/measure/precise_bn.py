@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mbn.measure.statistics_gap import named_norm_layers, observed
-from mbn.norm.base import BatchStatisticsNorm, held
+from mbn.norm.base import BatchStatisticsNorm
 from mbn.norm.functional import batch_moments, values_per_channel
+from mbn.norm.second_forward import held
 from mbn.system.cuda_graph import Recorded, first_line, warn
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbn.norm.base import BatchStatisticsNorm, held
+from mbn.norm.base import BatchStatisticsNorm
+from mbn.norm.second_forward import held
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 

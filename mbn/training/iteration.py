@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbn.measure.first_nonfinite import Watch, push
-from mbn.norm.base import norm_layers, phase
+from mbn.norm.base import norm_layers
 from mbn.norm.functional import statistics_dtype
 from mbn.norm.memories import AllMemories
-from mbn.norm.propagation import project_unit_rows, unit_layers
+from mbn.norm.normprop import project_unit_rows, unit_layers
+from mbn.norm.second_forward import phase
 from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, warn
 from mbn.training.execution import GRAPHS
 

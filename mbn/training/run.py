@@ -16,18 +16,18 @@ from tqdm import tqdm
 from mbn.config import Config, run_name, to_dict, to_yaml
 from mbn.data.datasets import load
 from mbn.data.in_memory import Batch, Data
-from mbn.layers import Layers, from_config
 from mbn.measure.first_nonfinite import first_nonfinite
 from mbn.measure.precise_bn import set_precise_statistics
 from mbn.measure.statistics_gap import Statistics
 from mbn.methods import METHODS
+from mbn.network_layers import Layers, from_config
 from mbn.records import provenance, record
 from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import one_at_a_time, own_stream
 from mbn.system.errors import UserError
 from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.signals import Stop, StopRequest
-from mbn.training import checkpoint, report
+from mbn.training import checkpoint_file, report
 from mbn.training.execution import GRAPHS, choose_device, choose_mode, choose_threads, set_arithmetic
 from mbn.training.iteration import READ_EVERY, Update, autocast
 from mbn.training.journal import Journal
@@ -221,7 +221,7 @@ class Run:
         if name is not None:
             raise self._diverged(f"{name} is no longer finite after iteration {last}", last)
         journal.sync()
-        checkpoint.save(state.content(self.update.mode, journal.lines), self.checkpoint_path)
+        checkpoint_file.save(state.content(self.update.mode, journal.lines), self.checkpoint_path)
         self.saved, self.saved_at = state.iteration, time.monotonic()
         state.clock.count(training=False)
 

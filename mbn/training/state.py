@@ -12,7 +12,7 @@ from mbn.config import Config, distinction, iterations, iterations_per_epoch, ru
 from mbn.measure.statistics_gap import uses_dropout
 from mbn.records import provenance, record
 from mbn.system.errors import UserError
-from mbn.training import checkpoint
+from mbn.training import checkpoint_file
 
 
 class Sums:
@@ -164,7 +164,7 @@ def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
     With machine.again a finished run, or one that was not begun with it, starts over. Errors: UserError.
     """
     path = folder / "checkpoint.pt"
-    saved = checkpoint.newest(path)
+    saved = checkpoint_file.newest(path)
     if saved is None:
         return None
     if saved["identity"] != distinction(config):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from places import small_place
+from little_work import small_place
 
 from mbn.benchmark import kernels, suites
 from mbn.training import iteration

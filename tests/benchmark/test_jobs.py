@@ -6,7 +6,7 @@ from itertools import repeat
 
 import pytest
 import torch
-from places import CASE, CPU, EMPTY, MBN2, SIZES, build
+from little_work import CASE, CPU, EMPTY, MBN2, SIZES, build
 from running import load_script
 
 from mbn.benchmark import imagenet_loader, jobs, suites

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from places import CASE, CPU, MBN2, SIZES, fake_workloads, soon
+from little_work import CASE, CPU, MBN2, SIZES, fake_workloads, soon
 
 from mbn.benchmark import kernels, side_by_side, suites, timing, workload
 from mbn.benchmark.jobs import NO_TIME, run

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from places import CASE, CPU, EMPTY, MBN2, SIZES, build, fake_workloads, soon
+from little_work import CASE, CPU, EMPTY, MBN2, SIZES, build, fake_workloads, soon
 from torch import nn
 
 from mbn import config

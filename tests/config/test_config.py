@@ -18,7 +18,7 @@ from running import with_new_fields
 
 import models
 import train
-from mbn import config, layers, methods
+from mbn import config, methods, network_layers
 from mbn.config import CONFIGS, REPOSITORY, ConfigError, from_dict, iterations, load, loading, run_name, to_dict
 from mbn.norm.base import norm_layers
 
@@ -308,7 +308,7 @@ def test_a_network_takes_every_setting_that_the_configuration_has_for_it(name):
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_method_has_statistics_of_batches_where_the_registry_says_so(name):
     c = load([f"norm={name}", "model=nin"])
-    assert bool(norm_layers(models.build(layers=layers.from_config(c), **config.network(c)))) == (
+    assert bool(norm_layers(models.build(layers=network_layers.from_config(c), **config.network(c)))) == (
         methods.METHODS[name].statistics
     )
 
@@ -317,7 +317,7 @@ def test_a_method_has_statistics_of_batches_where_the_registry_says_so(name):
 def test_a_norm_takes_every_setting_that_the_configuration_has_for_it_with_the_same_default(name):
     fields = {f.name: f.default for f in dataclasses.fields(methods.METHODS[name].settings)}
     del fields["name"]
-    parameters = dict(inspect.signature(getattr(layers, name)).parameters)
+    parameters = dict(inspect.signature(getattr(network_layers, name)).parameters)
     del parameters["forwards"]
     fields.pop("lam", None)  # a list in the configuration, the number in force in the layer
     parameters.pop("lam", None)

@@ -24,7 +24,7 @@ import train
 from mbn.config import REPOSITORY
 from mbn.data.image_folder import Decoder, Files, list_images, open_folders
 from mbn.system.errors import UserError
-from mbn.system.files import held
+from mbn.system.files import is_locked
 
 # Python 3.12 and later warn of a fork in a process with threads, which torch's are.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
@@ -282,7 +282,7 @@ def test_killed_and_stopped_in_mid_epoch_a_run_ends_with_the_same_bits(tree, tmp
     code, _ = signalled(4, "os.kill(os.getpid(), signal.SIGKILL)", "machine.workers=2", often)
     assert code == -9
     # Its workers outlive it by seconds and hold what they were forked with: the run's lock must not be among it.
-    assert not held(left.folder / "lock")
+    assert not is_locked(left.folder / "lock")
     assert left.checkpoint()["iteration"] == 3  # the fourth had not been saved
     # `timeout`, schedulers of clusters and a terminal's Ctrl-C send a signal to the workers too. Not sent by the run
     # itself: for its workers, a SIGTERM from their parent is an order to end.

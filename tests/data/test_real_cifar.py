@@ -12,7 +12,7 @@ from mbn import config
 from mbn.config import REPOSITORY
 from mbn.data import datasets
 from mbn.norm.base import norm_layers
-from mbn.norm.propagation import unit_layers
+from mbn.norm.normprop import unit_layers
 from mbn.training.run import Run
 
 PLACES = [Path(os.environ["MBN_DATA"])] if os.environ.get("MBN_DATA") else [REPOSITORY / "data"]

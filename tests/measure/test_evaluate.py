@@ -22,7 +22,7 @@ from mbn import config
 from mbn.config import REPOSITORY
 from mbn.measure.test_error import batch_size_for, evaluate
 from mbn.records import record
-from mbn.training import checkpoint
+from mbn.training import checkpoint_file
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 RESULT = re.compile(r"(.*): loss (\d+\.\d{4}), top-1 error (\d+\.\d\d) %, top-5 error (\d+\.\d\d) %")
@@ -117,11 +117,11 @@ def test_a_checkpoint_holds_its_memory(digits):
 
 
 def test_evaluation_uses_the_memory_that_a_checkpoint_holds(digits, tmp_path, measure):
-    state = checkpoint.read(digits[0])
+    state = checkpoint_file.read(digits[0])
     for key, tensor in state["model"].items():
         if key.endswith("running_mean"):
             tensor.add_(0.5)
-    checkpoint.save(state, tmp_path / "changed.pt")
+    checkpoint_file.save(state, tmp_path / "changed.pt")
     assert measure(tmp_path / "changed.pt")[0] != measure(digits[0])[0]
 
 
@@ -297,7 +297,7 @@ def test_a_malicious_pickle_runs_nothing(form, suffix, digits, tmp_path, refusal
     elif form == "inside":
         torch.save({"state_dict": {"conv1.weight": torch.zeros(1), "x": evil}}, path)
     else:
-        checkpoint.save({**checkpoint.read(digits[0]), "extra": evil}, path)
+        checkpoint_file.save({**checkpoint_file.read(digits[0]), "extra": evil}, path)
     message = refusal(path, "model=resnet18", "dataset=imagenet", "norm=bn")
     assert str(path) in message
     assert not mark.exists()

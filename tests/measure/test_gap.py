@@ -3,13 +3,14 @@
 import pytest
 import reference
 import torch
-from kinds import reference_of, snapshot, unchanged
+from layer_kinds import reference_of, snapshot, unchanged
 from running import Small, follow
 
-from mbn.layers import bn, brn, gn, mbn
 from mbn.measure.statistics_gap import epoch_statistics, training_statistics
+from mbn.network_layers import bn, brn, gn, mbn
 from mbn.norm import base
-from mbn.norm.base import norm_layers, second_forward
+from mbn.norm.base import norm_layers
+from mbn.norm.second_forward import second_forward
 
 LAYERS = {"bn": bn(2), "brn": brn(2), "mbn": mbn(2, 0.5, memory=2), "batch": mbn(2, 0.5, memory=2, gradient="batch")}
 every_norm = pytest.mark.parametrize("norm", LAYERS)

@@ -5,14 +5,14 @@ import itertools
 import pytest
 import reference
 import torch
-from kinds import snapshot, unchanged
+from layer_kinds import snapshot, unchanged
 from running import Tiny, cut, follow, send
 from test_gap import every_norm, images, trained
 from torch import nn
 
 from mbn.data.datasets import load
-from mbn.layers import from_config
 from mbn.measure.precise_bn import set_precise_statistics
+from mbn.network_layers import from_config
 from mbn.norm.base import norm_layers
 from mbn.norm.renorm import set_renorm
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from kinds import one_or_two, shapes, snapshot, unchanged
+from layer_kinds import one_or_two, shapes, snapshot, unchanged
 from torch import nn
 
 import mbn

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from kinds import (
+from layer_kinds import (
     KINDS,
     affine_of,
     close,

@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from kinds import SHAPES, shapes, snapshot, unchanged
+from layer_kinds import SHAPES, shapes, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from kinds import inputs, make, reference_of, renew, snapshot, trained, unchanged
+from layer_kinds import inputs, make, reference_of, renew, snapshot, trained, unchanged
 from torch.testing import assert_close
 
 from mbn import MemorizedBatchNorm2d, second_forward

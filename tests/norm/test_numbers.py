@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kinds import follow, make
+from layer_kinds import follow, make
 
 
 @st.composite

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kinds import inputs, trained
+from layer_kinds import inputs, trained
 from torch.testing import assert_close
 
 from mbn import BatchRenorm1d, held

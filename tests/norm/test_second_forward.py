@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from kinds import close, inputs, kinds, network, reference_of, remember, snapshot, unchanged
+from layer_kinds import close, inputs, kinds, network, reference_of, remember, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
 

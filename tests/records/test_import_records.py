@@ -5,7 +5,7 @@ import tarfile
 import zipfile
 
 import pytest
-import toy
+import toy_records
 from test_record import edit
 
 from mbn import grid
@@ -26,7 +26,7 @@ def there(tmp_path):
     """A folder with three records, other JSON, and a text."""
     folder = tmp_path / "there"
     for seed in range(3):
-        toy.write(folder / "results", CELL, seed, test_error=8.0)
+        toy_records.write(folder / "results", CELL, seed, test_error=8.0)
     (folder / "package.json").write_text('{"name": "other"}')
     (folder / "results" / "records" / "notes.txt").write_text("mine")
     return folder
@@ -87,7 +87,7 @@ def test_a_wrong_record_is_refused_and_the_others_are_taken(there, here, spoil, 
 
 
 def test_no_record_is_overwritten(there, here):
-    toy.write(here, CELL, 1, test_error=50.0)
+    toy_records.write(here, CELL, 1, test_error=50.0)
     (mine,) = records(here)
     before = mine.read_bytes()
     gathered = gather(there, here)

@@ -1,7 +1,7 @@
 """Figures from toy records: written, not empty, the same bytes each time, with the lines that they should have."""
 
 import pytest
-import toy
+import toy_records
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,7 +20,7 @@ def results(tmp_path_factory):
             if row == "16" and seed > 0:
                 continue
             error = 9 + seed / 10 - (column == "MBN-2") - int(row) / 128
-            toy.write(folder, g.cell(row, column), seed, error, fall=1.0, bump=0.5)
+            toy_records.write(folder, g.cell(row, column), seed, error, fall=1.0, bump=0.5)
     return folder
 
 

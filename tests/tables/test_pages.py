@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-import toy
+import toy_records
 
 from mbn import grid
 from mbn.config import REPOSITORY
@@ -28,13 +28,13 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     g = grid.read("table4")
     for seed in range(5):
-        toy.write(folder, g.cell("8", "BN"), seed, BN[seed])
+        toy_records.write(folder, g.cell("8", "BN"), seed, BN[seed])
         fields = {"device": "cpu: Toy", "seconds": 900.0, "test_error_precise": 8.0 if seed == 3 else None}
-        toy.write(folder, g.cell("8", "MBN"), seed, MBN[seed], **fields)
+        toy_records.write(folder, g.cell("8", "MBN"), seed, MBN[seed], **fields)
     for seed in range(3):
-        toy.write(folder, g.cell("16", "BN"), seed, 7 + seed / 10)
-    toy.write(folder, g.cell("16", "MBN"), 1, 6.5)
-    toy.write(folder, g.cell("8", "BN"), 0, 55.5, scale=0.1)
+        toy_records.write(folder, g.cell("16", "BN"), seed, 7 + seed / 10)
+    toy_records.write(folder, g.cell("16", "MBN"), 1, 6.5)
+    toy_records.write(folder, g.cell("8", "BN"), 0, 55.5, scale=0.1)
     return folder
 
 
@@ -100,8 +100,8 @@ def test_markdown(table4):
 def test_worse_or_undecided_is_not_bold(tmp_path, mbn, word):
     g = grid.read("table4")
     for seed in range(3):
-        toy.write(tmp_path, g.cell("8", "BN"), seed, 6 + seed / 10)
-        toy.write(tmp_path, g.cell("8", "MBN"), seed, mbn[seed])
+        toy_records.write(tmp_path, g.cell("8", "BN"), seed, 6 + seed / 10)
+        toy_records.write(tmp_path, g.cell("8", "MBN"), seed, mbn[seed])
     page = markdown(Table(g, read_records(tmp_path)))
     assert "(3 of 5) | 15.37 |" in page
     assert "(3 of 5)**" not in page
@@ -110,7 +110,7 @@ def test_worse_or_undecided_is_not_bold(tmp_path, mbn, word):
 
 def test_a_run_without_bn_beside_it(tmp_path):
     g = grid.read("table1")
-    toy.write(tmp_path, g.cell("MBN", "VGG"), 0, 6.0)
+    toy_records.write(tmp_path, g.cell("MBN", "VGG"), 0, 6.0)
     page = markdown(Table(g, read_records(tmp_path)))
     assert "No run can be compared yet" in page
     assert "- MBN has a lower test error than BN: not measured yet" in page

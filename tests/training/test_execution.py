@@ -9,8 +9,8 @@ from running import TINY, Run, assert_same_run, run_here
 from test_iteration import batch, prepare, state
 
 import models
-from mbn import config, layers
-from mbn.layers import from_config
+from mbn import config, network_layers
+from mbn.network_layers import from_config
 from mbn.system.errors import UserError
 from mbn.training import execution, iteration
 from mbn.training.execution import choose_device, choose_mode, choose_threads, operations
@@ -126,9 +126,9 @@ def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monke
     kept = []
     for i in range(10):  # torch compiles a code object eight times at most
         torch.manual_seed(i)
-        model, _, compiled = prepare(layers.mbn(2, 0.1), 2, "compile", batch_size=8)
+        model, _, compiled = prepare(network_layers.mbn(2, 0.1), 2, "compile", batch_size=8)
         torch.manual_seed(i)
-        twin, _, eager = prepare(layers.mbn(2, 0.1), 2, "eager", batch_size=8)
+        twin, _, eager = prepare(network_layers.mbn(2, 0.1), 2, "eager", batch_size=8)
         for images, labels in (batch(), batch()):
             compiled(images, labels)
             eager(images, labels)
@@ -139,7 +139,7 @@ def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monke
     del model, compiled
     gc.collect()
     assert [alive() for alive in kept] == [None] * 10
-    _, _, other = prepare(layers.mbn(2, 0.1, memory=3), 2, "compile", batch_size=8)
+    _, _, other = prepare(network_layers.mbn(2, 0.1, memory=3), 2, "compile", batch_size=8)
     other(*batch())
     assert len(graphs) == 4
 

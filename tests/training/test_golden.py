@@ -13,7 +13,7 @@ import pytest
 import torch
 from running import Tiny
 
-from mbn import layers
+from mbn import network_layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
 from mbn.training.iteration import Update
@@ -21,15 +21,15 @@ from mbn.training.schedule import renorm_bounds, value_at
 
 PATH = Path(__file__).with_name("golden.json")
 METHODS = {
-    **{f"bn forwards={f}": (layers.bn, {"forwards": f}) for f in (1, 2)},
-    **{f"brn forwards={f}": (layers.brn, {"forwards": f, "momentum": 0.1}) for f in (1, 2)},
+    **{f"bn forwards={f}": (network_layers.bn, {"forwards": f}) for f in (1, 2)},
+    **{f"brn forwards={f}": (network_layers.brn, {"forwards": f, "momentum": 0.1}) for f in (1, 2)},
     **{
-        f"mbn forwards={f} gradient={g}": (layers.mbn, {"forwards": f, "gradient": g, "lam": 0.1, "memory": 6})
+        f"mbn forwards={f} gradient={g}": (network_layers.mbn, {"forwards": f, "gradient": g, "lam": 0.1, "memory": 6})
         for f in (1, 2)
         for g in ("paper", "batch")
     },
-    "gn": (layers.gn, {"forwards": 1}),
-    "normprop": (layers.normprop, {"forwards": 1}),
+    "gn": (network_layers.gn, {"forwards": 1}),
+    "normprop": (network_layers.normprop, {"forwards": 1}),
 }
 ITERATIONS = 20
 

@@ -5,15 +5,16 @@ import itertools
 
 import pytest
 import torch
-from tape import record
+from fake_cuda_graph import record
 from test_iteration import METHODS, batch, prepare, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mbn.layers import bn, brn, gn, mbn, normprop
+from mbn.network_layers import bn, brn, gn, mbn, normprop
 from mbn.norm import memorized
-from mbn.norm.base import norm_layers, second_forward
+from mbn.norm.base import norm_layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import _BatchRenorm, set_renorm
+from mbn.norm.second_forward import second_forward
 from mbn.system import cuda_graph
 from mbn.training.iteration import Update
 

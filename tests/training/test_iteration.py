@@ -6,12 +6,12 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from kinds import reference_of
+from layer_kinds import reference_of
 from running import Small, follow
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mbn.layers import bn, brn, gn, mbn
+from mbn.network_layers import bn, brn, gn, mbn
 from mbn.norm.base import norm_layers
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm

@@ -11,7 +11,7 @@ import pytest
 from killing import PLACES, state
 from running import Run, fingerprint
 
-from mbn.training import checkpoint
+from mbn.training import checkpoint_file
 
 # Real images; 23 iterations an epoch, the last one smaller; two epochs and a half.
 BASE = ["dataset=digits", "batch_size=64", "machine.threads=1", "machine.device=cpu", "evaluate.batch_size=100"]
@@ -108,8 +108,8 @@ class Killed:
 
 
 def reached(run):
-    path = run.checkpoint_path if run.checkpoint_path.exists() else checkpoint.previous(run.checkpoint_path)
-    return checkpoint.read(path)["iteration"] if path.exists() else 0
+    path = run.checkpoint_path if run.checkpoint_path.exists() else checkpoint_file.previous(run.checkpoint_path)
+    return checkpoint_file.read(path)["iteration"] if path.exists() else 0
 
 
 def result(run):
@@ -160,7 +160,7 @@ def test_ten_kills_of_the_others(forkers, tmp_path, count, figure, overrides):
 def kill_saves(forker, path, kills, size, draw):
     """Kill that many saves, half of them at a call or return inside one, half at a random moment: those survived."""
     last = survived = 0
-    checkpoint.save(state(0, size), path)
+    checkpoint_file.save(state(0, size), path)
     for number in range(kills):
         job = {"job": "save", "path": str(path), "at": last, "size": size}
         if number % 2:
@@ -169,7 +169,7 @@ def kill_saves(forker, path, kills, size, draw):
             before = path.stat().st_mtime_ns if path.exists() else 0
             ended = forker.run(**job, after=draw.uniform(0, 0.05), once=Changed(path, before))
         assert ended.code == -9, ended
-        found = checkpoint.newest(path)
+        found = checkpoint_file.newest(path)
         whole = found is not None and found["iteration"] >= last and not list(path.parent.glob("*damaged*"))
         whole = whole and (found["weights"] == found["iteration"]).all().item() and len(found["weights"]) == size
         survived += bool(whole)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from running import Tiny
 
 from mbn.data.datasets import load
-from mbn.layers import from_config
-from mbn.training import checkpoint, report
+from mbn.network_layers import from_config
+from mbn.training import checkpoint_file, report
 from mbn.training.iteration import Update
 
 
@@ -104,7 +104,7 @@ def test_dead_channels_and_layers_are_counted(here, left, monkeypatch, channels,
 
 
 def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, monkeypatch):
-    for owner, name in ((checkpoint, "save"), (report, "evaluate")):
+    for owner, name in ((checkpoint_file, "save"), (report, "evaluate")):
         original = getattr(owner, name)
 
         def slow(*args, original=original):

@@ -9,7 +9,7 @@ import torch
 from running import PowerCutError, assert_same_bits, assert_same_run, cut, send, with_new_fields
 
 from mbn import config
-from mbn.training import checkpoint, run
+from mbn.training import checkpoint_file, run
 from mbn.training.state import devices_so_far
 
 EVERY = "machine.checkpoint_seconds=1e-9"
@@ -60,7 +60,7 @@ def test_a_signal_right_after_a_save_does_not_write_the_same_state_twice(here, l
     after(iteration, send("SIGTERM"))
     assert here(more).code == 75
     path = left(more).checkpoint_path
-    assert checkpoint.read(checkpoint.previous(path))["iteration"] < checkpoint.read(path)["iteration"]
+    assert checkpoint_file.read(checkpoint_file.previous(path))["iteration"] < checkpoint_file.read(path)["iteration"]
 
 
 def test_a_run_that_lacks_only_its_record_is_not_trained_again(here, left, whole, after):

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import toy
+import toy_records
 from checkouts import TOY, Checkout
 from running import TINY, PowerCutError, Run, Trap, build_tiny, cut, digits, fingerprint, outcome, start
 from test_files import small_disk
@@ -27,7 +27,7 @@ from mbn.config import REPOSITORY
 from mbn.data import datasets
 from mbn.records import record
 from mbn.system.errors import UserError
-from mbn.training import checkpoint
+from mbn.training import checkpoint_file
 from mbn.training import run as trainer
 
 SENTENCE = re.compile(r"(warning: [^\n]*\n)*error: [^\n]*\.\n")
@@ -112,7 +112,7 @@ def test_a_journal_that_a_power_failure_cut_is_gone_on_with(here, left, after, t
 def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(here, left, monkeypatch):
     """Seen by their order: fsync of the journal, then the checkpoint."""
     seen = []
-    fsync, save = os.fsync, checkpoint.save
+    fsync, save = os.fsync, checkpoint_file.save
     journal = left().folder / "metrics.jsonl"
 
     def noted(descriptor):
@@ -121,7 +121,7 @@ def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(here, left, mon
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(checkpoint, "save", lambda *args: (seen.append("save"), save(*args)))
+    monkeypatch.setattr(checkpoint_file, "save", lambda *args: (seen.append("save"), save(*args)))
     assert here().code == 0
     saves = [i for i, name in enumerate(seen) if name == "save"]
     assert len(saves) == 2
@@ -157,7 +157,7 @@ def test_signals_to_real_runs(tmp_path, count, figure):
             process.send_signal(getattr(signal, name))
         ended = outcome(process)
         slowest = max(slowest, time.monotonic() - began)
-        state = checkpoint.newest(run.checkpoint_path)
+        state = checkpoint_file.newest(run.checkpoint_path)
         now = state["iteration"] if state else 0
         sound = ended.code == code and "Traceback" not in ended.err and time.monotonic() - began < 30 and now >= reached
         right, reached = right + sound, now
@@ -210,9 +210,9 @@ def damage(content, draw, cut):
 
 def damages(run, flips, cuts, capsys):
     """Damage a run's newest checkpoint that often: how often a run that resumes says so and takes the one before."""
-    path, before = run.checkpoint_path, checkpoint.previous(run.checkpoint_path)
+    path, before = run.checkpoint_path, checkpoint_file.previous(run.checkpoint_path)
     whole, older = path.read_bytes(), before.read_bytes()
-    expected = checkpoint.read(before)
+    expected = checkpoint_file.read(before)
     draw = random.Random(350)
     noticed = 0
     threads = torch.get_num_threads()
@@ -271,7 +271,7 @@ def test_damaged_cifar(tmp_path, figure):
 @pytest.mark.long("4", "Records with one field edited by hand: tables.py refuses, names the file, writes nothing")
 def test_edited_records(tmp_path, count, figure):
     cell = grid.read("table6").cells[0]
-    path = toy.write(tmp_path / "results", cell, 0, 8.0)
+    path = toy_records.write(tmp_path / "results", cell, 0, 8.0)
     content = json.loads(path.read_text())
     keys = [key for key in content if content[key] is not None][: count(len(content))]
     refused = 0
@@ -322,7 +322,7 @@ def test_malicious_files(tmp_path, here, left, figure):
         forms[name] = (tmp_path / name).read_bytes()
     for name, content in forms.items():
         for checksum in (False, True):
-            tail = checkpoint.MARK + record.hashlib.sha256(content).hexdigest().encode() if checksum else b""
+            tail = checkpoint_file.MARK + record.hashlib.sha256(content).hexdigest().encode() if checksum else b""
             run.checkpoint_path.write_bytes(content + tail)
             done = here("machine.checkpoint_seconds=1e-9")
             note(f"checkpoint {name} {checksum}", done.code == 0 and "warning" in done.err)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mbn import StandardReLU, UnitConv2d, project_unit_rows
-from mbn.norm.propagation import RELU_MEAN, RELU_STD
+from mbn.norm.normprop import RELU_MEAN, RELU_STD
 
 
 def conv(channels=3, rows=4, size=2, **settings):

@@ -15,7 +15,7 @@ from mbn.config import Config
 from mbn.methods import METHODS
 from mbn.norm.batch import BatchNorm2d
 from mbn.norm.memorized import MemorizedBatchNorm2d
-from mbn.norm.propagation import StandardReLU, UnitConv2d
+from mbn.norm.normprop import StandardReLU, UnitConv2d
 from mbn.norm.renorm import BatchRenorm2d
 from mbn.system.setting_fields import leaves
 

@@ -1,0 +1,117 @@
+"""Checkpoint files: what is read is what was saved; a damaged one is set aside, and the one before it is used."""
+
+import contextlib
+import hashlib
+import pickle
+
+import pytest
+import torch
+from running import PowerCutError, Trap, assert_same_run, cut, send
+from test_files import names, small_disk
+
+from mbn.system.errors import UserError
+from mbn.training import checkpoint_file
+
+
+def test_a_checkpoint_is_read_as_it_was_saved_by_torch_too(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    state = {"weights": torch.randn(3, 4), "iteration": 7, "config": "{}", "sums": [0.1, 2, 3]}
+    checkpoint_file.save(state, path)
+    for read in (checkpoint_file.newest(path), torch.load(path, weights_only=True)):
+        assert torch.equal(read.pop("weights"), state["weights"])
+        assert read == {"iteration": 7, "config": "{}", "sums": [0.1, 2, 3]}
+
+
+def test_the_generation_before_is_kept(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for iteration in range(3):
+        checkpoint_file.save({"iteration": iteration}, path)
+    assert checkpoint_file.newest(path) == {"iteration": 2}
+    assert checkpoint_file.read(checkpoint_file.previous(path)) == {"iteration": 1}
+    assert names(tmp_path) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    path.unlink()  # as between the two renames of a save
+    assert checkpoint_file.newest(path) == {"iteration": 1}
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint_file.save({"weights": torch.randn(3)}, path)
+    content = path.read_bytes()
+    for place in range(0, len(content), 37):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(checkpoint_file.DamagedError, match=r"checkpoint\.pt"):
+            checkpoint_file.read(path)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint_file.save({"iteration": 1}, path)
+    with small_disk(10_000), pytest.raises(UserError, match="free some space"):
+        checkpoint_file.save({"weights": torch.zeros(100_000)}, path)
+    assert checkpoint_file.newest(path) == {"iteration": 1}
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint_file.newest(tmp_path / "checkpoint.pt") is None
+
+
+# Damage.
+
+
+@pytest.fixture
+def two(here, left, after):
+    """A run whose power was cut in its 5th iteration: the path of its checkpoint, at iteration 4, 3 being kept too."""
+    after(5, cut)
+    with pytest.raises(PowerCutError):
+        here("machine.checkpoint_seconds=1e-9")
+    return left().checkpoint_path
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["flipped", "cut short", "empty", "empty with a right checksum", "malicious", "malicious with a right checksum"],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(here, left, whole, two, tmp_path, damage):
+    sprung, content = tmp_path / "sprung", two.read_bytes()
+    half = len(content) // 2
+    state = checkpoint_file.read(two)
+    state["model"]["conv.weight"] = Trap(sprung)
+    checkpoint_file.save(state, tmp_path / "malicious")
+    two.write_bytes(
+        {
+            "flipped": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :],
+            "cut short": content[:half],
+            "empty": b"",
+            "empty with a right checksum": checkpoint_file.MARK + hashlib.sha256().hexdigest().encode(),
+            "malicious": pickle.dumps(Trap(sprung)),
+            "malicious with a right checksum": (tmp_path / "malicious").read_bytes(),
+        }[damage]
+    )
+    done = here()
+    assert done.code == 0
+    assert done.err.count("\n") == 1
+    assert f"warning: {two} is damaged" in done.err
+    assert "resuming at iteration 3 of 8" in done.out
+    assert not sprung.exists()
+    assert_same_run(left(), whole())
+    with contextlib.suppress(Exception):  # a careless reader falls into the trap
+        torch.load(checkpoint_file.damaged(two), weights_only=False)
+    assert sprung.exists() == damage.startswith("malicious")
+
+
+def test_a_damaged_checkpoint_never_becomes_the_generation_before(here, two, after):
+    """A crash between the two renames of the next save leaves that generation alone."""
+    two.write_bytes(two.read_bytes()[:-1])
+    after(1, send("SIGTERM"))
+    here()
+    assert checkpoint_file.read(two)["iteration"] == 4
+    assert checkpoint_file.read(checkpoint_file.previous(two))["iteration"] == 3
+
+
+def test_without_any_whole_checkpoint_the_run_starts_over(here, left, whole, two):
+    for path in (two, checkpoint_file.previous(two)):
+        path.write_bytes(b"nonsense")
+    done = here()
+    assert done.err.count("warning") == 2
+    assert "resuming" not in done.out
+    assert_same_run(left(), whole())
