@@ -8,7 +8,6 @@ On CUDA the second one measures recorded iterations, many networks at once and I
 jobs together; --only 'r20-*,lanes-r20-b8-*' and --skip loader choose among them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,16 +20,14 @@ from mbn.benchmark import jobs, suites
 from mbn.benchmark.page import CPU_BARS, CUDA_BARS, file_stem, page
 from mbn.benchmark.workload import Place, Sizes
 from mbn.config.folders import data_and_results
-from mbn.system.command_line import entry_point
+from mbn.system.command_line import Parser, entry_point
 from mbn.system.cuda_graph import allow_many_streams
 from mbn.system.files import write_atomically
 
 
 @entry_point
 def main(arguments: list[str], sizes: Sizes | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Milliseconds an iteration of every arm, interleaved round by round, and their ratios."
-    )
+    parser = Parser(description="Milliseconds an iteration of every arm, interleaved round by round, and their ratios.")
     parser.add_argument("--quick", action="store_true", help="ResNet-20 at batch 128, eager; writes nothing")
     parser.add_argument(
         "settings",

@@ -9,7 +9,6 @@ The last line is the mode and the number of lanes to train with. Exit code: 0 if
 failed, 1 otherwise, 2 where there is no CUDA.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from mbn.benchmark import equalities, jobs, suites
 from mbn.benchmark.side_by_side import Rates
 from mbn.benchmark.workload import PAIR, Build, Place, Sizes, arms
 from mbn.system import cuda_graph
-from mbn.system.command_line import entry_point
+from mbn.system.command_line import Parser, entry_point
 
 SIZES = Sizes(
     arms=arms(PAIR, "graph-eager", "eager"),
@@ -70,7 +69,7 @@ def lanes_for(batch: int, found: list[Rates]) -> int:
 
 @entry_point
 def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; default: cuda")
     parser.add_argument("--out", type=Path, help="a JSON file for all numbers, written again after every job")
     jobs.add_options(parser, "165")

@@ -7,7 +7,6 @@ python scripts/evaluate.py checkpoint.pt --train
 python scripts/evaluate.py checkpoint.pt --export model.safetensors
 """
 
-import argparse
 import json
 import sys
 import textwrap
@@ -17,13 +16,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import config as configuration
-from mbn.system.command_line import entry_point
+from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
 
 
 @entry_point
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Loss, top-1 and top-5 error of a checkpoint of ours or a state_dict file on a test set."
     )
     parser.add_argument("weights", type=Path, help="checkpoint.pt of a run, a state_dict file, or .safetensors")

@@ -5,20 +5,19 @@ python scripts/plots.py
 python scripts/plots.py --scale 0.1 machine.results=/results
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn.config.folders import results_to_read
-from mbn.system.command_line import entry_point
+from mbn.system.command_line import Parser, entry_point
 from mbn.tables.cells import read_records
 
 
 @entry_point
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draw results/figures from results/records: Figures 1 to 3 of the paper, error against batch size, "
         "and the statistics gap over time. Figures without any data are not written."
     )

@@ -8,7 +8,6 @@ python scripts/tables.py table4 table6 --seeds 3
 python scripts/tables.py --scale 0.1 machine.results=/results
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
-from mbn.system.command_line import entry_point
+from mbn.system.command_line import Parser, entry_point
 from mbn.system.files import write_atomically
 from mbn.tables.cells import read_records, read_tables
 from mbn.tables.export import contents
@@ -29,7 +28,7 @@ EVIDENCE = RESULTS / "README.md"
 
 @entry_point
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write results/tables from results/records: markdown, LaTeX (booktabs) and one CSV of all cells; "
         "with all tables and the default results also the parts of README.md and results/README.md between markers."
     )
