@@ -79,7 +79,7 @@ def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build
     cuda_graph.allow_many_streams()
     device = torch.device(options.device)
     if not cuda_graph.supported(device) or (device.type == "cuda" and not torch.cuda.is_available()):
-        print(f"error: this checks a CUDA device, and {options.device} is none or not there.", file=sys.stderr)
+        print(f"error: this checks a CUDA device, but {options.device} is not one, or is not there.", file=sys.stderr)
         return 2
     place = Place(Path("data"), device, build, sizes, random=True)
     limit = 165 if options.limit is None else options.limit

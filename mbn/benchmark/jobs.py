@@ -84,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser, limit: str) -> None:
     """The options that choose among jobs. limit: the default of --limit, in words."""
     parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"for everything together; default: {limit}")
     parser.add_argument("--only", default="*", help="jobs to do, by name or pattern, with commas: 'r20-*,loader'")
-    parser.add_argument("--skip", default="", help="jobs to leave out, likewise")
+    parser.add_argument("--skip", default="", help="jobs to leave out, by name or pattern")
 
 
 def run(

@@ -57,7 +57,7 @@ def timed(
 ) -> Timed:
     """Time every arm in every round, one after the other, for as long as the clock allows.
 
-    A round that is broken off does not count. dataset: in the place of CIFAR-10.
+    A round that is broken off does not count. dataset: used instead of CIFAR-10.
     """
     result, dataset = Timed(case), dataset or place.dataset  # on the device before any memory is measured
     torch.set_num_threads(case.threads)

@@ -225,7 +225,7 @@ def network(case: Case, arm: Arm, place: Place) -> nn.Module:
 
 
 def prepare(case: Case, arm: Arm, place: Place, dataset: in_memory.Data | None = None) -> Workload:
-    """An arm made ready. dataset: what it takes its batches from, in the place of place's images."""
+    """An arm made ready. dataset: what it takes its batches from, instead of place's images."""
     if arm == PLAIN:
         return Workload(functools.partial(next, plain_loop(case, place)), place.device, PREFETCHED)
     dataset = dataset or place.dataset

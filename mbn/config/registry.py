@@ -1,6 +1,6 @@
 """The networks and the data sets: a line each. Imports no torch: each is named by a path that is loaded at first use.
 
-A new network is its file, an entry in NETWORKS, and configs/model/NAME.yaml; a new data set likewise.
+A new network is its file, an entry in NETWORKS, and configs/model/NAME.yaml; a new data set too.
 """
 
 from dataclasses import dataclass

@@ -199,7 +199,7 @@ def test_without_cuda_one_sentence_and_exit_code_2(monkeypatch, capsys):
             continue
         assert script.main(["--device", device]) == 2
         out, err = capsys.readouterr()
-        assert (out, err) == ("", f"error: this checks a CUDA device, and {device} is none or not there.\n")
+        assert (out, err) == ("", f"error: this checks a CUDA device, but {device} is not one, or is not there.\n")
 
 
 # What the numbers say.
