@@ -58,7 +58,7 @@ class Cell:
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> Config:
-    """What `load` gives. Hydra takes 0.1 s or more, so that only the choices of groups, which cells share, go to it."""
+    """What `load` gives. Hydra takes 0.1 s or more, so it composes only the choices of groups, which cells share."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     chosen = tuple(o for o in overrides if o.partition("=")[0] in groups())
@@ -75,13 +75,13 @@ def _chosen(options: tuple[str, ...]) -> DictConfig:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper, or we, say of a table: that a number made of a few of its cells has a certain sign or size.
+    """A statement of the paper, or ours, about a table: a number made from some of its cells has a given sign or size.
 
     metric: the field of a record that is compared; for a drop or a rise, the curve of that name.
     cells: those that are compared, by place: a row where the claim names columns, a column where it names rows; a gain
     has one place, ''.
-    number: what is made of them, in words, such as 'MBN - BN'.
-    bounds: the claim holds for a number between these. at: the share of training of a drop or a rise.
+    number: how the number is made from them, in words, such as 'MBN - BN'.
+    bounds: the claim holds for a number between these. at: where a drop or a rise is, as a share of training.
     """
 
     text: str
@@ -110,7 +110,7 @@ class Drop(Claim):
 
 
 class Rise(Claim):
-    """rise: curve, at: share of training, with: X. The rise of X's curve there, for a moment, is above 0."""
+    """rise: curve, at: share of training, with: X. X's curve rises there, for a moment."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:
         case {"rise": metric, "at": at, "with": x, **rest}:
             kind, of, labels = Rise, "rise of ", [x]
         case _:
-            raise ValueError("it is of no known form")
+            raise ValueError("it has no known form")
     if rest or metric not in METRICS:
         raise ValueError(f"there is no {next(iter(rest), metric)!r}")
     compared = grid.across(labels)

@@ -1,4 +1,4 @@
-"""The methods: what each `norm=` is. Imports no torch: what needs it is named by a path that is loaded at first use.
+"""The methods: what each `norm=` is. Does not import torch: code that needs it is given as a path, loaded at first use.
 
 A new method is its layers, an entry in METHODS, and configs/norm/NAME.yaml.
 """
@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from mbn.system.setting_fields import ABOVE_0, SHARE, Rule, among, at_least, setting
 
-# Settings. A default here is what a setting's absence means, see `mbn.config.schema`.
+# Settings. A default here is the value of a setting that is absent, see `mbn.config.schema`.
 
 
 @dataclass
@@ -30,7 +30,7 @@ class BN(Norm):
 class MBN(Norm):
     eps: float = setting(1e-5, "added to the variance", ABOVE_0)
     memory: int = setting(20, "k, batches remembered", at_least(1))
-    decay: float = setting(0.9, "eta, the weight of a remembered batch for each batch of its age", SHARE)
+    decay: float = setting(0.9, "eta: each newer batch multiplies a remembered batch's weight by it", SHARE)
     lam: list[float] = setting(
         MISSING,
         "lambda, the memory's weight: a value for each stage of the schedule, or one for all",
@@ -55,8 +55,8 @@ class GN(Norm):
 
 @dataclass(frozen=True)
 class Change:
-    """What changes over training: values of `value_path(config, iteration, iterations)`, handed to the layers by
-    `put_path(model, *values)`. logged: the name under which the journal has the first value, if it has it."""
+    """Settings of a method that change during training: `value_path(config, iteration, iterations)` gives their values,
+    `put_path(model, *values)` sets them in the layers. logged: the name of the first one in the journal, if any."""
 
     value_path: str
     put_path: str
@@ -73,10 +73,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Method:
-    """label, colour, marker: in figures. layers: the path of f(forwards, **settings), which gives a `Layers`.
+    """A method. label, colour, marker: in figures. layers: path of f(forwards, **settings), which gives its `Layers`.
 
-    statistics: whether its layers have statistics of batches, which a second forward refreshes and precise statistics
-    replace. not_residual: why it cannot be applied to networks with shortcuts, if it cannot.
+    statistics: whether its layers have batch statistics; a second forward refreshes these, and precise statistics
+    replace them. not_residual: why it cannot be applied to networks with shortcuts, if it cannot.
     """
 
     label: str
@@ -89,7 +89,7 @@ class Method:
     not_residual: str = ""
 
 
-# Colours that the colour-blind tell apart: Okabe and Ito 2008.
+# Colours that colour-blind readers can tell apart: Okabe and Ito 2008.
 METHODS: dict[str, Method] = {
     "bn": Method("BN", "mbn.network_layers:bn", "#D55E00", "s", BN),
     "brn": Method(

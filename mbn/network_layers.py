@@ -1,7 +1,7 @@
-"""What a network is handed: a triple of constructors (conv, norm, act), one function per entry of `mbn.methods`.
+"""The layers that a network receives: constructors (conv, norm, act). One function for each entry of `mbn.methods`.
 
-It is a triple because normalisation propagation rescales filters before, and the ReLU after, and has nothing to put
-where the others have `norm(channels)`.
+There are three because of normalisation propagation, which changes the convolution and the ReLU, and has no layer where
+the other methods have `norm(channels)`.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Layers(NamedTuple):
 
 
 def from_config(config: Config) -> Layers:
-    """The layers of `norm=`, with its settings; those with a value for each stage start at the first."""
+    """The layers of `norm=`, with its settings. A setting with a value for each stage starts at the first value."""
     settings = {
         key: value[0] if field.metadata.get("staged") else value
         for key, field, value in leaves(config.norm)
@@ -84,7 +84,7 @@ def gn(forwards: int, groups: int = 32, channels: int = 4, eps: float = 1e-5) ->
 
     def norm(num_features: int) -> nn.Module:
         most = min(groups, max(1, num_features // channels))
-        # A layer of classes (NIN's last) may have a number of channels that the groups do not divide.
+        # A layer of classes (NIN's last) may have a number of channels that is no multiple of the groups.
         divisor = next(g for g in range(most, 0, -1) if num_features % g == 0)
         return nn.GroupNorm(divisor, num_features, eps=eps)
 
@@ -92,7 +92,7 @@ def gn(forwards: int, groups: int = 32, channels: int = 4, eps: float = 1e-5) ->
 
 
 def _unit_conv(*args, bias: bool = False, **kwargs) -> nn.Module:
-    """Whether the network wants a bias or not: the unit-norm convolution's beta is one."""
+    """A unit-norm convolution, whatever bias the network asks for: its beta is a bias."""
     return UnitConv2d(*args, **kwargs)
 
 

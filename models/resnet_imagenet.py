@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The stride is the 3x3 convolution's, as in torchvision."""
+    """The 3x3 convolution has the stride, as in torchvision."""
 
     expansion = 4
 

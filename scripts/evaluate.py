@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Test a checkpoint of ours, or any file of weights, and write its weights for others.
+"""Test a checkpoint of ours, or any file of weights, and write its weights for other programs.
 
 python scripts/evaluate.py results/runs/cifar10/resnet20/NAME/checkpoint.pt
 python scripts/evaluate.py weights.pth model=resnet50 dataset=imagenet norm=bn machine.data=/data/imagenet
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--train",
         action="store_true",
-        help="measure on the training images, prepared as test images are, instead of the test images: the difference "
-        "is what does not generalise",
+        help="measure on the training images, prepared like test images, instead of the test images: the difference "
+        "is the generalisation gap",
     )
     options = parser.parse_intermixed_args(arguments)
     run(options.weights, options.overrides, options.export, options.train)
@@ -82,7 +82,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
 
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         identity = configuration.identity(config)
-        if described:  # what was tested with, of the run that it was trained in
+        if described:  # the run in which it was trained, with the data set that was tested
             identity = {**described, "dataset": identity["dataset"]}
         try:
             save_file(weights, export, metadata={"config": json.dumps(identity)})
@@ -131,7 +131,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def command_line(described: dict[str, Any], overrides: list[str]) -> list[str]:
-    """The overrides that describe a network, with the user's own in place of those they name."""
+    """The overrides that describe a network; the user's own replace those with the same key."""
     groups = [f"{group}={described[group]['name']}" for group in ("dataset", "model", "norm")]
     leaves = [
         f"{group}.{key}={json.dumps(value)}"

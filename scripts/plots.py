@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
         "and the statistics gap over time. Figures without any data are not written."
     )
     parser.add_argument("settings", nargs="*", metavar="machine.results=DIR", help="the folder that holds records/")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of runs at S times the paper's length")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="runs at S times the paper's length")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
     options = parser.parse_intermixed_args(arguments)
     if options.scale <= 0 or options.seeds < 1:

@@ -30,7 +30,7 @@ EVIDENCE = RESULTS / "README.md"
 def main(arguments: list[str]) -> None:
     parser = Parser(
         description="Write results/tables from results/records: markdown, LaTeX (booktabs) and one CSV of all cells; "
-        "with all tables and the default results also the parts of README.md and results/README.md between markers."
+        "with all tables and the default results also what is between the markers of README.md and results/README.md."
     )
     parser.add_argument(
         "items",
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
         metavar="table | machine.results=DIR",
         help="table1, table4-methods, ...; all by default; the folder that holds records/",
     )
-    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of runs at S times the paper's length")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="runs at S times the paper's length")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
     options = parser.parse_intermixed_args(arguments)
     if options.scale <= 0 or options.seeds < 1:

@@ -1,4 +1,4 @@
-"""The folders that scripts which train nothing read and write. Does not import torch."""
+"""The folders for scripts that do not train: where they read and write. Does not import torch."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ def data_and_results(settings: list[str]) -> tuple[Path, Path]:
     """machine.data and machine.results of a command line that sets nothing else. Errors: UserError, ConfigError."""
     for text in settings:
         if text.partition("=")[0] not in ("machine.data", "machine.results"):
-            raise UserError(f"cannot set {text} here: machine.data=DIR and machine.results=DIR are all.", code=2)
+            raise UserError(f"cannot set {text} here: set only machine.data=DIR or machine.results=DIR.", code=2)
     machine = load(settings).machine
     return Path(machine.data), Path(machine.results)
 

@@ -17,7 +17,7 @@ from mbn.methods import METHODS
 from mbn.system.errors import ConfigError
 from mbn.system.setting_fields import leaves
 
-# The groups whose options have an entry in a registry, and the file in which it stands.
+# The groups whose options have entries in a registry: the registry, and its file.
 REGISTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "dataset": (DATASETS, "mbn/config/registry.py"),
     "model": (NETWORKS, "mbn/config/registry.py"),
@@ -62,7 +62,7 @@ def _parse(overrides: list[str]) -> list[Any]:
             parsed += parser.parse_overrides([text])
         except HydraException:
             raise ConfigError(
-                f"cannot read {text!r}: a setting is written key=value, a list key=[1,2], in quotes for the shell."
+                f"cannot read {text!r}: write a setting as key=value, a list as key=[1,2], with quotes for the shell."
             ) from None
     return parsed
 
@@ -77,7 +77,7 @@ def compose(overrides: list[str]) -> DictConfig:
     parsed = [o for o in _parse(overrides) if (o.key_or_group, o.value()) != ("experiment", None)]
     for override in parsed:
         _check_override(override)
-    # A setting that ++ adds is there already.
+    # A setting that ++ would add exists already.
     lines = [o.input_line if o.key_or_group in groups() else o.input_line.lstrip("+") for o in parsed]
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -104,12 +104,12 @@ def groups() -> list[str]:
 
 
 def _check_override(override: Any) -> None:
-    """Errors: ConfigError for one that no configuration would take."""
+    """Refuse an override that fits no configuration. Errors: ConfigError."""
     key, value, line = override.key_or_group, override.value(), override.input_line
     if override.is_sweep_override():
         raise ConfigError(
-            f"{line}: one value is wanted here; several are a sweep, `python train.py -m {line}`, or a list in "
-            "brackets."
+            f"{line} has several values, but one is needed here: write `python train.py -m {line}` for a sweep, or "
+            "brackets for a list."
         )
     if key in groups():
         if value not in options(key):
@@ -134,7 +134,7 @@ def _known_keys() -> set[str]:
 
 
 def _home(key: str) -> str:
-    """The options of a group whose files have the nested key, as 'norm=mbn or norm=brn'."""
+    """The options of a group that have the nested key, such as 'norm=mbn or norm=brn'."""
     group, _, name = key.partition(".")
     table, _ = REGISTRIES[group] if group in ("model", "norm") else ({}, "")
     homes = (option for option, entry in table.items() if name in {f.name for f in dataclasses.fields(entry.settings)})
@@ -150,7 +150,7 @@ def _suggestion(wrong: str, right: set[str]) -> str:
 
 
 def _one_sentence(error: Exception) -> str:
-    """The first line of a message of Hydra's that nothing above foresaw."""
+    """The first line of an error message from Hydra that no check above caught."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -203,7 +203,7 @@ def explained(composed: DictConfig) -> str:
 
 
 def _schema_of(plain: dict[str, Any]) -> Config:
-    """The schema with the settings of the network and the method that nested dictionaries name. Errors: ConfigError."""
+    """The schema with the settings of the network and the method named in nested dictionaries. Errors: ConfigError."""
     for f in dataclasses.fields(Config):
         if dataclasses.is_dataclass(f.type) and not isinstance(plain.get(f.name, {}), dict):
             raise ConfigError(f"{f.name} must be a group of settings, not {plain[f.name]!r}.")
@@ -227,7 +227,7 @@ _TYPE_NAMES: dict[Any, str] = {
 
 
 def _wrong_type(schema: Config, key: str, plain: dict[str, Any]) -> str:
-    """'batch_size must be a whole number, not 'abc'.' for the key at which the schema refused a value."""
+    """'batch_size must be a whole number, not 'abc'.' for the key whose value the schema refused."""
     *parents, last = key.split("[")[0].split(".")
     node: Any = schema
     value: Any = plain

@@ -1,4 +1,4 @@
-"""The networks and the data sets: a line each. Imports no torch: each is named by a path that is loaded at first use.
+"""The networks and the data sets, a line each. Does not import torch: each is given as a path, loaded at first use.
 
 A new network is its file, an entry in NETWORKS, and configs/model/NAME.yaml; a new data set too.
 """
@@ -22,9 +22,9 @@ class Dropout(Model):
 
 @dataclass(frozen=True)
 class Network:
-    """small, large: the builder in `models` for images of up to 64 pixels, and for larger ones; None: there is none.
+    """A network. small, large: its builders in `models` for images of up to 64 pixels a side, and for larger ones.
 
-    residual: whether it has shortcuts.
+    None: it has no such builder. residual: whether it has shortcuts.
     """
 
     small: str | None = None
@@ -56,8 +56,8 @@ def networks(image_size: int) -> list[str]:
 class Source:
     """Where a data set's images come from.
 
-    path: of f(folder), which gives all images as `Arrays`, to be kept on the device; with streamed of a class such as
-    `mbn.data.image_folder.ImageFolders`, whose processes read each image from its file.
+    path: names f(folder), which gives all images as `Arrays`, to be kept on the device. If streamed is true, it names a
+    class such as `mbn.data.image_folder.ImageFolders`, whose processes read each image from its file.
     """
 
     path: str

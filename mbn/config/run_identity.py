@@ -21,7 +21,7 @@ def iterations_per_epoch(config: Config) -> int:
 
 
 def iterations(config: Config) -> int:
-    """The run's length in iterations, however it was asked for: at least 1."""
+    """The run's length in iterations, however it is set. At least 1."""
     schedule = config.schedule
     if schedule.iterations is not None:
         length = schedule.iterations
@@ -58,7 +58,7 @@ def to_yaml(plain: Any) -> str:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What makes a run the run it is: all but `machine` and `evaluate`, the length resolved to iterations."""
+    """What makes two runs the same: all settings except `machine` and `evaluate`, with the length in iterations."""
     plain = to_dict(config)
     del plain["machine"], plain["evaluate"]
     for key in ("default_epochs", "epochs", "scale"):
@@ -78,12 +78,12 @@ def run_name(config: Config) -> str:
 
 
 def distinction(config: Config) -> str:
-    """What of the identity differs from the schema's defaults, as JSON: equal for equal runs, old and new versions."""
+    """What differs from the schema's defaults in the identity, as JSON: equal for equal runs, in all versions."""
     default = Config(model=type(config.model)(), norm=type(config.norm)())
     return json.dumps(_difference(identity(config), to_dict(default)), sort_keys=True)
 
 
 def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    # Without groups at their defaults: a new one leaves every name as it was.
+    # Groups at their defaults are left out, so that a new group changes no name.
     different = {key: v for key, v in value.items() if v != default.get(key)}
     return {key: _difference(v, default[key]) if isinstance(v, dict) else v for key, v in different.items()}

@@ -1,4 +1,4 @@
-"""What can be set, with its types, defaults and rules, and what is possible together. Does not import torch."""
+"""All settings with their types, defaults and rules, and which values go together. Does not import torch."""
 
 import math
 import re
@@ -21,13 +21,13 @@ MODES = ("auto", "eager", "compile", "graph", "graph-eager")
 
 def _three(wanted: str, least: float) -> Rule:
     return Rule(
-        f"a list of 3 numbers, one a channel{wanted}",
+        f"a list of 3 numbers, one per channel{wanted}",
         lambda values: len(values) == 3 and all(least < value < math.inf for value in values),
     )
 
 
-# The schema. A default here is what a setting's absence means: identities are made of what differs from it, so that a
-# new setting whose default changes nothing leaves every record its name.
+# The schema. A default here is the value of a setting that is absent. Identities hold only what differs from the
+# defaults, so that every record keeps its name when a new setting is added whose default changes nothing.
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Dataset:
     train_images: int = setting(MISSING, "number of training images", at_least(1))
     test_images: int = setting(MISSING, "number of test images", at_least(1))
     mean: list[float] = setting(MISSING, "subtracted from each channel", _three("", -math.inf))
-    std: list[float] = setting(MISSING, "by which each channel is divided", _three(", each above 0", 0))
+    std: list[float] = setting(MISSING, "each channel is divided by it", _three(", each above 0", 0))
     padding: int = setting(0, "black pixels around a training image before a random crop", at_least(0))
     flip: bool = setting(False, "whether half of the training images are mirrored")
 
@@ -55,14 +55,14 @@ class Schedule:
         MISSING,
         "where a stage ends and the next begins, as shares of training",
         Rule(
-            "a list that rises, each above 0 and below 1",
+            "a list of numbers that rises, each above 0 and below 1",
             lambda stones: all(a < b for a, b in zip([0.0, *stones], [*stones, 1.0], strict=True)),
         ),
     )
     default_epochs: int = setting(200, "the length where neither epochs nor iterations is set", at_least(1))
     epochs: int | None = setting(None, "the length in epochs", at_least(1))
     iterations: int | None = setting(None, "the length in iterations", at_least(1))
-    scale: float = setting(1.0, "multiplies whatever length results", ABOVE_0)
+    scale: float = setting(1.0, "multiplies the length, however that is set", ABOVE_0)
 
 
 @dataclass
@@ -74,19 +74,19 @@ class Optimizer:
 @dataclass
 class Evaluate:
     batch_size: int | None = setting(None, "null: 1000 of CIFAR's images on a CPU, 5000 on a GPU", at_least(1))
-    precise: bool = setting(False, "also the test error with statistics taken again over the training set (PreciseBN)")
+    precise: bool = setting(False, "also the test error with statistics recomputed over the training set (PreciseBN)")
 
 
 @dataclass
 class Machine:
-    data: str = setting(MISSING, "holds cifar-10-batches-py and the like; downloaded there if missing")
-    results: str = setting(MISSING, "runs/ and records/ go there")
+    data: str = setting(MISSING, "folder of the data sets (cifar-10-batches-py, ...); CIFAR is downloaded if missing")
+    results: str = setting(MISSING, "folder that gets runs/ and records/")
     device: str = setting(
         "auto",
         "auto (CUDA, else CPU), cpu, cuda, cuda:1, mps",
         Rule("auto, cpu, cuda, cuda:N or mps", lambda device: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device))),
     )
-    mode: str = setting("auto", f"{', '.join(MODES)}; auto: graph on CUDA, else by length", among(*MODES))
+    mode: str = setting("auto", f"{', '.join(MODES)}; auto: graphs on CUDA, long runs compiled", among(*MODES))
     deterministic: bool = setting(False, "only algorithms that give the same bits every time (on a GPU; slower there)")
     tf32: bool = setting(True, "on a GPU: products of float32 with 10-bit mantissas")
     threads: int | None = setting(None, "CPU threads; null: torch's choice", at_least(1))
@@ -105,14 +105,14 @@ class Config:
     dataset: Dataset = group(Dataset)
     model: Model = group(Model)
     forwards: int = setting(
-        1, "2: a second forward after each step refreshes the statistics; each norm has its own", among(1, 2)
+        1, "2: a second forward after each step refreshes the statistics; each norm sets its own", among(1, 2)
     )
     norm: Norm = group(Norm)
     schedule: Schedule = group(Schedule, "learning rate and length")
-    batch_size: int = setting(128, "images an iteration")
+    batch_size: int = setting(128, "images per iteration")
     seed: int = setting(0, "of weights, order and augmentation", Rule("from 0 to 4294967295", lambda n: 0 <= n < 2**32))
     precision: str = setting(
-        "fp32", "fp32, or bf16: mixed precision, the statistics in float32 all the same", among("fp32", "bf16")
+        "fp32", "fp32, or bf16: mixed precision, with the statistics still in float32", among("fp32", "bf16")
     )
     optimizer: Optimizer = group(Optimizer)
     evaluate: Evaluate = group(Evaluate, "what is measured beside training; not part of a run's identity")
@@ -133,7 +133,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} must be {wanted}, not {value!r}.")
     if config.schedule.epochs is not None and config.schedule.iterations is not None:
         raise ConfigError(
-            "schedule.epochs and schedule.iterations are both set: leave one of them null, for a run has one length."
+            "schedule.epochs and schedule.iterations are both set, but a run has one length: leave one of them null."
         )
 
 
@@ -150,7 +150,7 @@ def _rules_of_several(config: Config) -> Iterator[tuple[str, bool, str, Any]]:
     stages = len(config.schedule.milestones) + 1
     for key, spec, value in leaves(config):
         if spec.metadata.get("staged"):
-            wanted = f"a list of 1 or {stages} numbers, one more than milestones"
+            wanted = f"a list of 1 or {stages} numbers (one more than milestones)"
             yield key, len(value) in (1, stages), wanted, value
     images = dataset.train_images
     wanted = f"from 1 to the {images} training images of {dataset.name}"

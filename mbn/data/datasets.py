@@ -1,4 +1,4 @@
-"""A run's data set, opened: scikit-learn's digits, CIFAR from its official files, ImageNet from folders."""
+"""Opens a run's data set: scikit-learn's digits, CIFAR from its official files, ImageNet from folders."""
 
 import tarfile
 from functools import partial
@@ -17,7 +17,7 @@ from mbn.system.errors import UserError
 def load(config: Config, device: torch.device) -> Data:
     """Open the data set of a run; CIFAR and ImageNet in the folder machine.data.
 
-    Errors: UserError where files are missing and cannot be fetched, damaged, or not as many as configured.
+    Errors: UserError if files are damaged, or missing and cannot be downloaded, or not as many as configured.
     """
     dataset, folder = config.dataset, Path(config.machine.data)
     source = DATASETS[dataset.name]
@@ -34,7 +34,7 @@ def load(config: Config, device: torch.device) -> Data:
 
 
 def digits(folder: Path) -> Arrays:
-    """scikit-learn's handwritten digits, 8x8 pixels of 0 to 16 enlarged to 32x32; every fifth is a test image."""
+    """scikit-learn's handwritten digits, 8x8 pixels from 0 to 16, enlarged to 32x32; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -52,7 +52,7 @@ MIRRORS = ("https://www.cs.toronto.edu/~kriz/{}", "https://zenodo.org/records/10
 def load_cifar(name: str, folder: Path) -> Arrays:
     """CIFAR-10 or CIFAR-100 from the official python files, each of which must have the MD5 that torchvision knows.
 
-    The files are pickles, so that one with another checksum is never opened.
+    The files are pickles, so a file with another checksum is never opened.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -86,6 +86,6 @@ def _download_cifar(cifar, folder: Path, missing: Path) -> None:
     except (UserError, OSError) as error:
         raise UserError(
             f"{missing} is missing and could not be downloaded: {error}; put {cifar.filename} or the folder "
-            f"{cifar.base_folder} from one of {' or '.join(addresses)} into {folder}, or name its place with "
-            "machine.data=FOLDER; `python train.py experiment=quickstart` needs no download."
+            f"{cifar.base_folder} from one of {' or '.join(addresses)} into {folder}, or set "
+            "machine.data=FOLDER to where it is; `python train.py experiment=quickstart` needs no download."
         ) from None

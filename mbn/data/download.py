@@ -21,8 +21,8 @@ def md5(path: Path) -> str:
 def download(addresses: list[str], path: Path, checksum: str, timeout: float = 30) -> None:
     """Fetch path from the first of the addresses that gives a file with this MD5.
 
-    What an interrupted download left in `path.part` is continued, by this address or the next. A complete file with
-    another checksum is thrown away. Errors: UserError when no address gave the file, saying why for each.
+    An interrupted download stays in `path.part` and is continued, from the same address or the next. A complete file
+    with another checksum is thrown away. Errors: UserError when no address gave the file, saying why for each.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)

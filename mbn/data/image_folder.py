@@ -1,4 +1,4 @@
-"""ImageNet, or any folder of its form: decoded in worker processes, put together and normalised on the device.
+"""ImageNet, or any folder of the same form: decoded in worker processes, normalised on the device.
 
 train/<class>/*.JPEG
 val/<class>/*.JPEG, or a flat val/*.JPEG beside the devkit's archive, which holds its labels
@@ -103,7 +103,7 @@ def _from_folders(folder: Path, classes: list[str]) -> Files:
     for label, name in enumerate(classes):
         images = list_images(folder / name)
         if not images:
-            raise UserError(f"{folder / name} has no image: every class needs some, or its folder removed.")
+            raise UserError(f"{folder / name} has no image: put images into it, or remove the folder.")
         paths += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
     return Files(folder, paths, labels)
@@ -141,13 +141,13 @@ def _flat_val(root: Path, classes: list[str]) -> Files:
 
 
 class Damaged(NamedTuple):
-    """What a worker sends instead of a batch: the text of an exception would arrive with a traceback around it."""
+    """A damaged image. A worker sends this instead of a batch: an exception would arrive with a traceback around it."""
 
     message: str
 
 
 class Decoder:
-    """The data set of the workers: (epoch, index) to a uint8 image of the right size and its label.
+    """The data set of the workers: from (epoch, index) to a uint8 image of the right size and its label.
 
     epoch is None for the plain images of evaluation: Resize(256) and CenterCrop(224) at 224 pixels.
     """
@@ -242,7 +242,7 @@ class ImageFolders:
 def _start_worker(_: int) -> None:
     let_go_of_inherited_locks()
     torch.set_num_threads(1)
-    # Only the trainer answers a signal to the whole process group: it still needs the next batches.
+    # A signal to the whole process group is for the trainer alone, which still needs the next batches.
     for name in CODES:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -29,7 +29,7 @@ def check_numbers(dataset: DatasetConfig, **found: int) -> None:
             wrong = " ".join(f"dataset.{k}={v}" for k, v in found.items() if v != getattr(dataset, k))
             raise UserError(
                 f"{dataset.name} has {number} {key.replace('_', ' ')} here, not {getattr(dataset, key)}: complete the "
-                f"folder, or add {wrong} to the command if it is meant to be so."
+                f"folder, or add {wrong} to the command if this number is right."
             )
 
 
@@ -56,7 +56,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 Batch = tuple[Tensor, Tensor]
-# Images augmented at once, by the kind of device: a GPU waits for kernel launches, a CPU for memory out of its caches.
+# Images augmented at once, by kind of device: many save a GPU kernel launches, fewer fit into a CPU's caches.
 BLOCK = {"cuda": 8192}
 BLOCK_ELSEWHERE = 512
 

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-# One stream for each purpose, so that a further draw from one changes nothing in the other.
+# One stream for each purpose, so that one more draw from one changes nothing in the other.
 ORDER, AUGMENTATION = 0, 1
 
 

@@ -9,7 +9,7 @@ from mbn.measure.statistics_gap import named_norm_layers
 def first_nonfinite(model: nn.Module) -> str | None:
     """The name of the first parameter or buffer that is not finite, or None. Waits for the device."""
     tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
-    # A sum is finite only if all its terms are (a finite sum that overflows is no state to go on from either).
+    # A sum is finite only if all its terms are. (If finite terms overflow, training cannot go on either.)
     sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors.values()])
     bad = ~torch.isfinite(sums)
     if not bad.any().item():
@@ -18,15 +18,15 @@ def first_nonfinite(model: nn.Module) -> str | None:
 
 
 def push(rows: Tensor, row: Tensor) -> None:
-    """Let the oldest, first row leave, and row enter as the last one: in place, and with no index from the host."""
+    """Drop the first, oldest row and add row as the last one: in place, and without an index from the host."""
     rows.copy_(torch.cat([rows[1:], row[None].to(rows.dtype)]))
 
 
 class Watch:
     """Notes before each iteration which tensors are finite: the images, the parameters, the layers' statistics.
 
-    One iteration later a NaN is everywhere, so that its origin must be known from before. A NaN in a memory shows in
-    the pooled statistics, before these normalise anything. What is noted of the last iterations stays on the device.
+    One iteration later a NaN is everywhere, so its origin must be noted before. A NaN in a memory shows in the pooled
+    statistics, before these normalise anything. The notes of the last iterations stay on the device.
     """
 
     def __init__(self, model: nn.Module, rows: int) -> None:

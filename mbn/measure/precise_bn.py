@@ -1,4 +1,4 @@
-"""PreciseBN, a control: the test error with statistics taken again over the training set with the final weights.
+"""PreciseBN, a control: the test error with statistics recomputed over the training set with the final weights.
 
 It separates what a method gains in training from what it gains at test time. Source: Wu and Johnson, "Rethinking
 'Batch' in BatchNorm", 2021, section 3.
@@ -36,12 +36,12 @@ class Moments:
 def set_precise_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recorded: bool = False) -> None:
     """Replace each layer's test statistics by those of its inputs over batches, every image with equal weight.
 
-    batches: images as training augments them, and labels, which are not used. recorded: play the forward of each size
-    of batch back from a recording, on a CUDA stream of its own (`own_stream`).
+    batches: images as training augments them, and labels, which are not used. recorded: record the
+    forward once for each size of batch and play it back, on a CUDA stream of its own (`own_stream`).
 
-    The batches go through training-mode forwards with memories and averages frozen and dropout off. Which batches
-    images come in matters little, as each layer pools their moments exactly, but the run's batch size is what the
-    layers before it were normalised with. The model is in eval mode afterwards.
+    The batches go through training-mode forwards with memories and averages frozen and dropout off. How the images are
+    put into batches matters little, because each layer pools their moments exactly. But their size should be that of
+    the run, by which the layers before were normalised in training. The model is in eval mode afterwards.
     """
     layers = named_norm_layers(model)
     moments = {name: Moments(layer) for name, layer in layers.items()}

@@ -36,7 +36,7 @@ def uses_dropout(model: nn.Module) -> bool:
 def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
     """Each layer's mu^ and sigma^ = sqrt(s2^ + eps) for a training forward of images now. Changes nothing.
 
-    This costs a forward pass, but only at the end of an epoch; copies would be made in every iteration.
+    This costs a forward pass at the end of each epoch. To keep copies instead would cost time in every iteration.
     """
     seen: Statistics = {}
 
@@ -44,7 +44,7 @@ def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
         seen[name] = layer.training_statistics(x)
 
     devices = [images.device] if images.device.type == "cuda" else []
-    # Dropout's draws belong to the training forward. Without it the generators are left alone: threads share them.
+    # Dropout must not use up training's draws. Without dropout the generators are left alone: threads share them.
     with torch.random.fork_rng(devices, enabled=uses_dropout(model)), held(model), observed(model, note):
         model(images)
     return seen
@@ -56,13 +56,14 @@ def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
 
     weight_norm(s): of all weights together and of each. gap_means, gap_stds: for each layer the means over channels of
     |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|; gap_mean, gap_std: their means over layers.
-    layer_dead_channels: for each layer that has any, how many of its channels training normalised although their
-    values did not vary; dead_channels their sum, dead_layers how many layers have no other. (Their variance
-    s2^ = sigma^**2 - eps is below a thousandth of eps, so that their output is nearly beta, and weight decay is all
-    that moves the weights before them. A layer all of whose channels are dead ends a dead branch.)
+    layer_dead_channels: for each layer that has any, how many of its channels are dead; dead_channels: their sum;
+    dead_layers: how many layers have dead channels only. (A channel is dead if its values do not vary in training: its
+    variance s2^ = sigma^**2 - eps is below a thousandth of eps. Its output is then nearly beta, and only weight decay
+    moves the weights before it. A layer that has dead channels only ends a dead branch.)
 
-    training: what `training_statistics` gave for the last iteration, with MBN those of the batch and of its whole
-    memory; test: what evaluation would use now. A model without batch statistics has weight norms only.
+    training: what `training_statistics` gave for the last iteration; with MBN these are the statistics of the batch and
+    its whole memory. mu_test, sigma_test: what evaluation would use now. A model without batch statistics has weight
+    norms only.
     """
     weights = {n: p.detach() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1}
     layers = named_norm_layers(model)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mbn.config import Config
 
-# Images of 32x32 pixels that are tested at a time, as many pixels of larger ones: few fill a GPU badly, and on a CPU
-# they should fit its caches.
+# Images of 32x32 pixels that are tested at a time; of larger ones, as many as have the same number of pixels. A few
+# would not fill a GPU, and on a CPU they should fit into its caches.
 AT_A_TIME = {"cuda": 5000}
 AT_A_TIME_ELSEWHERE = 1000
 
 
 def batch_size_for(config: Config, device: torch.device) -> int:
-    """evaluate.batch_size, or where it is null a size for the images and the device."""
+    """evaluate.batch_size; if it is null, a size that suits the images and the device."""
     if config.evaluate.batch_size is not None:
         return config.evaluate.batch_size
     images = AT_A_TIME.get(device.type, AT_A_TIME_ELSEWHERE)

@@ -1,1 +1,1 @@
-"""Normalisation layers that know nothing of training, and what exchanges them in a network."""
+"""Normalisation layers, which know nothing about training, and the functions that put them into a network."""

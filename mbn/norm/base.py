@@ -16,7 +16,7 @@ class BatchStatisticsNorm(nn.Module):
     Input and output: (N, C) or (N, C, *spatial), as many dimensions as the subclass's `input_dims` allows. Any memory
     layout. The output has the input's dtype; statistics have at least float32, whatever the module's dtype.
 
-    What a training forward does with its batch's statistics is decided by the layer's `phase`:
+    The layer's `phase` decides what a training forward does with its batch's statistics:
     `"first"` remembers them only if forwards is 1, `"second"` only if it is 2, `"held"` never.
     `second_forward` and `held` set the phase. Evaluation uses `test_statistics()` and changes nothing.
 
@@ -50,11 +50,11 @@ class BatchStatisticsNorm(nn.Module):
     # What a subclass defines.
 
     def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
-        """Normalise x as in training. With remember, enter its statistics into what the layer remembers."""
+        """Normalise x as in training. If remember is true, the layer also remembers the statistics of x."""
         raise NotImplementedError
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
-        """The mean and variance (C,) that evaluation would normalise by now."""
+        """The mean and variance (C,) by which evaluation would normalise now."""
         raise NotImplementedError
 
     def set_test_statistics(self, mean: Tensor, variance: Tensor) -> None:
@@ -103,7 +103,7 @@ class BatchStatisticsNorm(nn.Module):
             after = getattr(self, name)
             wide = statistics_dtype(after.dtype)
             if after.dtype != wide:
-                # Cast from before, so that the statistics lose no bits on the way through half precision.
+                # Cast the tensor from before: on the way through half precision it would lose bits.
                 setattr(self, name, before.to(device=after.device, dtype=wide))
         return self
 
@@ -118,10 +118,10 @@ class BatchStatisticsNorm(nn.Module):
 
 @functools.cache
 def _warn_forgotten() -> None:
-    """Warn once in a process: otherwise every layer would warn of the same forgotten line."""
+    """Warn only once in a process: otherwise every layer would warn about the same forgotten call."""
     warnings.warn(
-        "training forwards with forwards=2 remembered nothing before eval(): call second_forward(model, inputs) after "
-        "optimizer.step(), or the evaluation uses statistics from before these forwards",
+        "eval() follows training forwards that remembered nothing (forwards=2), so evaluation uses statistics from "
+        "before them: call second_forward(model, inputs) after each optimizer.step()",
         stacklevel=4,
     )
 

@@ -15,7 +15,7 @@ class _BatchNorm(BatchStatisticsNorm):
                  running_mean += momentum * (mu_B - running_mean), the same for running_var with the unbiased variance.
     Evaluation:  the same y with running_mean and running_var.
 
-    With forwards=1 this is `torch.nn.BatchNorm1d/2d/3d`, the same kernels and the same state dict. With forwards=2 the
+    With forwards=1 this is `torch.nn.BatchNorm1d/2d/3d`, with the same kernels and state dict. With forwards=2 the
     moving averages are updated by `second_forward(model, inputs)` only (Guo et al. 2018, "BN-2" of Figure 1).
 
     Arguments:
@@ -27,7 +27,7 @@ class _BatchNorm(BatchStatisticsNorm):
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
-    Errors: ValueError for an impossible setting, an input of the wrong shape, or one value per channel in training.
+    Errors: ValueError for an impossible setting, an input of the wrong shape, or in training only one value a channel.
 
     Source: Ioffe and Szegedy, "Batch Normalization", ICML 2015, as torch implements it.
     """

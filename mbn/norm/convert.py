@@ -13,7 +13,7 @@ from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from .memorized import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d
 from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 
-# For each norm the layers that take the place of BatchNorm1d, 2d and 3d.
+# For each norm: the layers that replace BatchNorm1d, 2d and 3d.
 NORMS: dict[str, tuple[type[BatchStatisticsNorm], ...]] = {
     "mbn": (MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d),
     "brn": (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
@@ -25,10 +25,10 @@ TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
     """Exchange every `nn.BatchNorm1d/2d/3d` inside module for a layer of ours, in place, and return module.
 
-    The new layers hold the very same parameters (an optimiser made before still works), the running statistics,
-    eps, device, dtype, requires_grad and train mode of the old ones; a BatchNorm that is used in two places stays one
-    layer. If module is itself a BatchNorm, its replacement is returned. Layers that are already ours stay as they are.
-    Forward hooks on a BatchNorm are not carried over. "bn" keeps the old layer's momentum.
+    The new layers hold the very same parameters (an optimiser made before still works), and take over the running
+    statistics, eps, device, dtype, requires_grad and train mode of the old ones. A BatchNorm that is used in two places
+    stays one layer. If module is itself a BatchNorm, its replacement is returned. Layers that are already ours stay as
+    they are. Forward hooks on a BatchNorm are not carried over. "bn" keeps the old layer's momentum.
 
     Arguments:
         module: any network.
@@ -36,7 +36,7 @@ def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
         settings: the layer's own settings by name, such as memory=40 or gradient="batch" for "mbn".
 
     Errors: ValueError for an unknown norm; TypeError for a setting the layer does not have (the message lists those
-    it has), and for a SyncBatchNorm or a lazy BatchNorm inside module. Nothing is changed then.
+    it has), and for a SyncBatchNorm or a lazy BatchNorm inside module. In that case nothing is changed.
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
@@ -49,8 +49,8 @@ def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, nn.SyncBatchNorm):
             raise TypeError(
-                "SyncBatchNorm cannot be converted: its statistics span processes, which memorized ones do not; "
-                "convert the network before convert_sync_batchnorm, or without it"
+                "SyncBatchNorm cannot be converted: its statistics are taken over all processes, ours over one; "
+                "call convert before convert_sync_batchnorm, or do without it"
             )
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise TypeError("a lazy BatchNorm has no channels yet: run the network once before convert")

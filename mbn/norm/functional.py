@@ -25,15 +25,15 @@ def per_channel(statistic: Tensor, x: Tensor) -> Tensor:
 
 
 def has_native_kernels(x: Tensor) -> bool:
-    """Whether torch's batch-norm kernels should be called for x: the formula is better when it is compiled."""
+    """Whether to call torch's batch-norm kernels for x. When the code is compiled, the formula is better."""
     return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
 
 
 def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
-    """The same values, for a forward that overwrites the buffers they come from before its backward runs.
+    """The same values, for a forward that overwrites the buffers of these statistics before its backward runs.
 
-    In one compiled graph AOTAutograd recomputes in the backward what is cheap, and does so from the buffers as they
-    are by then (pytorch#197039: wrong gradients without an error). It never recomputes a concatenation.
+    In a compiled graph AOTAutograd computes cheap values again in the backward, from the buffers as they are by then
+    (pytorch#197039: wrong gradients without an error). It never computes a concatenation again.
     """
     if not torch.compiler.is_compiling():
         return statistics
@@ -42,7 +42,7 @@ def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel mean mu_B and biased variance s2_B of x, in at least float32. Differentiable in formula form only."""
+    """Per-channel mean mu_B and biased variance s2_B of x, in at least float32. Differentiable if x needs gradients."""
     x = x.to(statistics_dtype(x.dtype))
     if has_native_kernels(x) and not (torch.is_grad_enabled() and x.requires_grad):
         return torch.batch_norm_update_stats(x, None, None, 0.0)
@@ -52,7 +52,7 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Moments(torch.autograd.Function):
     """mu_B and s2_B in one pass over x; backward dx = dmu / n + (x - mu) ds2 2 / n, in one pass too.
 
-    Autograd alone would also differentiate s2 through mu, a sum over x that is exactly zero.
+    Autograd alone would also differentiate s2 through mu. That term is a sum over x that is exactly zero.
     """
 
     @staticmethod
@@ -114,7 +114,7 @@ def affine_normalize(
     scale = (s2 + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
-    # Not x * scale + shift, which cancels where a channel varies little about a large mean.
+    # Not x * scale + shift, which loses digits by cancellation where a channel varies little about a large mean.
     y = (x.to(scale.dtype) - per_channel(mu, x)) * per_channel(scale, x)
     if bias is not None:
         y = y + per_channel(bias, x)
@@ -158,8 +158,8 @@ class _MemorizedBatchNorm(torch.autograd.Function):
     def backward(ctx, dy, _dmu, _ds2):
         x, weight, mu_hat, s2_hat, rho = ctx.saved_tensors
         invstd = (s2_hat + ctx.eps).rsqrt()
-        # Batch norm's backward with both correction sums, then the share rho of it: the equations of the paper with
-        # their misprints corrected.
+        # Batch norm's backward has both correction terms whole. rho times it, plus 1 - rho times the term without
+        # corrections, is the paper's gradient with its misprints corrected.
         dx, dweight, dbias = _batch_norm_backward(dy, x, weight, mu_hat, invstd)
         scale = invstd if weight is None else weight * invstd
         dx = dx.mul_(rho.to(dx.dtype)).addcmul_(dy, per_channel((scale * (1 - rho)).to(dx.dtype), dx))
@@ -178,8 +178,8 @@ def renormalized_batch_norm(
 ) -> Tensor:
     """y = gamma ((x - mu_B) / sigma_B * r + d) + beta, with r and d constant and sigma_B = sqrt(s2_B + eps).
 
-    Gradients flow through x's own moments, which mu and s2 (detached, as `batch_moments` gives them) must hold. The
-    form of batch renormalisation (Ioffe 2017, algorithm 1), and of MBN with gradient="batch", where
+    mu and s2 must be x's own moments from `batch_moments`, detached. Gradients still flow through these moments.
+    Batch renormalisation has this form (Ioffe 2017, algorithm 1), and so has MBN with gradient="batch", where
     r = sigma_B / sigma^ and d = (mu_B - mu^) / sigma^. Backward, where xhat_B is x normalised by the batch alone:
         dx = gamma r / sigma_B * (dy - mean(dy) - xhat_B mean(dy xhat_B))
     """
@@ -215,7 +215,7 @@ def _renormalized_affine(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tens
 
 
 def _wanted(ctx, first: int, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients that the inputs from position first on need, and None for the others, such as an absent weight."""
+    """The gradients of the inputs from position first on; None for one that needs none, such as an absent weight."""
     wanted = ctx.needs_input_grad[first:]
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=False))
 

@@ -1,4 +1,4 @@
-"""The layers of one network side by side, so that all of them take in a batch at once."""
+"""The memories of all layers of a network in shared tensors, so that all of them take in a batch at once."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from .renorm import _BatchRenorm
 
 
 class AllMemories:
-    """Enters a batch into all layers at once, which each of them would otherwise do on its own.
+    """Enters a batch into the memories of all layers at once. Without it each layer does this on its own.
 
     In the forward that remembers, the layers only note their batch. `enter`, called once after it, takes the notes into
-    the memories and counts the batch: some twenty operations for the whole network instead of twenty for each layer,
-    with the same bits. The layers' state dict stays the same: their buffers become views of shared tensors. A layer
-    that is cast or moved to another device enters its batches on its own again; make a new AllMemories then.
+    the memories and counts the batch: some twenty operations for the whole network instead of twenty for each layer.
+    The results have the same bits. The layers' state dict stays the same: their buffers become views of shared tensors.
+    A layer that is cast or moved to another device enters its batches on its own again; make a new AllMemories then.
 
     layers: those whose forward remembers, each once. Errors: RuntimeError from `enter` if a layer was moved, or if its
     forward has not run since the last call.
@@ -44,7 +44,7 @@ class AllMemories:
 
 
 class Memories:
-    """What MemorizedBatchNorm layers of one memory size k and one decay remember, in shared tensors.
+    """The memories of MemorizedBatchNorm layers with the same size k and the same decay, in shared tensors.
 
     mean, var (k, sum of C) and count (k, L) hold the entries of all L layers; m, v (sum of C) and w (L,) their pools.
     """
@@ -63,7 +63,7 @@ class Memories:
         ):
             layer.memory_mean, layer.memory_var, layer.memory_count = mean, var, self.count[:, i]
             layer.running_mean, layer.running_var, layer.memory_weight = m, v, self.w[i : i + 1]
-            # Tensors of their own: a compiled forward writes them, and must not meet inputs that share storage.
+            # Not views: a compiled forward writes them, and its inputs must not share storage.
             layer.noted_mean, layer.noted_var = torch.zeros_like(m), torch.zeros_like(v)
         device, dtype = self.mean.device, self.mean.dtype
         # The layer that each channel belongs to, and eta**a.

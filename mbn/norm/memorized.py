@@ -27,8 +27,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         s2^ = sum alpha n ((mu - mu^)**2 + s2) / sum alpha n
         y   = gamma * (x - mu^) / sqrt(s2^ + eps) + beta                       (eq. 7)
 
-    Evaluation: the pool of the memory alone, weights eta**a_i; before anything was remembered, `running_mean` and
-    `running_var` as they were initialised (0 and 1) or loaded from a BatchNorm's state dict.
+    Evaluation uses the pool of the memory alone, with weights eta**a_i. While the memory is empty it uses
+    `running_mean` and `running_var` as they were initialised (0 and 1) or loaded from a BatchNorm's state dict.
 
     With forwards=2 (the paper's double forward) only `second_forward(model, inputs)` remembers a batch; with
     forwards=1 every training forward remembers its own.
@@ -36,18 +36,18 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     Arguments:
         num_features: C, the number of channels.
         memory: k, how many batches are remembered.
-        decay: eta in (0, 1], the factor on a remembered batch's weight per batch of age.
+        decay: eta in (0, 1]. Every newer batch multiplies a remembered batch's weight by eta.
         eps: added to the variance.
         affine: whether there are gamma (`weight`) and beta (`bias`).
         lam: lambda in [0, 1], the memory's weight; `set_lambda` changes it during training. Not in the state dict.
         forwards: 1 or 2.
-        gradient: "paper" differentiates through mu^ and s2^ with the memory constant, which keeps the batch's share
-            rho = n_B / (n_B + W) of batch norm's two correction terms; "batch" gives the same y with all of both,
-            treating the memory's correction as a constant like batch renormalisation's r and d (ours, not the paper's).
+        gradient: "paper" differentiates through mu^ and s2^ with the memory constant. This keeps only the batch's share
+            rho = n_B / (n_B + W) of batch norm's two correction terms. "batch" (ours, not the paper's) gives the same y
+            and keeps both terms whole: the memory's correction is a constant, like batch renormalisation's r and d.
 
-    State (in the state dict): `memory_mean`, `memory_var` (k, C) and `memory_count` (k,), row a holding the batch of
-    age a and a count of 0 marking a row that is still empty; their pool `running_mean`, `running_var` (C,), which
-    evaluation uses, and its weight `memory_weight` (1,) = sum eta**a n (state dicts with shape () load too).
+    State (in the state dict): `memory_mean`, `memory_var` (k, C) and `memory_count` (k,), where row a holds the batch
+    of age a, and a count of 0 marks an empty row; their pool `running_mean`, `running_var` (C,), which evaluation uses;
+    the pool's weight `memory_weight` (1,) = sum eta**a n (state dicts with shape () load too).
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
@@ -73,7 +73,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     memory_count: Tensor
     memory_weight: Tensor
     lam_tensor: Tensor
-    # What a forward leaves for `AllMemories`: the batch's mean, biased variance and number of values, 0 for none.
+    # What a forward leaves for `AllMemories`: the batch's mean, biased variance and number of values (0: no batch).
     noted_mean: Tensor
     noted_var: Tensor
     noted_count: int
@@ -112,7 +112,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     @property
     def lam(self) -> float:
-        """lambda, the memory's weight beside the current batch's 1."""
+        """lambda, the memory's weight. The current batch has weight 1."""
         return self._lam
 
     @lam.setter
@@ -131,7 +131,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
         weight, bias = self._affine(x)
         m, v, W = self.running_mean, self.running_var, self.lam_tensor * self.memory_weight
-        if remember and not self.deferred:  # then this forward overwrites them
+        if remember and not self.deferred:  # this forward overwrites them
             m, v, W = snapshot(m, v, W)
         if self.gradient == "paper":
             y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)

@@ -18,7 +18,7 @@ RELU_STD = math.sqrt((1 - 1 / math.pi) / 2)
 class UnitConv2d(nn.Conv2d):
     r"""A convolution whose filters are divided by their norms: u_i = gamma_i * (W_i * x) / ||W_i||_2 + beta_i.
 
-    The norm of row i of W is over all of its input, (C_in, kh, kw), and gradients flow through it. For x ~ N(0, 1)
+    The norm of row i of W is taken over (C_in, kh, kw), and gradients flow through it. For x ~ N(0, 1)
     and gamma = 1, u has variance 1 whatever W is. gamma (`gain`) starts at 1/1.21, beta (`shift`) at 0, both (C_out,).
     Training and evaluation are the same: there are no batch statistics. `project_` scales the rows to norm 1.
 

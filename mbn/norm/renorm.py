@@ -10,7 +10,7 @@ from .functional import batch_moments, renormalized_batch_norm, snapshot
 class _BatchRenorm(BatchStatisticsNorm):
     r"""Batch normalisation corrected, within bounds, towards the moving averages that evaluation uses.
 
-    Training, with sigma_B = sqrt(s2_B + eps) of the batch's biased variance, and mu, sigma from before this update:
+    Training, with sigma_B = sqrt(s2_B + eps), s2_B the batch's biased variance, and mu, sigma from before this update:
 
         r = stopgrad(clip(sigma_B / sigma, 1 / r_max, r_max))
         d = stopgrad(clip((mu_B - mu) / sigma, -d_max, d_max))
@@ -28,8 +28,8 @@ class _BatchRenorm(BatchStatisticsNorm):
         r_max, d_max: the bounds, r_max >= 1 and d_max >= 0. Like lambda they are settings, not state.
         forwards: 1, or 2 to update the averages in `second_forward` only.
 
-    State: `running_mean` (C,), `running_std` (C,), `num_batches_tracked` (). A BatchNorm's state dict loads strictly,
-    its running_var giving running_std = sqrt(running_var + eps).
+    State: `running_mean` (C,), `running_std` (C,), `num_batches_tracked` (). A BatchNorm's state dict loads too, with
+    strict=True: running_std becomes sqrt(running_var + eps).
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
@@ -79,7 +79,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         return self
 
     def _correction(self, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """r and d for a batch of mean mu and standard deviation sigma, from the averages as they are."""
+        """r and d for a batch with mean mu and standard deviation sigma, from the current averages."""
         r_max, d_max = self.bounds[0], self.bounds[1]
         r = (sigma / self.running_std).clamp(r_max.reciprocal(), r_max)
         d = ((mu - self.running_mean) / self.running_std).clamp(-d_max, d_max)
@@ -91,7 +91,7 @@ class _BatchRenorm(BatchStatisticsNorm):
             mu, s2 = batch_moments(x)
             sigma = (s2 + self.eps).sqrt()
             r, d = self._correction(mu, sigma)
-            if remember:  # then this forward overwrites the averages that they come from
+            if remember:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
         y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
         if remember:
@@ -100,7 +100,7 @@ class _BatchRenorm(BatchStatisticsNorm):
 
     @torch.no_grad()
     def remember(self, mu: Tensor, sigma: Tensor) -> None:
-        """Move the averages towards one batch's mean and standard deviation (C,); the first ever is copied."""
+        """Move the averages towards one batch's mean and standard deviation (C,); the very first are copied."""
         first = self.num_batches_tracked == 0
         for average, value in ((self.running_mean, mu), (self.running_std, sigma)):
             average.copy_(torch.where(first, value, average + self.momentum * (value - average)))
@@ -129,7 +129,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         variance = state_dict.pop(prefix + "running_var", None)
         if variance is not None:
             state_dict[prefix + "running_std"] = (variance.to(self.running_std.dtype) + self.eps).sqrt()
-            # Older BatchNorms have no counter. At 0 the first update would overwrite the averages that they bring.
+            # Older BatchNorms have no counter. If it were 0, the first update would overwrite their averages.
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -160,6 +160,6 @@ def set_renorm(module: nn.Module, r_max: float, d_max: float) -> None:
     layers = [layer for layer in norm_layers(module) if isinstance(layer, _BatchRenorm)]
     for layer in layers:
         layer.r_max, layer.d_max = float(r_max), float(d_max)
-    if layers:  # three launches and no copy from the host, because the schedule changes them at every iteration
+    if layers:  # three kernel launches in all, and no copy from the host: the schedule changes them at every iteration
         layers[0].set_bounds(r_max, d_max)
         torch._foreach_copy_([layer.bounds for layer in layers], [layers[0].bounds] * len(layers))

@@ -19,12 +19,12 @@ START: Sums = (0, 0.0, 0.0)
 
 
 def curves(rows: Iterable[Row]) -> dict[str, Any]:
-    """The curves of a record, from the rows of a journal, of which the last must end an epoch.
+    """The curves of a record, from the rows of a journal. The last row must end an epoch.
 
-    Of the ends of epochs at most POINTS, the last one included, with those values of AT_EPOCHS that all of them have.
-    There the training loss and error are means over a whole epoch. `training` has them in finer steps, from the rows
-    within epochs: `images` seen, and the mean `loss` and `error` (percent) of the images since the point before, at
-    most POINTS of them.
+    A point is the end of an epoch: at most POINTS of them, the last one included, with those values of AT_EPOCHS that
+    all of them have. Their training loss and error are means over a whole epoch. `training` has finer steps, from the
+    rows within epochs too: `images` seen, and the mean `loss` and `error` (percent) of the images since the point
+    before, at most POINTS of each.
     """
     rows = list(rows)
     kept = _thinned([row for row in rows if row["kind"] == "epoch"])
@@ -39,8 +39,8 @@ def curves(rows: Iterable[Row]) -> dict[str, Any]:
 def last_epoch(rows: Iterable[Row], images: int) -> tuple[float, float]:
     """Mean training loss and error (percent) over the last images of a run, or all of it where it had fewer.
 
-    It starts at the last row that is at least so many images before the end. The run's last row would not do: its means
-    are those of the last epoch, which may be cut short and have only a few hundred images.
+    They start at the last row that is at least so many images before the end. The run's last row would not do: its
+    means are those of the last epoch, which may be cut short and have only a few hundred images.
     """
     sums = [START, *_sums(rows)]
     start = [s for s in sums if s[0] <= max(sums[-1][0] - images, 0)][-1]

@@ -18,7 +18,7 @@ LARGEST = 1 << 20
 
 @dataclass
 class Gathered:
-    """Names of records taken, of those that were here already, sentences about those refused, and other JSON files."""
+    """Names of the records taken and of those known already, sentences about those refused, and other JSON files."""
 
     taken: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Gathered:
 
 
 def gather(source: Path, results: Path, allow_dirty: bool = False) -> Gathered:
-    """Copy the records in a folder or archive, wherever in it they are, to results/records, each checked.
+    """Check each record in a folder or archive, wherever it is in there, and copy it to results/records.
 
     A record is refused if `record.read` would refuse it, if changed or unknown code made it (unless allow_dirty), or if
     it differs from the one that is here already. Errors: UserError if source cannot be read.
@@ -66,7 +66,7 @@ def _take(path: Path, content: bytes | None, results: Path, allow_dirty: bool, g
 
 
 def _meant_as_record(path: Path, content: bytes) -> bool:
-    """Whether it is to be taken or refused as a record; JSON of another kind is passed over."""
+    """Whether a JSON file is meant as a record, and so is taken or refused. Other JSON files are skipped."""
     if "records" in path.parts[:-1]:
         return True
     try:
@@ -87,7 +87,7 @@ def _files(source: Path) -> Iterator[tuple[Path, bytes | None]]:
 
 
 def _members(source: Path) -> Iterator[tuple[Path, int, Callable[[], bytes]]]:
-    """Path and size of every file in a folder or archive, and what reads it. Errors: UserError."""
+    """Path and size of every file in a folder or archive, and a function that reads it. Errors: UserError."""
     if source.is_dir():
         for path in sorted(path for path in source.rglob("*.json") if path.is_file()):
             yield path, path.stat().st_size, path.read_bytes

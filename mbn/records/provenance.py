@@ -13,8 +13,8 @@ from mbn.config import REPOSITORY
 def commit_and_dirty() -> tuple[str | None, bool | None]:
     """The commit of the tree that holds this package, and whether tracked files outside results/ differ from it.
 
-    Without git both come from MBN_COMMIT, which holds what `git describe --always --dirty --abbrev=40 --exclude '*'`
-    printed where there was one; (None, None) without either.
+    Without git both come from the environment variable MBN_COMMIT: set it to what
+    `git describe --always --dirty --abbrev=40 --exclude '*'` prints where there is git. Without both: (None, None).
     """
     try:
         head = _git("rev-parse", "HEAD").strip()
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: Any) -> str:
-    """What ran it, as 'cpu: AMD EPYC' or 'cuda: NVIDIA H100 80GB HBM3'."""
+    """The device's name, such as 'cpu: AMD EPYC' or 'cuda: NVIDIA H100 80GB HBM3'."""
     import torch
 
     if device.type == "cuda":

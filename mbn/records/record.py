@@ -1,4 +1,4 @@
-"""Records: one small JSON file a finished run, the only thing that tables and figures are made of."""
+"""Records: one small JSON file for each finished run. Tables and figures are made from them alone."""
 
 import datetime
 import hashlib
@@ -18,7 +18,7 @@ FIELDS = (
     *("test_loss", "train_loss", "iterations", "images", "parameters", "seconds", "images_per_second"),
     *("device", "mode", "threads", "commit", "dirty", "versions", "date", "curves", "checksum"),
 )
-# What records of every version have; other fields that an older one lacks read as None.
+# Fields that records of every version have. Any other field that an older record lacks is read as None.
 NEEDED = ("name", "config", "test_error", "checksum")
 
 

@@ -134,7 +134,7 @@ def label(cell: Cell) -> str:
 
 
 def heads(table: Table) -> list[str]:
-    """The heads of the columns behind the first, in markdown as in LaTeX."""
+    """The heads of all columns except the first, for markdown and LaTeX."""
     several = len(table.grid.metrics) > 1
     paper = ["paper" if table.scale == 1 else "paper, full length"] if table.grid.paper else []
     return [
@@ -146,7 +146,7 @@ def heads(table: Table) -> list[str]:
 
 
 def lines(table: Table, plus_minus: str, bold: str) -> list[list[str]]:
-    """Row by row, its label and the texts below `heads`. bold: the form (with %s) of one that is better than BN."""
+    """Of each row the label and the texts below `heads`. bold: the form (with %s) of one that is better than BN."""
     found = []
     for row in table.grid.rows:
         line = [row]

@@ -1,4 +1,4 @@
-"""What the runs say of the claims of a table: each holds, does not hold, or is not decided yet."""
+"""What the runs say about the claims of a table: each holds, does not hold, or is not decided yet."""
 
 import statistics
 from collections.abc import Callable
@@ -21,7 +21,7 @@ AVERAGED = Fraction(1, 20)
 class Verdict:
     """What the numbers say at one place of a claim.
 
-    needed: seeds that would decide it, where it is not decided and is about a side of zero.
+    needed: how many seeds would decide it, if it is not decided and asks whether a number is above or below zero.
     """
 
     place: str
@@ -45,7 +45,7 @@ def judge(claim: Claim, runs_of: Callable[[Cell], Runs]) -> list[Verdict]:
 
 
 def _number(claim: Claim, records: list[dict[str, Any]]) -> float | None:
-    """The number that a claim is about, from one seed's record of each of its cells; None where one has none."""
+    """The number that a claim is about, from one seed's record of each of its cells; None if one lacks it."""
     curve = {Drop: drop, Rise: rise}.get(type(claim))
     values: list[Any] = [curve(record, claim.metric, claim.at) if curve else record[claim.metric] for record in records]
     if any(value is None for value in values):
@@ -92,7 +92,7 @@ def listed(claim: Claim, verdicts: list[Verdict]) -> str:
 
 
 def drop(record: dict[str, Any], key: str, at: Fraction) -> float | None:
-    """How far a curve falls at a share of training: its mean over AVERAGED before it less that over AVERAGED after it.
+    """How far a curve falls at a share of training: its mean over AVERAGED before, minus that over AVERAGED after.
 
     None where one of the two has no points.
     """
@@ -101,18 +101,18 @@ def drop(record: dict[str, Any], key: str, at: Fraction) -> float | None:
 
 
 def rise(record: dict[str, Any], key: str, at: Fraction) -> float | None:
-    """How far a curve rises at once at a share of training: the first point after it less the last one before.
+    """How far a curve rises at once at a share of training: the first point after it minus the last one before.
 
-    The training error of a point is the mean over its epoch: a moment shorter than an epoch is seen as its mean.
+    The training error of a point is the mean over its epoch, so a shorter rise is averaged over the epoch.
     """
     before, after = _around(record, key, at, Fraction(1))
     return after[0] - before[-1] if before and after else None
 
 
 def _around(record: dict[str, Any], key: str, at: Fraction, width: Fraction) -> tuple[list[float], list[float]]:
-    """The points of a curve that are at most a share of training before `at`, and after it.
+    """The points of a curve before `at` and those after it, each at most `width` away (shares of training).
 
-    A point stands for the epoch that ends there: one that ends at the very instant is before it.
+    A point stands for the epoch that ends there: an epoch that ends exactly at `at` is before it.
     """
     curves = record["curves"]
     pairs = zip(curves.get("images", []), curves.get(key, []), strict=False)

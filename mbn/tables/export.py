@@ -43,7 +43,7 @@ CSV_FIELDS = (
 
 
 def cells_csv(tables: list[Table]) -> str:
-    """One line a number. Empty where there is none; seeds are those that have records."""
+    """One line for each number, empty where there is none. seeds: those that have records."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(CSV_FIELDS)
@@ -68,7 +68,7 @@ def _plain(number: float | None) -> str:
 
 
 def contents(tables: dict[str, Table], with_csv: bool) -> dict[str, str]:
-    """The content of each file of results/tables, by its name; none for a table of which nothing has run."""
+    """The content of each file of results/tables, by its name; none for a table without any run."""
     run = {file_name(name, table.scale): table for name, table in tables.items() if table.has_runs}
     content = {}
     for name, table in run.items():

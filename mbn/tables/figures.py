@@ -74,7 +74,7 @@ def look(cell: Cell) -> Look:
 
 
 def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figure | None]:
-    """Every figure by its name; None where no record has anything for it."""
+    """Every figure by its name; None where no record has data for it."""
 
     def read(name: str) -> Table:
         return Table(grid.read(name), records, seeds, scale)
@@ -183,7 +183,7 @@ def batch_size(tables: Sequence[Table]) -> Figure | None:
 
 
 def gap(table: Table) -> Figure | None:
-    """How far the statistics of training are from those of evaluation, over training, at the least and largest batch.
+    """The distance between training's and evaluation's statistics, over training, at the smallest and largest batch.
 
     The means over layers and channels of |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|.
     """
@@ -235,10 +235,10 @@ def _over_training(table: Table, row: str, key: str) -> Lines:
 
 
 def _curve(table: Table, cell: Cell, key: str, of_training: bool = False) -> Points:
-    """(x, one value a seed) of a curve of a cell's records at the points that all of them have.
+    """A curve of a cell: (x, one value for each seed) at the points that the records of all seeds have.
 
-    key: a curve with a point an epoch, or "loss" or "error" for the finer ones of training. x: images seen, in epochs,
-    or in percent of training. Empty where nothing has run.
+    key: a curve with one point per epoch, or "loss" or "error" for the finer ones of training. x: images seen, in
+    epochs, or in percent of training. Empty where nothing has run.
     """
     found: list[dict[float, float]] = []
     for one in table.runs(cell).values():
@@ -253,8 +253,8 @@ def _curve(table: Table, cell: Cell, key: str, of_training: bool = False) -> Poi
 def _plot(panel: Axes, lines: Lines, sparse: bool = False) -> None:
     """Draw means, and bands of one standard deviation where there are several seeds.
 
-    sparse: a few points, each with as many seeds as it happens to have: a marker at every one, and a bar for a band.
-    Else about eight markers a line, at other places for each line.
+    sparse: for a few points, which may have different numbers of seeds: a marker at every one, and a bar instead of a
+    band. Otherwise each line has about eight markers, at different places than the other lines.
     """
     drawn = [(style, points) for style, points in lines if points]
     for i, (style, points) in enumerate(drawn):
@@ -274,7 +274,7 @@ def _plot(panel: Axes, lines: Lines, sparse: bool = False) -> None:
 
 
 def _limit(panel: Axes, lines: Lines, zero: bool = False) -> None:
-    """Show what differs: not the first fifth of training, in which every error falls from near chance."""
+    """Limit the y axis to what differs, not the first fifth of training: there every error falls from near chance."""
     late = [statistics.fmean(ys) for _, points in lines for _, ys in points[len(points) // 5 :]]
     if not late:
         return

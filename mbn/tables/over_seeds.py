@@ -11,8 +11,8 @@ from scipy import stats
 Values = dict[int, float]
 
 CONFIDENCE = 0.95
-# Standard deviation of a test error (percent) over seeds, where few have run: that of six published reruns of one
-# ResNet-56 script on CIFAR-10, 6.89 to 8.42 %.
+# Standard deviation of a test error (percent) over seeds, used where few have run. It is that of six published reruns
+# of one ResNet-56 script on CIFAR-10, 6.89 to 8.42 %.
 ASSUMED_SD = 0.54
 ASSUMED_RUNS = 6
 POWER = 0.8
@@ -21,11 +21,11 @@ MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Summary:
-    """What n values say of their mean; None where there is no such number.
+    """What n values say about their mean. None: there is no such number.
 
-    sd: with two values or more. low, high: the ends of Student's interval for the mean, and p the probability of a mean
-    so far from zero if the true one is zero (two-sided), both None for values that are all equal: errors are counts of
-    images, so that two seeds may agree by chance, which says nothing about the next one.
+    sd: for two values or more. low, high: the ends of Student's interval for the mean. p: the probability of a mean so
+    far from zero if the true one is zero (two-sided). low, high and p are None if all values are equal: errors are
+    counts of images, so two seeds may agree by chance, which says nothing about the next one.
     """
 
     n: int
@@ -42,7 +42,7 @@ class Summary:
 
 
 def summary(values: Iterable[float]) -> Summary:
-    """The one function that makes intervals."""
+    """The Summary of some values. No other function makes intervals."""
     numbers = list(values)
     if not numbers:
         return Summary(0)
@@ -68,11 +68,11 @@ def welch(a: Values, b: Values) -> float | None:
 
 
 def seeds_to_decide(s: Summary) -> int | None:
-    """Seeds with which the paired t test (two-sided, 5 %) sees a difference as large as the mean with 80 % power.
+    """How many seeds the paired t test (two-sided, 5 %) needs to see a difference as large as the mean with 80 % power.
 
     The differences' variance is pooled by degrees of freedom from these seeds, s² with n - 1, and from the published
-    reruns, 2 ASSUMED_SD² with ASSUMED_RUNS - 1: two seeds alone that happen to agree would promise far too few. None
-    without a mean, for a mean of 0, and above MOST_SEEDS.
+    reruns, 2 ASSUMED_SD² with ASSUMED_RUNS - 1. Without the reruns, two seeds that happen to agree would make the
+    number far too small. None without a mean, for a mean of 0, and above MOST_SEEDS.
     """
     if not s.mean:
         return None

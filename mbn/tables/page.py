@@ -81,7 +81,7 @@ def _beside_table(table: Table) -> str:
 
 
 def _mean_of(values: Values, n: int) -> str:
-    """Example: 6.41, or 6.41 (n = 2) where others of the n have no such number."""
+    """Example: 6.41, or 6.41 (n = 2) if only two of the n runs have such a number."""
     if not values:
         return "-"
     return f"{statistics.fmean(values.values()):.2f}" + (f" (n = {len(values)})" if len(values) < n else "")

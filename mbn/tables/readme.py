@@ -10,7 +10,7 @@ START, END = "<!-- results -->", "<!-- /results -->"
 
 
 def replace_part(page: str, part: str, name: str = "README.md") -> str:
-    """A page with what is between its markers replaced. Errors: UserError without the two markers."""
+    """The page with part between its markers. Errors: UserError without the two markers."""
     if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
         raise UserError(f"{name} must hold {START} and after it {END}, once each: put them back.")
     head, _, rest = page.partition(START)
@@ -63,7 +63,7 @@ def _seeds(entries: list[Entry]) -> str:
 
 
 def evidence_part(tables: dict[str, Table], records: Records) -> str:
-    """Every claim that runs say something of, and every run."""
+    """Every claim for which there are runs, and every run."""
     verdicts = [["", "claim", "", "here", "in the paper", "outcome", "seeds to decide"]]
     for table in tables.values():
         for claim in table.grid.claims:
