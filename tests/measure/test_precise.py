@@ -236,4 +236,4 @@ def test_without_statistics_it_is_null_with_a_warning(here, left):
     for _ in ("at the end of training", "asked for again"):
         done = here("norm=gn", PRECISE)
         assert left("norm=gn").record()["test_error_precise"] is None
-        assert done.err.count("warning: norm=gn has no statistics to take") == done.err.count("warning") == 1
+        assert done.err.count("warning: norm=gn has no statistics to measure") == done.err.count("warning") == 1
