@@ -92,7 +92,7 @@ def test_a_job_has_its_own_limit_within_that_of_all(monkeypatch, place):
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(monkeypatch, capsys, recording):
-    """Memory that is not enough for ResNet-50, a compiler that is missing, and a loader that breaks."""
+    """Too little memory for ResNet-50, no compiler, and a loader that fails."""
 
     def full(*, builder, **rest):
         if builder.endswith("resnet50"):
@@ -221,7 +221,7 @@ def test_quick_prints_a_table_and_writes_nothing(tmp_path, capsys):
 
 
 def test_runs_side_by_side_are_part_of_the_cpus_benchmark(monkeypatch, place):
-    """In processes, at the same time; the first one has all threads."""
+    """Processes at the same time; the first measurement is of one run with all threads."""
     monkeypatch.setattr(suites, "cores", lambda: 2)
     *_, job = suites.on_cpu()
     assert job.name == "processes-r20-b8"

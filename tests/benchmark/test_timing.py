@@ -26,7 +26,7 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_every_arm_is_timed_in_every_round(monkeypatch, place):
-    """By a clock that moves a second with every look at it: each measurement is one second, over its iterations."""
+    """The clock advances a second each time it is read, so each measurement is one second over its iterations."""
     clock = itertools.count()
     monkeypatch.setattr(workload.time, "perf_counter", lambda: float(next(clock)))
     place.sizes = Sizes(images=64, rounds=3, round_seconds=4.0)
@@ -55,7 +55,7 @@ def clock(monkeypatch, place):
 
 
 def test_a_round_that_the_limit_breaks_off_does_not_count(clock, place):
-    """Of 6.5 s two arms take 2 to start and 2 a round: the third round breaks off after its first arm."""
+    """With 6.5 s, two arms take 2 s to start and 2 s a round: the third round stops after its first arm."""
     result = timed(CASE, (RECORDED, MBN2), place, 6.5)
     assert result.seconds == {RECORDED.name: [3, 5], MBN2.name: [4, 6]}
     assert result.missing == {"rounds from 3 to 6": NO_TIME}
@@ -99,7 +99,7 @@ def test_iterations_that_are_not_recorded_are_not_taken_for_recorded_ones(monkey
 
 
 def test_peak_memory_is_the_allocators(place):
-    """A layer that keeps a large tensor for its backward pass shows, byte for byte."""
+    """A layer keeps a large tensor for its backward pass: the peak grows by exactly its bytes."""
 
     class Greedy(nn.Module):
         def __init__(self, n):

@@ -1,4 +1,4 @@
-"""Several trainings in one process: each as a process of its own would have trained it."""
+"""Several runs in one process: each ends as it would have in a process of its own."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def left(tmp_path):
 
 
 def after(monkeypatch, iterations, action, name=""):
-    """Have an action done in one lane after so many iterations of it."""
+    """Let an action be done in one lane after so many of its iterations."""
     original = Update.__call__
     counts = {}
 
