@@ -37,7 +37,7 @@ RUN = [o for o in TINY if o != "machine.device=cpu"] + [
 
 @pytest.fixture(autouse=True)
 def _settings_as_they_were():
-    """Arithmetic is the process's, and a recording that a test leaves behind holds memory."""
+    """Arithmetic settings belong to the process, and a recording that a test leaves behind holds memory."""
     cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
     before = cudnn.benchmark, cudnn.allow_tf32
     yield
@@ -67,7 +67,7 @@ def left(tmp_path):
     return lambda *more, folder="run": Run(tmp_path / folder, [*RUN, *more])
 
 
-# Compilers remark on float32 without TF32, which an equality needs, and on parts of torch 2.11.
+# Compilers warn about float32 without TF32, which exact comparison needs, and about parts of torch 2.11.
 @pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("job", script.todo(SHORT), ids=lambda job: job.name)
 def test_what_a_person_would_run_first_is_ok(job):
@@ -131,7 +131,7 @@ def test_a_run_in_mode_auto_is_recorded_and_ends_with_the_same_bits_after_a_stop
 
 
 def test_a_run_with_dropout_is_recorded_and_ends_with_the_same_bits_after_a_stop(here, left, monkeypatch):
-    """Its masks come from the generator, whose state a recording moves on as eager iterations do."""
+    """Its masks come from the generator; a recording advances its state as eager iterations do."""
     monkeypatch.setattr(running, "build_tiny", DROPS)
     for folder, mode in (("run", "auto"), ("eager", "eager")):
         assert here(f"machine.mode={mode}", folder=folder).code == 0

@@ -1,4 +1,4 @@
-"""Double forward propagation: which forward pass remembers, with which weights, and the warning where none did."""
+"""Double forward propagation: which forward pass remembers, with which weights, and the warning if none did."""
 
 import copy
 import warnings
@@ -99,7 +99,7 @@ def test_second_forward_hands_arguments_on_and_returns_the_output_without_gradie
 
 
 def test_second_forward_sees_the_new_weights_inside_one_autocast():
-    """autocast keeps its bfloat16 copies of the weights until it is left, and the step is inside it."""
+    """autocast caches bfloat16 copies of the weights until it ends, and the optimiser's step is inside it."""
     net, x = nn.Sequential(nn.Linear(3, 4, bias=False), MemorizedBatchNorm1d(4)), torch.randn(8, 3)
     with torch.autocast("cpu", torch.bfloat16):
         net(x)

@@ -21,7 +21,7 @@ COMPILER_FAULT = execution.compiler_fault
 
 @pytest.fixture(autouse=True)
 def faults(monkeypatch):
-    """A function that sets why nothing can be compiled and why nothing recorded: None to begin with."""
+    """A function that sets the reasons why nothing can be compiled, or recorded. At first both are None."""
 
     def put(compiler=None, graph=None):
         monkeypatch.setattr(execution, "compiler_fault", lambda device: compiler)
@@ -50,7 +50,7 @@ QUICK, LONG = "experiment=quickstart", "model=resnet20"
         (f"{LONG} batch_size=8 schedule.iterations=78200", {}, "compile"),
         (f"{LONG} schedule.epochs=3", {"threads": 1}, "compile"),
         (f"{LONG} schedule.epochs=3", {"threads": 16}, "eager"),
-        # As the run began, or as it is asked for.
+        # As the run began, or as asked for.
         (QUICK, {"earlier": "compile"}, "compile"),
         (LONG, {"earlier": "eager"}, "eager"),
         (QUICK, {"wanted": "compile", "earlier": "eager"}, "compile"),
@@ -113,7 +113,7 @@ def test_choices_are_made_once(monkeypatch):
 
 
 def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monkeypatch):
-    """One run after another, or lanes: only the first of a kind waits for the compiler."""
+    """Runs one after another, or in lanes: only the first of a kind waits for the compiler."""
     graphs = []
 
     def backend(graph, inputs):

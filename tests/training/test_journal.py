@@ -53,7 +53,7 @@ def test_a_resumed_journal_drops_what_came_after_its_checkpoint(tmp_path):
 
 
 def test_a_crash_while_a_journal_is_cut_back_loses_none_of_its_rows(tmp_path):
-    """The checkpoint counts on them: a run that goes on without them has wrong curves and a wrong best error."""
+    """The checkpoint needs them: a run that goes on without them has wrong curves and a wrong best error."""
     rows = [row(i) for i in range(1, 20001)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     half = (tmp_path / "metrics.jsonl").stat().st_size // 2

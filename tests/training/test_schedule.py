@@ -73,7 +73,7 @@ def test_the_bounds_only_rise_and_never_pass_3_and_5(iterations):
     ],
 )
 def test_all_layers_are_set_before_each_iteration(here, monkeypatch, norm, names, expected):
-    """As numbers and, with batch renormalisation, in the tensor that computes."""
+    """As numbers and, with batch renormalisation, in the tensor that the layer computes with."""
     monkeypatch.setattr("running.build_tiny", running.build_small)
     seen = []
     iterate = Update.__call__
