@@ -77,7 +77,7 @@ def test_what_a_person_would_run_first_is_ok(job):
 # Recording.
 
 
-def test_a_stream_in_use_is_nobody_elses():
+def test_no_two_threads_share_a_stream():
     """torch hands out 32 streams in turn: two threads on one would record each other's work."""
     device = torch.device(DEVICE)
     with own_stream(device):
@@ -152,7 +152,7 @@ def assert_same_state(one, other):
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph-eager"])
-def test_three_lanes_leave_what_each_run_alone_would(here, left, mode):
+def test_three_lanes_give_the_same_results_as_each_run_alone(here, left, mode):
     together = (f"machine.mode={mode}", "machine.together=3")
     done = here("-m", "norm=mbn", "seed=0,1,2", *together)
     assert (done.code, done.err) == (0, "")

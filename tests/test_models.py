@@ -76,7 +76,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_every_convolution_norm_and_activation_is_one_that_was_handed_in(kind, name):
+def test_every_convolution_norm_and_activation_is_one_that_was_given(kind, name):
     model = on_meta(kind, name, layers=Layers(MarkedConv, MarkedNorm, MarkedReLU))
     # Other modules that a network may name: none is a convolution, a normalisation or an activation.
     plumbing = {nn.Linear, nn.Sequential, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout}

@@ -27,7 +27,7 @@ def rate(place, n, seconds):
 @pytest.mark.parametrize(
     ("n", "step", "window", "least"), [(1, 0.02, 0.4, 25), (3, 0.02, 0.4, 75), (1, 0.3, 0.05, 2)], ids=str
 )
-def test_lanes_are_counted_from_their_start_to_their_end(n, step, window, least, monkeypatch, place):
+def test_the_rate_of_lanes_counts_all_their_iterations_and_time(n, step, window, least, monkeypatch, place):
     """n lanes do at most n / step iterations a second, and most of that on a busy machine, too.
 
     The four iterations up to the recording do not count. An iteration of 0.3 s in a window of 0.05 s counts in full.
@@ -60,7 +60,7 @@ def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, place
     assert images.train_images.data_ptr() == other_images.train_images.data_ptr()
 
 
-def test_lanes_are_all_that_holds_streams(monkeypatch, place, recording):
+def test_only_lanes_hold_streams(monkeypatch, place, recording):
     """torch has 32 streams, and there are jobs of 32 lanes."""
     inside, most = [], []
 

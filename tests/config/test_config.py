@@ -73,7 +73,7 @@ def experiment(tmp_path, monkeypatch):
         ("colour", ""),
     ],
 )
-def test_an_unknown_key_is_refused_and_the_one_meant_is_named(plus, key, meant):
+def test_an_unknown_key_is_refused_and_the_nearest_key_is_named(plus, key, meant):
     message = refusal(f"{plus}{key}=3")
     assert key in message
     assert meant in message
@@ -161,7 +161,7 @@ def test_an_impossible_value_is_refused_with_what_would_be_right(override, wante
     assert sentence(message)
 
 
-def test_a_batch_larger_than_the_data_set_is_refused_for_the_one_that_is_chosen():
+def test_a_batch_larger_than_the_chosen_data_set_is_refused():
     assert load(["dataset=digits", "batch_size=1437"]).batch_size == 1437
     assert "1437 training images of digits" in refusal("dataset=digits", "batch_size=1438")
 
@@ -440,7 +440,7 @@ def test_names_are_those_of_the_first_version(overrides):
     assert run_name(load(overrides.split())) == NAMES[overrides]
 
 
-def test_the_name_is_equal_for_one_length_however_it_is_asked_for():
+def test_the_name_is_the_same_however_the_length_is_given():
     same = [
         ["schedule.epochs=20"],
         ["schedule.iterations=7820"],

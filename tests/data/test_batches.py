@@ -98,7 +98,7 @@ def assert_equal(some, others):
 
 @kinds
 @pytest.mark.parametrize(("size", "flip"), [(7, True), (7, False), (1000, True)])
-def test_an_epoch_holds_each_image_once_cut_as_torchvision_cuts_it_with_its_own_draw(kind, size, flip):
+def test_an_epoch_has_each_image_once_cropped_as_torchvision_would_by_its_own_draw(kind, size, flip):
     """A crop of the image in a black frame, or one of any size and shape; mirrored or not."""
     per_epoch = -(-kind.n // size)
     batches = batches_of(kind.open(seed=3, flip=flip), per_epoch, size, per_epoch)

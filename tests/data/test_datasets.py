@@ -201,7 +201,7 @@ def test_a_mirror_goes_on_where_the_first_server_stopped_and_starts_again_after_
     assert_fetched(target)
 
 
-def test_what_was_fetched_is_kept_when_every_server_stops(serve, target):
+def test_a_partial_download_is_kept_when_every_server_stops(serve, target):
     server = serve({"file": CONTENT}, cut=2_000_000)
     with pytest.raises(UserError, match=r"connection ended early|IncompleteRead"):
         download([server.address()], target, MD5)

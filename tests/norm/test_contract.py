@@ -162,7 +162,7 @@ def test_test_statistics_that_are_set_are_those_of_evaluation(kind):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @kinds
-def test_a_first_of_two_forwards_leaves_the_statistics_alone_whatever_its_values(kind, value):
+def test_the_first_of_two_forwards_never_changes_the_statistics(kind, value):
     """A momentum of 0 would not be enough: 0 * NaN is NaN."""
     layer = trained(kind, forwards=2)
     before, x = snapshot(layer), inputs(4, 3, 2, 2)
@@ -269,7 +269,7 @@ def test_impossible_settings_are_refused_by_name(norm, setting, values):
         ),
     ],
 )
-def test_what_changes_over_training_reaches_every_layer_but_no_state_dict(kind, put, settings, buffer, wrong, words):
+def test_scheduled_values_reach_every_layer_but_no_state_dict(kind, put, settings, buffer, wrong, words):
     net = nn.Sequential(trained(kind), nn.Sequential(make(kind, dims=2)), nn.BatchNorm1d(2))
     before = snapshot(net)
     put(net, *settings.values())

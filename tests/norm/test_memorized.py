@@ -22,7 +22,7 @@ def test_both_gradients_have_the_same_output(path):
     assert_close(paper(x), batch(x), atol=1e-12, rtol=1e-12)
 
 
-def test_the_papers_printed_backward_equations_mended(path):
+def test_the_papers_backward_equations_without_their_misprints(path):
     """'Backward Propagation', line by line. The paper misprints dl/dxhat as dl/dx and x_{k+1} as x_k."""
     layer = make("mbn paper", forwards=2)
     ref = reference_of(layer)

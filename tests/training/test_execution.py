@@ -112,7 +112,7 @@ def test_choices_are_made_once(monkeypatch):
             choose_device(wanted, earlier)
 
 
-def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monkeypatch):
+def test_runs_of_one_kind_share_compiled_code_and_nothing_else(monkeypatch):
     """Runs one after another, or in lanes: only the first of a kind waits for the compiler."""
     graphs = []
 
@@ -144,7 +144,7 @@ def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monke
     assert len(graphs) == 4
 
 
-def test_a_broken_tool_chain_is_found_out(monkeypatch):
+def test_a_broken_compiler_is_noticed(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("InvalidCxxCompiler: g++ not found\nand more")
 

@@ -92,7 +92,7 @@ def plant(monkeypatch, fault):
 
 
 @pytest.mark.parametrize("fault", ["none", "learning rate", "lambda", "labels", "bounds"])
-def test_a_value_taken_from_the_host_is_found_out(fault, monkeypatch, recording):
+def test_a_value_taken_from_the_host_is_noticed(fault, monkeypatch, recording):
     plant(monkeypatch, fault)
     given = batches(torch.float64)
     layers = brn(2) if fault == "bounds" else mbn(2, 0.1, memory=3)
@@ -105,7 +105,7 @@ def test_a_value_taken_from_the_host_is_found_out(fault, monkeypatch, recording)
 # The order of things.
 
 
-def test_the_first_three_iterations_of_a_size_run_as_they_are_and_train(recording):
+def test_the_first_three_iterations_of_a_batch_size_train_without_a_recording(recording):
     model, _, update = prepare(mbn(2, 0.1), 2, "graph-eager")
     runs = []
     model.register_forward_hook(lambda *_: runs.append(1))
@@ -181,7 +181,7 @@ def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypat
 @pytest.mark.parametrize("forwards", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("gradient", ["paper", "batch"])
-def test_memories_entered_together_have_the_bits_of_each_layer_entering_its_own(forwards, dtype, gradient):
+def test_entering_all_memories_at_once_gives_the_same_bits_as_layer_by_layer(forwards, dtype, gradient):
     """With entries of different sizes, and until after the memory is full.
 
     Widths are as in networks: with fewer channels than a CPU vector holds, the sum has another order.

@@ -107,7 +107,7 @@ def test_what_auto_chose_is_kept_for_a_resume(here, left, after, monkeypatch):
     assert (result["device"][:5], result["mode"], result["threads"]) == ("cpu: ", "eager", 1)
 
 
-def test_what_another_machine_and_another_version_of_the_code_did_is_in_the_record(here, left, after, monkeypatch):
+def test_a_change_of_machine_or_code_is_in_the_record(here, left, after, monkeypatch):
     """Neither commit alone would give this result, so it counts as dirty."""
     after(3, send("SIGTERM"))
     here()

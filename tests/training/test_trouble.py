@@ -95,7 +95,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(here, lef
 
 
 @pytest.mark.parametrize("tail", [b'{"kind": "tr', b"\0" * 700, b"\xff\xfe\x85\n{]\n", b"\n\n"], ids=repr)
-def test_a_journal_that_a_power_failure_cut_is_gone_on_with(here, left, after, tail):
+def test_a_run_goes_on_with_a_journal_that_a_power_failure_cut(here, left, after, tail):
     """The checkpoint's rows are there, and after them whatever the file system left of the others."""
     more = ["machine.checkpoint_seconds=1e-9"]
     after(5, cut)
@@ -109,7 +109,7 @@ def test_a_journal_that_a_power_failure_cut_is_gone_on_with(here, left, after, t
     assert [row["iteration"] for row in left(*more).rows()] == list(range(1, 9))
 
 
-def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(here, left, monkeypatch):
+def test_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(here, left, monkeypatch):
     """Their order shows it: fsync of the journal, then the checkpoint."""
     seen = []
     fsync, save = os.fsync, checkpoint_file.save
@@ -374,11 +374,11 @@ def pairs(forkers, folder, times):
     return right, named
 
 
-def test_of_the_same_command_twice_at_once_one_trains_and_the_other_says_who(forkers, tmp_path):
+def test_the_same_command_twice_at_once_one_trains_and_the_other_names_it(forkers, tmp_path):
     assert pairs(forkers, tmp_path, 3)[0] == 3
 
 
-def test_the_holder_that_is_named_is_not_the_one_before(tmp_path):
+def test_the_holder_that_is_named_is_the_present_one(tmp_path):
     """The second process looks when the first has the lock but has not yet written its name."""
     from mbn.system import files
 
