@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# This checkout's own code, whatever is installed.
+# Use this checkout's own code, even if another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mbn import config as configuration
@@ -27,16 +27,16 @@ The same command again resumes an unfinished run, and shows the result of a fini
 
 @entry_point
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, 1 a failed run, 2 a configuration error, 75 stopped by a signal and to be resumed, 76 held by
-    another process, 130 Ctrl-C."""
+    """Exit code: 0 done; 1 a failed run; 2 a configuration error; 75 stopped by a signal, to be resumed; 76 another
+    process trains this run; 130 Ctrl-C."""
     p = Parser(
         prog="train.py",
         description=DESCRIPTION,
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings; what they can be stands below")
-    p.add_argument("-h", "--help", action="store_true", help="show this, with what the rest of the command sets")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings; all are listed below")
+    p.add_argument("-h", "--help", action="store_true", help="show this, with the settings of the rest of the command")
     p.add_argument("-c", "--cfg", action="store_true", help="--cfg job: print the configuration and train nothing")
     p.add_argument("-m", "--multirun", action="store_true", help="a sweep over a,b,c and range(0,3)")
     options = p.parse_intermixed_args(arguments)
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(config: configuration.Config, stop: Any = None, load: Any = None) -> None:
-    """Train, or show what is trained already. stop, load: of a run in a thread, see `mbn.training.run`."""
+    """Train, or show the result of a finished run. stop, load: for runs in threads, see `mbn.training.run`."""
     from mbn.records import record
 
     results = Path(config.machine.results)
@@ -70,8 +70,8 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
     precise = config.evaluate.precise and METHODS[config.norm.name].statistics
     if config.evaluate.precise and not precise:
-        print(f"warning: norm={config.norm.name} has no statistics to take again.", file=sys.stderr)
-    # Importing torch takes seconds: not before the configuration is known to be right, nor for what is finished.
+        print(f"warning: norm={config.norm.name} has no statistics to measure again.", file=sys.stderr)
+    # Importing torch takes seconds: done only once the configuration is known to be right, and not for a finished run.
     if path.exists() and not config.machine.again:
         result = record.read(path)
         if precise and result["test_error_precise"] is None:
@@ -89,7 +89,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
 
 def sweep(overrides: list[str]) -> int:
-    """The runs of a sweep, all of them checked before the first begins."""
+    """Train the runs of a sweep; all are checked before the first begins."""
     lines = configuration.sweep(overrides)
     configs = [configuration.load(line) for line in lines]
     if configs[0].machine.together > 1:
@@ -98,13 +98,13 @@ def sweep(overrides: list[str]) -> int:
 
 
 def one_after_another(configs: list[configuration.Config]) -> int:
-    """Run after run; one that fails does not stop the rest."""
+    """Train run after run; one that fails does not stop the rest."""
     code = 0
     for config in configs:
         try:
             run(config)
         except UserError as error:
-            if error.code in (75, 130):  # a signal: it means all of them
+            if error.code in (75, 130):  # a signal stops them all
                 raise
             print(f"error: {configuration.run_name(config)}: {error}", file=sys.stderr)
             code = 1
@@ -112,7 +112,7 @@ def one_after_another(configs: list[configuration.Config]) -> int:
 
 
 def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) -> int:
-    """Several runs at a time in this process: those of a sweep that can be; others one after another before them."""
+    """Train several runs of a sweep at a time in this process; before them, one after another, those that cannot be."""
     from mbn.launch import missing_runs
     from mbn.launch.lanes import Lanes, check_alike, fits
     from mbn.launch.pool import Pool

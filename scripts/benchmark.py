@@ -4,8 +4,8 @@
 python scripts/benchmark.py --quick      # ResNet-20 at batch 128 without a compiler, under a minute
 python scripts/benchmark.py              # also compiled, batch 8, memory, runs side by side; writes results/benchmarks
 
-On CUDA the second one measures recorded iterations, many networks at once and ImageNet's loader. --limit is for all
-jobs together; --only 'r20-*,lanes-r20-b8-*' and --skip loader choose among them.
+On CUDA the second command measures recorded iterations, many networks at once and ImageNet's loader. --limit is the
+time for all jobs together; --only 'r20-*,lanes-r20-b8-*' and --skip loader choose among them.
 """
 
 import sys
@@ -33,11 +33,11 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> None:
         "settings",
         nargs="*",
         metavar="key=value",
-        help="machine.data=DIR holds CIFAR-10; machine.results=DIR is for benchmarks/",
+        help="machine.data=DIR: where CIFAR-10 is; machine.results=DIR: where benchmarks/ is written",
     )
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one, else the CPU")
     parser.add_argument(
-        "--random", action="store_true", help="random images; also where machine.data holds no CIFAR-10"
+        "--random", action="store_true", help="use random images, as is done without CIFAR-10 in machine.data"
     )
     jobs.add_options(parser, "3600 on a CPU, 300 on CUDA")
     options = parser.parse_intermixed_args(arguments)

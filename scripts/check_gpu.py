@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Check a GPU before anything is trained on it: do layers and recorded iterations compute the right numbers, how fast?
+"""Check a GPU before training on it: do layers and recorded iterations compute the right numbers, and how fast?
 
 python scripts/check_gpu.py                       # everything, under three minutes, no data set
 python scripts/check_gpu.py --only layers,graph   # only these
-python scripts/check_gpu.py --out check.json      # the numbers too, written again after every job
+python scripts/check_gpu.py --out check.json      # also write all numbers to a file, after every job
 
 The last line is the mode and the number of lanes to train with. Exit code: 0 if all comparisons hold and nothing
 failed, 1 otherwise, 2 where there is no CUDA.
@@ -31,12 +31,12 @@ SIZES = Sizes(
     rounds=3,
     lanes={8: (1, 4, 16), 128: (1, 4)},
 )
-# Lanes are enough when they do this share of the most iterations a second.
+# A number of lanes is enough if it reaches this share of the highest rate (iterations a second).
 ENOUGH = 0.95
 
 
 def todo(sizes: Sizes) -> list[jobs.Job]:
-    """The comparisons, and of the benchmark milliseconds an iteration and MBN's lanes; what compiles last."""
+    """The comparisons, then from the benchmark the times of an iteration and MBN's lanes; compiling comes last."""
     *first, compiled = equalities.jobs()
     measured = suites.on_cuda(sizes)
     names = jobs.chosen([job.name for job in measured], "r*-b*,lanes-*-mbn")
@@ -44,9 +44,9 @@ def todo(sizes: Sizes) -> list[jobs.Job]:
 
 
 def advice(status: dict[str, str], outcomes: jobs.Outcomes, batches: tuple[int, ...]) -> dict[str, Any]:
-    """The mode, and the number of lanes for each size of batch, with reasons where it is not the best.
+    """The mode to train in, the number of lanes for each batch size, and the reason.
 
-    eager if a comparison does not hold or was not made; graph only where it is the faster one too.
+    eager if a comparison does not hold or was not made; graph only if compiling is also faster.
     """
     wrong = [name for name in ("layers", "bf16", "graph", "deterministic") if status.get(name) != "done"]
     if wrong:
@@ -62,7 +62,7 @@ def advice(status: dict[str, str], outcomes: jobs.Outcomes, batches: tuple[int, 
 
 
 def lanes_for(batch: int, found: list[Rates]) -> int:
-    """The fewest lanes that do nearly the most iterations a second; of several networks, the largest such number."""
+    """The fewest lanes with nearly the highest rate; the largest such number over all networks."""
     each = [one.rates for one in found if one.case.batch_size == batch and one.rates]
     return max((min(n for n in rates if rates[n] >= ENOUGH * max(rates.values())) for rates in each), default=1)
 
@@ -71,10 +71,10 @@ def lanes_for(batch: int, found: list[Rates]) -> int:
 def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build) -> int:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; default: cuda")
-    parser.add_argument("--out", type=Path, help="a JSON file for all numbers, written again after every job")
+    parser.add_argument("--out", type=Path, help="JSON file for all numbers, rewritten after every job")
     jobs.add_options(parser, "165")
     options = parser.parse_args(arguments)
-    # cuBLAS reads it when it is first used; without it torch refuses deterministic algorithms.
+    # cuBLAS reads this at its first use; without it torch refuses deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cuda_graph.allow_many_streams()
     device = torch.device(options.device)

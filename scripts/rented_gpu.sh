@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Train on a GPU that is rented for minutes and has no network: everything comes in one folder and goes home in one.
+# Train on a GPU that is rented for minutes and has no network: one folder is brought along, one is taken home.
 #
-#   rented_gpu.sh check LOAD OUT [...]                the first command of a rental: check_gpu.py (165 s)
-#   rented_gpu.sh benchmark LOAD OUT [...]            or, in a later one: benchmark.py
-#   rented_gpu.sh train LOAD OUT BUDGET TABLE [...]   the second: what reproduce.py takes, for so long (490s, 9m)
-#   rented_gpu.sh home OUT                            on one's own machine: records in, checkpoints to results/runs
+#   rented_gpu.sh check LOAD OUT [...]                run first: check_gpu.py (165 s)
+#   rented_gpu.sh benchmark LOAD OUT [...]            or, in a later rental: benchmark.py
+#   rented_gpu.sh train LOAD OUT BUDGET TABLE [...]   run second: reproduce.py with its arguments, for a time (490s, 9m)
+#   rented_gpu.sh home OUT                            at home: import the records, put checkpoints into results/runs
 #
 # LOAD may hold: wheels/ (packages that the machine lacks), data/ (a folder of data, or restore.py that writes one),
 # inductor.* (an earlier rental's compiled kernels). OUT gets at most 8 files of 16 MB: logs, results, checkpoints and
 # compiled kernels. Checkpoints of unfinished runs in results/unfinished/ are continued.
 #
-# MPS=1 in front of train: runs are processes that share the GPU through NVIDIA's server for that, which is started and
-# ended here, instead of threads of one process.
+# MPS=1 rented_gpu.sh train ...: runs are processes instead of threads of one process. They share the GPU through
+# NVIDIA's MPS server, which this script starts and ends.
 #
-# WORK (default /tmp/mbn) lasts from one command to the next while the machine is held. git does not come along: set
+# WORK (default /tmp/mbn) is kept between commands while the machine is rented. git is not brought along: set
 # MBN_COMMIT to what `git describe --always --dirty --abbrev=40 --exclude '*'` prints at home.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-/tmp/mbn}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
-# As many streams as lanes may reach the device at a time.
+# Up to 32 lanes, each with a stream, may reach the device at a time.
 export CUDA_DEVICE_MAX_CONNECTIONS=32
 
 usage() { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -58,7 +58,7 @@ data_folder() {
   fi
 }
 
-pack() { # OUT: 1 log and 1 of results, and 6 of the rest
+pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   local results="$work/results" names=() finished=() unfinished=()
   cd "$results"
   mapfile -t names < <(find records runs -name '*.json' -o -name metrics.jsonl -o -name log.txt)
@@ -67,7 +67,7 @@ pack() { # OUT: 1 log and 1 of results, and 6 of the rest
     local run=${path#runs/}
     if [ -f "records/${run%/checkpoint.pt}.json" ]; then finished+=("$path"); else unfinished+=("$path"); fi
   done < <(find runs -name checkpoint.pt)
-  # Unfinished runs first: without their checkpoints they are lost; of finished ones what there is room for.
+  # Unfinished runs first: without their checkpoints they are lost. Then as many finished ones as there is room for.
   split_up "$1" unfinished 4 "${unfinished[@]}"
   tar cz -C "$work/inductor" . | split -b 15M - "$1/inductor."
   remove_beyond "$1" inductor 1
@@ -82,7 +82,7 @@ split_up() { # OUT NAME MOST PATH...
   remove_beyond "$out" "$name" "$most"
 }
 
-remove_beyond() { # OUT NAME MOST: half an archive is none, but a tar's first files can be read
+remove_beyond() { # OUT NAME MOST: half a compressed archive is useless, but a tar's first files can still be read
   mapfile -t parts < <(find "$1" -name "$2.??" | sort)
   if [ "${#parts[@]}" -gt "$3" ]; then
     echo "$2: ${#parts[@]} parts of 15 MB, of which $3 fit"
@@ -131,7 +131,7 @@ PYTHON
   [ -z "${MPS:-}" ] || { start_mps; settings+=(--no-lanes); }
   code=0
   python3 scripts/reproduce.py "${settings[@]}" --budget "${seconds}s" "$@" 2>&1 | tee "$out/log" || code=$?
-  # Records that came along go home no second time.
+  # Records that were brought along are not taken home again.
   xargs -r rm -f <"$work/known"
   pack "$out"
   exit "$code"
@@ -144,7 +144,7 @@ home)
   for archive in "$out"/*.tgz; do tar xzf "$archive" -C "$unpacked"; done
   for name in unfinished finished; do
     if compgen -G "$out/$name.??" >/dev/null; then
-      # Its end may be missing where not all fitted: what is whole is taken.
+      # The end is missing if not all fitted: take the files that are complete.
       cat "$out/$name".?? | tar x --ignore-zeros -C "$unpacked" || echo "$name: not all checkpoints came home"
     fi
   done

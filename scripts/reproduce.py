@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train what the paper's tables still lack.
+"""Train the runs that the paper's tables still lack.
 
 python scripts/reproduce.py table4                           every run of Table 4 that has no record yet, 5 seeds
 python scripts/reproduce.py table4 norm=bn,mbn batch_size=8  some of them
@@ -8,10 +8,10 @@ python scripts/reproduce.py table1 --scale 0.1 --budget 9m   a tenth of the leng
 python scripts/reproduce.py table6 --jobs 4 machine.data=/data machine.results=/results evaluate.precise=true
 python scripts/reproduce.py table4 batch_size=8 --jobs 8     on a GPU: eight at a time, in one process
 python scripts/reproduce.py all --launcher slurm --slurm partition=gpu,time=8:00:00,gpus=1
-python scripts/reproduce.py --import results.tar.gz          take in records that were trained elsewhere
+python scripts/reproduce.py --import results.tar.gz          import records that were trained elsewhere
 
 Exit code: 0 done, or stopped by the budget; 1 a run failed, or a record was refused; 2 a mistake in the command; 75
-stopped by a signal, and 130 by Ctrl-C, after which the same command goes on.
+stopped by a signal, 130 stopped by Ctrl-C: the same command then goes on.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mbn.records.import_records import gather
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
 
-# What belongs to the machine, and to no run's identity.
+# Settings that are not part of a run's identity.
 SETTINGS = ("machine.", "evaluate.")
 
 
@@ -71,18 +71,18 @@ def parser() -> Parser:
     p.add_argument("--dry-run", action="store_true", help="print the commands that are missing, and train nothing")
     p.add_argument("--scale", type=float, default=1.0, metavar="X", help="0.1: at a tenth of the length")
     p.add_argument(
-        "--jobs", type=_jobs, metavar="N", help="side by side; auto, the default: 1 on CUDA, else one a core"
+        "--jobs", type=_jobs, metavar="N", help="runs side by side; auto, the default: 1 on CUDA, else one a core"
     )
     p.add_argument(
         "--lanes",
         action=argparse.BooleanOptionalAction,
         help="train side by side in threads of one process instead of processes (default: on CUDA)",
     )
-    p.add_argument("--budget", type=_seconds, metavar="9m", help="stop in time, saved, to go on later: s, m, h")
-    p.add_argument("--launcher", choices=("slurm",), help="hand the runs to a cluster through submitit")
+    p.add_argument("--budget", type=_seconds, metavar="9m", help="save and stop in time, to go on later: s, m, h")
+    p.add_argument("--launcher", choices=("slurm",), help="submit the runs to a cluster through submitit")
     p.add_argument("--slurm", default="", metavar="OPTIONS", help="for sbatch: partition=gpu,time=8:00:00,gpus=1")
     p.add_argument("--import", type=Path, dest="source", metavar="PATH", help="take records from a folder or archive")
-    p.add_argument("--allow-dirty", action="store_true", help="import also what code outside any commit made")
+    p.add_argument("--allow-dirty", action="store_true", help="also import records made with uncommitted code")
     p.add_argument("--grids", type=Path, default=grid.GRIDS, help=argparse.SUPPRESS)
     return p
 
@@ -113,17 +113,17 @@ def _seconds(text: str) -> float:
 
 
 def common(settings: list[str], scale: float) -> Config:
-    """The configuration whose machine, evaluation and scale all runs have. Errors: UserError, ConfigError."""
+    """The configuration with the machine, evaluation and scale of all runs. Errors: UserError, ConfigError."""
     if any(text.lstrip("+").startswith("machine.again=") for text in settings):
         raise UserError(
-            "machine.again is for a single run: only what has no record is trained here; give it to train.py itself.",
+            "machine.again is for a single run, and this trains only runs without a record: use train.py for it.",
             code=2,
         )
     return load([*settings, f"schedule.scale={scale}"])
 
 
 def reproduce(items: list[str], settings: list[str], config: Config, options: argparse.Namespace) -> int:
-    """Train, or with --dry-run print, what is missing of the tables named. config: that of the settings."""
+    """Train (or with --dry-run print) the missing runs of the named tables. config: made from the settings."""
     tables, filters = [i for i in items if "=" not in i], [i for i in items if "=" in i]
     if not tables:
         raise UserError(f"no table is named: choose among {', '.join(grid.names(options.grids))}, or all.", code=2)
@@ -131,8 +131,8 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
         raise UserError("--slurm needs --launcher slurm.", code=2)
     if options.budget is not None and options.launcher == "slurm":
         raise UserError("--budget is for runs that wait here: with Slurm give time= to --slurm.", code=2)
-    # On a CPU a run with one thread on each core is faster than one run after another with all of them; a job of a
-    # cluster has its processors to itself.
+    # On a CPU it is faster to train one run on each core than one run after another on all cores. A cluster's job has
+    # its processors to itself.
     jobs = 1 if options.launcher == "slurm" else options.jobs or (1 if accelerated(config) else cores())
     if jobs > 1 and config.machine.threads is None:
         config.machine.threads = max(1, cores() // jobs)
@@ -157,7 +157,7 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
 
 
 def hand_over(missing: list[Run], results: Path, settings: list[str], text: str) -> int:
-    """Give the runs to Slurm, and leave them to it."""
+    """Submit the runs to Slurm, and do not wait for them."""
     from mbn.launch.slurm import slurm_options, submit
 
     jobs = submit([(run, command(run, settings)) for run in missing], results, slurm_options(text))
@@ -195,14 +195,14 @@ def command(run: Run, settings: Sequence[str]) -> list[str]:
 
 
 def accelerated(config: Config) -> bool:
-    """Whether runs use a GPU; asked of the driver's files, because importing torch takes seconds."""
+    """Whether runs use a GPU. It looks for the driver's file, because importing torch takes seconds."""
     if config.machine.device == "auto":
         return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
     return config.machine.device != "cpu"
 
 
 def report(outcome: Any, results: Path, budget: float | None) -> int:
-    """Say what was done, what failed and what is left; the exit code."""
+    """Print what was done, what failed and what is left, and return the exit code."""
     count = len(outcome.done) + len(outcome.failed) + len(outcome.left)
     print(f"{len(outcome.done)} of {count} runs are done.")
     if outcome.left:
@@ -220,7 +220,7 @@ def report(outcome: Any, results: Path, budget: float | None) -> int:
 
 
 def import_records(options: argparse.Namespace, results: Path) -> int:
-    """Take records in, and say which; the exit code."""
+    """Import records, print what was imported and refused, and return the exit code."""
     gathered = gather(options.source, results, options.allow_dirty)
     said = [f"{len(gathered.taken)} records imported"]
     said += [f"{len(gathered.known)} were here already"] if gathered.known else []

@@ -10,7 +10,7 @@ from torch import nn
 
 from mbn.training import run
 
-# These tensors are small: a second thread costs more than it gives, four times as much on a busy machine.
+# These tensors are small: a second thread makes the tests slower, four times on a busy machine.
 torch.set_num_threads(1)
 
 
@@ -31,16 +31,16 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def count(request):
-    """A function that gives the part of a long test's full count that this call does, at least 1."""
+    """A function that scales a long test's full count by --long-scale, to at least 1."""
     scale = request.config.getoption("--long-scale")
     return lambda full: max(1, round(full * scale))
 
 
 @pytest.fixture
 def figure(request, count):
-    """A function that takes a long test's figure, as (done, of, remarks), puts it on file, and fails unless done == of.
+    """A function that writes a long test's figure (done, of, remarks) to the table, and fails unless done == of.
 
-    A test that never gets as far is on file as failed, too.
+    A test that ends before it has a figure is in the table as failed.
     """
     marker = request.node.get_closest_marker("long")
     began = time.monotonic()
@@ -80,7 +80,7 @@ def _same_random_numbers():
 
 @pytest.fixture(autouse=True)
 def _a_checkpoint_at_the_end_of_every_epoch(monkeypatch):
-    """However short the epochs of these tests are."""
+    """Also when the epochs of these tests are short."""
     monkeypatch.setattr(run, "SAVES_APART", 0)
 
 

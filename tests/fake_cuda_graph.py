@@ -1,4 +1,4 @@
-"""A CUDA graph's stand-in on the CPU: the operations of a function, done again on the very same tensors."""
+"""A stand-in for CUDA graphs on the CPU: it repeats a function's operations on the very same tensors."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from mbn.system import cuda_graph
 
 
 class Tape(TorchDispatchMode):
-    """Notes every operation with its tensors; `play` does them again, each result put where the first one lies.
+    """Notes every operation with its tensors. `play` repeats them; each result replaces the first one in place.
 
-    As with a CUDA graph no Python runs again: what the function took from the host (a number, a new tensor's contents)
-    is what it was.
+    As with a CUDA graph, no Python runs again: what the function took from the host (a number, a new tensor's contents)
+    stays as it was at recording.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Tape(TorchDispatchMode):
 
 
 def record(function):
-    """In the place of `mbn.system.cuda_graph.record`. Recording does nothing: here what it did is put back."""
+    """Replaces `mbn.system.cuda_graph.record`. Real recording changes nothing, so here all changes are undone."""
     before = {}
 
     class Kept(Tape):
@@ -55,14 +55,14 @@ def record(function):
     finally:
         torch.set_rng_state(generator)
         with torch.no_grad():
-            for tensor, value in reversed(before.values()):  # the first seen last: some are views of others
+            for tensor, value in reversed(before.values()):  # in reverse order: some are views of others
                 tensor.copy_(value)
     return tape.play
 
 
 @pytest.fixture
 def recording(monkeypatch):
-    """Graphs on the CPU: the number of recordings so far in a list's length."""
+    """Graphs work on the CPU. A list whose length is the number of recordings so far."""
     recordings = []
 
     def counted(function):

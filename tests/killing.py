@@ -1,6 +1,6 @@
-"""Processes that are killed at a chosen or at a random moment: forked from one that has imported torch already.
+"""Processes that are killed at a chosen or random moment; they are forked from one that has imported torch already.
 
-As a script it reads jobs from its input, one JSON a line, forks for each, and says what became of it.
+As a script it reads jobs from its input, one JSON a line, forks for each, and prints how it ended.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Ended(NamedTuple):
 
 
 class Forker:
-    """Runs jobs one at a time, each in a process of its own; a context, at whose end the forking process is gone."""
+    """Runs jobs one at a time, each in its own process. Context manager: at its end the forking process has ended."""
 
     def __init__(self, log: Path, **environment: str) -> None:
         self.log = log
@@ -52,7 +52,7 @@ class Forker:
         self.process.stdout.close()
 
     def run(self, after=None, once=None, **job) -> Ended:
-        """Run a job to its end; after: seconds until it is killed, from when the file `once` is there."""
+        """Run a job to its end. after: it is killed so many seconds after the file `once` appears."""
         began = time.monotonic()
         print(json.dumps(job | {"log": str(self.log)}), file=self.process.stdin, flush=True)
         process = int(self.process.stdout.readline())
@@ -62,7 +62,7 @@ class Forker:
             while once is not None and not once.exists():
                 if over.wait(0.002):
                     return
-            # Until it is forgotten its id is nobody else's.
+            # Until the process is reaped, its id is given to no other one.
             if not over.wait(after):
                 os.kill(process, signal.SIGKILL)
 
@@ -71,7 +71,7 @@ class Forker:
                 killer.submit(kill)
             code = int(self.process.stdout.readline())
             over.set()
-        print(file=self.process.stdin, flush=True)  # forget it
+        print(file=self.process.stdin, flush=True)  # let it be reaped
         return Ended(code, self.log.read_text(), time.monotonic() - began)
 
 
@@ -97,10 +97,10 @@ def serve() -> None:
         print(process, flush=True)
         ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
         print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
-        # Its id is given to no other process before the other side has said that it knows of the end.
+        # Wait until the other side knows of the end. Only then may the id be given to another process.
         sys.stdin.readline()
         os.waitpid(process, 0)
-    os._exit(0)  # torch takes seconds to take down
+    os._exit(0)  # a normal exit takes torch seconds
 
 
 def child(job: dict) -> None:
@@ -135,7 +135,7 @@ def train_job(job: dict) -> int:
 
 
 def soak_job(job: dict) -> int:
-    """As `train_job`; what this process holds is written to `samples` every so many iterations."""
+    """As `train_job`; the memory and open files of this process are written to `samples` every so many iterations."""
     from mbn.training.iteration import Update
 
     numbers = itertools.count(1)
@@ -155,7 +155,7 @@ def soak_job(job: dict) -> int:
 
 
 def save_job(job: dict) -> int:
-    """Save states of one iteration after another for ever; killed inside the one that follows `at`, or from outside."""
+    """Save the states of iteration after iteration for ever. Killed inside the save after `at`, or from outside."""
     from mbn.training import checkpoint_file
 
     path = Path(job["path"])
@@ -178,7 +178,7 @@ JOBS = {"train": train_job, "save": save_job, "soak": soak_job}
 
 
 class Events:
-    """A context that kills its process at the n-th time that a function is called or returns inside it."""
+    """Context manager: kills its process when a function is called or returns inside it for the n-th time."""
 
     def __init__(self, n: int) -> None:
         self.left = n
@@ -203,7 +203,7 @@ PLACES = (
 
 
 def aim(place: str, at: int, draw: random.Random) -> None:
-    """Have this process killed when it comes to a place at or after an iteration."""
+    """Let this process be killed when it reaches a place at or after an iteration."""
     from mbn.records import record
     from mbn.system import files
     from mbn.training import checkpoint_file, journal, report
@@ -247,7 +247,7 @@ def aim(place: str, at: int, draw: random.Random) -> None:
                 layers = self.update.layers
                 if self.update.mode == "compile" or not layers:
                     self.update.second = after(self.update.second)
-                else:  # some layers have remembered the batch by then, and the rest have not
+                else:  # by then some layers have remembered the batch, and others have not
                     layer = draw.choice(layers)
                     patch(layer, "normalize_training", lambda f: after(f, lambda *_: layer.phase == "second"))
 

@@ -1,4 +1,4 @@
-"""results/reliability.md: one table, a row a long test, each with its own date and commit. Written by these alone."""
+"""results/reliability.md: a table with one row for each long test, its date and commit. Only long tests write it."""
 
 import datetime
 import os
@@ -10,7 +10,7 @@ from mbn.config import REPOSITORY
 from mbn.records import provenance
 from mbn.system.files import write_atomically
 
-# When the tests began: they put another in its place for their runs.
+# When the tests began. Tests replace it for the runs that they start.
 COMMIT = provenance.commit_and_dirty()
 PATH = REPOSITORY / "results" / "reliability.md"
 HEAD = """# Nothing lost, nothing silent

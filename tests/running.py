@@ -31,7 +31,7 @@ from mbn.training.iteration import Update
 
 
 class Tiny(nn.Module):
-    """Milliseconds an iteration; with dropout, so that the generators' state matters."""
+    """An iteration takes milliseconds. It has dropout, so that the generators' state matters."""
 
     def __init__(self, layers, classes):
         super().__init__()
@@ -72,7 +72,7 @@ def build_small(*, layers, classes, **_):
 
 @torch.no_grad()
 def follow(model: Small, references, x, remember=True):
-    """Put x through the model as it is now, with references in the place of its layers: what goes into each."""
+    """Put x through the model as it is now, with references in place of its layers; return the input of each."""
     given = []
     for conv, layer, reference in zip((model.conv1, model.conv2), norm_layers(model), references, strict=True):
         given.append(conv(x))
@@ -95,7 +95,7 @@ class Outcome(NamedTuple):
     err: str
 
 
-_load = config.load  # before a test puts load_quickly in its place
+_load = config.load  # before a test replaces it by load_quickly
 compose = functools.cache(lambda *overrides: _load(list(overrides)))
 digits = functools.cache(functools.partial(datasets.digits, Path()))
 
@@ -146,7 +146,7 @@ def without(mapping, keys):
 
 
 def assert_same_bits(a, b, path=""):
-    """Two nested states with tensors in them, equal to the bit."""
+    """Assert that two nested states with tensors are equal to the bit."""
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
@@ -173,7 +173,7 @@ def ended(run: Run):
 
 
 def assert_same_run(a: Run, b: Run):
-    """Two runs of one configuration that ended with the same bits, timing aside."""
+    """Assert that two runs of one configuration ended with the same bits, timing aside."""
     assert_same_bits(ended(a), ended(b))
 
 
@@ -209,7 +209,7 @@ def run_here(capsys, monkeypatch, *overrides) -> Outcome:
     monkeypatch.setattr(models, "build", build_tiny)
     monkeypatch.setattr(train.configuration, "load", load_quickly)
     monkeypatch.setattr(datasets, "digits", lambda _: digits())
-    # Not the working tree's, which may change while the tests run.
+    # A fixed commit: the working tree may change while the tests run.
     monkeypatch.setattr(provenance, "commit_and_dirty", lambda: (COMMIT, False))
     capsys.readouterr()
     try:
@@ -251,7 +251,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def after(monkeypatch):
-    """A function that has action(update) called once after so many iterations from now on."""
+    """A function that lets action(update) be called once, after so many iterations from now."""
 
     def arrange(iterations, action):
         original = Update.__call__
@@ -270,7 +270,7 @@ def after(monkeypatch):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The reads of tensors by the host so far, each by its name: a GPU is waited for at each of them."""
+    """The names of the methods by which the host has read tensors so far: each read waits for the GPU."""
     found = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         original = getattr(torch.Tensor, name)
@@ -296,7 +296,7 @@ def send(name):
 
 
 class Trap:
-    """Unpickled, it makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -327,7 +327,7 @@ def start(*arguments, cwd=None, **environment) -> subprocess.Popen:
 
 
 def outcome(process, timeout=120) -> Outcome:
-    """What a process has said, at its end."""
+    """What a process printed, once it has ended."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

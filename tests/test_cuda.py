@@ -37,7 +37,7 @@ RUN = [o for o in TINY if o != "machine.device=cpu"] + [
 
 @pytest.fixture(autouse=True)
 def _settings_as_they_were():
-    """Arithmetic is the process's, and a recording that a test leaves behind holds memory."""
+    """Arithmetic settings belong to the process, and a recording that a test leaves behind holds memory."""
     cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
     before = cudnn.benchmark, cudnn.allow_tf32
     yield
@@ -67,7 +67,7 @@ def left(tmp_path):
     return lambda *more, folder="run": Run(tmp_path / folder, [*RUN, *more])
 
 
-# Compilers remark on float32 without TF32, which an equality needs, and on parts of torch 2.11.
+# Compilers warn about float32 without TF32, which exact comparison needs, and about parts of torch 2.11.
 @pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("job", script.todo(SHORT), ids=lambda job: job.name)
 def test_what_a_person_would_run_first_is_ok(job):
@@ -77,7 +77,7 @@ def test_what_a_person_would_run_first_is_ok(job):
 # Recording.
 
 
-def test_a_stream_in_use_is_nobody_elses():
+def test_no_two_threads_share_a_stream():
     """torch hands out 32 streams in turn: two threads on one would record each other's work."""
     device = torch.device(DEVICE)
     with own_stream(device):
@@ -131,7 +131,7 @@ def test_a_run_in_mode_auto_is_recorded_and_ends_with_the_same_bits_after_a_stop
 
 
 def test_a_run_with_dropout_is_recorded_and_ends_with_the_same_bits_after_a_stop(here, left, monkeypatch):
-    """Its masks come from the generator, whose state a recording moves on as eager iterations do."""
+    """Its masks come from the generator; a recording advances its state as eager iterations do."""
     monkeypatch.setattr(running, "build_tiny", DROPS)
     for folder, mode in (("run", "auto"), ("eager", "eager")):
         assert here(f"machine.mode={mode}", folder=folder).code == 0
@@ -152,7 +152,7 @@ def assert_same_state(one, other):
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph-eager"])
-def test_three_lanes_leave_what_each_run_alone_would(here, left, mode):
+def test_three_lanes_give_the_same_results_as_each_run_alone(here, left, mode):
     together = (f"machine.mode={mode}", "machine.together=3")
     done = here("-m", "norm=mbn", "seed=0,1,2", *together)
     assert (done.code, done.err) == (0, "")

@@ -56,7 +56,7 @@ columns:
   LN: [norm=ln]
 """,
 }
-# What is written into files that are there: into which, before which line, and what.
+# What is added to existing files: to which file, before which line, and what.
 ENTRIES = [
     (
         "mbn/network_layers.py",
@@ -139,7 +139,7 @@ def test_a_method_a_network_a_data_set_and_a_table_are_added_by_their_files_and_
     (journal,) = (checkout / "results" / "runs").rglob("metrics.jsonl")
     assert json.loads(journal.read_text().splitlines()[-1])["eps"] == 0.125
 
-    # Drawn in the place of one of the tables that the figures show.
+    # Drawn in place of one of the tables that the figures show.
     (checkout / "scripts" / "grids" / "mine.yaml").replace(checkout / "scripts" / "grids" / "table4-resnet20.yaml")
     command("scripts/plots.py")
     figure = (checkout / "results" / "figures" / "batch-size.svg").read_text()

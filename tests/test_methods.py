@@ -1,4 +1,4 @@
-"""Every method on every network: what each combination trains, and what none of them may do."""
+"""Every method on every network: what each combination must do, and what none may do."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ from mbn.training.run import Run
 
 CPU = torch.device("cpu")
 SMALL, LARGE = config.networks(32), config.networks(224)
-# What networks are built for, the least that gives an ImageNet network, and what they are fed, which may be less.
+# The image size that networks are built for, the smallest for ImageNet's, and the size they are given, maybe less.
 SIZES = {"digits": 32, "cifar10": 32, "imagenet": 65}
 PIXELS = {"cifar10": 32, "imagenet": 33}
 NETWORKS = [("cifar10", name) for name in SMALL] + [("imagenet", name) for name in LARGE]
@@ -37,7 +37,7 @@ every_pair = pytest.mark.parametrize(
 
 
 def configuration(norm, dataset, name, forwards=1):
-    """Composing takes a while: each data set's network and each method once."""
+    """The configuration. Composing takes a while, so each network and each method is composed only once."""
     settings = copy.deepcopy(compose(f"dataset={dataset}", f"model={name}"))
     settings.norm = copy.deepcopy(compose(f"norm={norm}", "model=nin").norm)
     settings.forwards, settings.batch_size, settings.dataset.image_size = forwards, 2, SIZES[dataset]
@@ -55,7 +55,7 @@ class Training:
     def __init__(self, settings, seed=0):
         torch.manual_seed(seed)
         self.model = build(settings)
-        # Open, so that it matters whether batch renormalisation's averages are kept.
+        # Wide bounds, so that it matters whether batch renormalisation's averages are kept.
         set_renorm(self.model, 3.0, 5.0)
         # Small enough for normalisation propagation, which at 0.1 diverges within a few batches of noise.
         self.optimizer = torch.optim.SGD(
@@ -82,7 +82,7 @@ class Training:
 
 
 def test_the_combinations_tried_here_are_those_the_configuration_allows():
-    """Of each norm with each network, and of nothing else: an option that is added is tried, or this fails."""
+    """Each norm with each network and nothing else: an option that is added must be tried here, or this fails."""
     assert set(config.options("norm")) == set(METHODS)
     assert set(config.options("model")) == {*SMALL, *LARGE}
     allowed, refused = [], {}
@@ -118,7 +118,7 @@ def test_trains_at_batch_size_2_and_continues_from_a_state_dict_with_the_same_bi
         assert gradient.isfinite().all(), parameter
     end = training.state()
     assert all(tensor.isfinite().all() for tensor in end["model"].values())
-    # Each part of the network learns: a gradient that is zero throughout is a part that is cut off.
+    # Each part of the network learns: a gradient of zeros only would be a part that is cut off.
     for filters in (key for key, p in parameters.items() if p.dim() == 4):
         assert training.gradients[filters].any()
         assert not torch.equal(half_way["model"][filters], end["model"][filters])

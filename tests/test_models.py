@@ -76,9 +76,9 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_every_convolution_norm_and_activation_is_one_that_was_handed_in(kind, name):
+def test_every_convolution_norm_and_activation_is_one_that_was_given(kind, name):
     model = on_meta(kind, name, layers=Layers(MarkedConv, MarkedNorm, MarkedReLU))
-    # What else a network may name: no convolution, no normalisation, no activation.
+    # Other modules that a network may name: none is a convolution, a normalisation or an activation.
     plumbing = {nn.Linear, nn.Sequential, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout}
     types = [type(module) for module in model.modules()]
     assert {t for t in types if t.__module__.startswith("torch.")} <= plumbing
@@ -90,7 +90,7 @@ def test_every_convolution_norm_and_activation_is_one_that_was_handed_in(kind, n
 
 
 def calls(model, image):
-    """The types of the layers in the order in which a forward pass goes through them, those with a marker only."""
+    """The types of the layers with a marker, in the order of a forward pass."""
     seen = []
     for module in model.modules():
         if isinstance(module, (MarkedConv, MarkedNorm, MarkedReLU)):

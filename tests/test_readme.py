@@ -1,4 +1,4 @@
-"""What the README shows works as it is written there."""
+"""What the README shows works as written."""
 
 import re
 import shlex

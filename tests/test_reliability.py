@@ -1,4 +1,4 @@
-"""The table of figures keeps what is not measured again."""
+"""The table of figures keeps the rows of tests that do not run again."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Whether a device computes the right numbers: layers against float64, recorded iterations against eager ones."""
+"""Checks that a device computes the right numbers: layers against float64, recorded iterations against eager ones."""
 
 import copy
 import math
@@ -22,15 +22,15 @@ from mbn.system.cuda_graph import Recorded, own_stream
 from mbn.training.execution import set_arithmetic
 
 T = TypeVar("T")
-# What a comparison comes to: whether it holds, and its numbers. Given a case, a place and a deadline.
+# Takes a case, a place and a deadline; returns whether the comparison holds, and its numbers.
 Comparison = Callable[[Case, Place, float], tuple[bool, dict[str, Any]]]
 # Largest differences allowed, relative to a tensor's largest value.
 FLOAT32, RECORDED, COMPILED = 1e-4, 1e-4, 1e-3
-# And of single iterations of a whole network, see `compare`.
+# The largest difference allowed in any one iteration of a whole network, see `compare`.
 ONCE = 0.3
-# Smaller values than this are compared as if they were as large: a zero has no relative error.
+# Values smaller than this are compared as if they were this large: zero has no relative error.
 SMALLEST = 1e-4
-# Real iterations and one recorded, after which an Update only plays.
+# Iterations before an Update only plays back: the unrecorded ones and the one that records.
 START = Recorded.AS_IT_IS + 1
 # Images in an epoch's last batch.
 LAST = 3
@@ -38,7 +38,7 @@ LAST = 3
 
 @dataclass
 class Compared(Outcome):
-    """The numbers of each comparison; one that does not hold is among the missing."""
+    """The numbers of each comparison; one that does not hold is also in `missing`."""
 
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -51,7 +51,7 @@ class Compared(Outcome):
 
 
 def compare_all(comparisons: dict[str, Comparison], place: Place, deadline: float) -> Compared:
-    """Compare with deterministic algorithms and without TF32, the first network at the first size of batch."""
+    """Compare the first network at the first batch size, with deterministic algorithms and without TF32."""
     result, case = Compared(), Case(place.sizes.models[0], place.sizes.batches[0], 1)
     set_arithmetic(place.device, tf32=False, deterministic=True)
     try:
@@ -67,7 +67,7 @@ def compare_all(comparisons: dict[str, Comparison], place: Place, deadline: floa
 
 
 def jobs() -> list[Job]:
-    """Every comparison; what compiles comes last."""
+    """Every comparison; the one that compiles comes last."""
 
     def job(name: str, limit: float, comparison: Callable[..., Any], *chosen: Arm) -> Job:
         return Job(name, limit, partial(compare_all, {arm.name: partial(comparison, arm) for arm in chosen}))
@@ -84,7 +84,7 @@ def jobs() -> list[Job]:
 
 
 def in_time(values: Iterable[T], deadline: float) -> Iterator[T]:
-    """The values, until time is over. Errors: TimeoutError then."""
+    """The values. Errors: TimeoutError once the deadline is over."""
     for value in values:
         if left(deadline) <= 0:
             raise TimeoutError("not finished in time")
@@ -92,7 +92,7 @@ def in_time(values: Iterable[T], deadline: float) -> Iterator[T]:
 
 
 class Layers(nn.Module):
-    """A layer of each memory layout. It has no ReLU, as rounding that moves an input of one across 0 is not small."""
+    """A layer for each memory layout. No ReLU: rounding that moves its input across 0 makes a large difference."""
 
     def __init__(self, layers: Any, classes: int, **_: Any) -> None:
         super().__init__()
@@ -105,9 +105,9 @@ class Layers(nn.Module):
 
 
 def in_float64(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
-    """Layers in float32 on the device against the same ones in float64 on the CPU.
+    """Layers in float32 on the device against the same layers in float64 on the CPU.
 
-    Both around torch's batch-norm kernels and by the formula that a compiler gets.
+    Once with torch's batch-norm kernels, and once with the formula that a compiler gets.
     """
     twin = replace(place, device=torch.device("cpu"), build=lambda **given: Layers(**given).double())
     native = functional.has_native_kernels
@@ -129,7 +129,7 @@ def finite(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, d
 
 
 def recorded(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
-    """Recorded iterations against eager ones from the same state: six played of each of two sizes of batch."""
+    """Recorded iterations against eager ones from the same state; six are played back for each of two batch sizes."""
     batches = random_batches([case.batch_size, LAST] * (START + 5), place)
     played, eager = new_training(case, arm, place), new_training(case, replace(arm, mode="eager"), place)
     found = compare(played, eager, in_time(batches, deadline))
@@ -137,7 +137,7 @@ def recorded(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool,
 
 
 def same_again(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
-    """The same bits twice, and where a run goes on from a saved state."""
+    """Training twice gives the same bits, and so does resuming from a saved state."""
     half = START + 2
     batches = random_batches([case.batch_size] * 2 * half, place)
     ends = []
@@ -158,7 +158,7 @@ def same_again(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[boo
 
 
 def compiled(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
-    """Compiled, then recorded: against recorded without a compiler, and the milliseconds of both."""
+    """Iterations compiled and recorded against recorded only, and the milliseconds of both."""
     if left(deadline) <= place.sizes.compiling:
         raise TimeoutError("no time left to compile")
     batches = random_batches([case.batch_size] * (START + 14), place)
@@ -169,13 +169,15 @@ def compiled(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool,
 
 
 def compare(one: Training, other: Training, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Train both, and compare every tensor after each iteration, which always begins from one state for both.
+    """Train both and compare every tensor after each iteration; both begin each iteration from the same state.
 
-    typical: the difference that 40 % of the played iterations stay below, the larger one of two sizes of batch.
-    largest, at: the largest of all, and where. Why not the largest: where rounding moves the input of a ReLU across 0,
-    gradients change by a hundredth, in a third of ResNet-20's iterations at batch 8; and without one state to begin
-    from that is a tenth after six iterations. A learning rate, lambda or bound that was recorded, of three that take
-    turns, is wrong in two thirds.
+    typical: the difference that 40 % of the played iterations stay below, for the worse of two batch sizes. largest,
+    at: the largest difference of all, and in which tensor.
+
+    The largest alone would mislead. In a third of ResNet-20's iterations at batch 8, rounding moves the input of a ReLU
+    across 0, and gradients change by a hundredth; without a common state that grows to a tenth in six iterations. The
+    typical difference does find a learning rate, lambda or bound that was recorded as a constant: the value changes
+    every iteration among three, so that it is wrong in two of three.
     """
     worst = (0.0, "none")
     found: dict[int, list[float]] = {}
@@ -214,7 +216,7 @@ def random_batches(sizes: list[int], place: Place) -> list[Batch]:
 
 
 def train(training: Training, batches: Iterable[Batch], first: int = 0) -> None:
-    """Iterations from number first on; learning rate, lambda and BRN's bounds are others at each."""
+    """Train on batches; learning rate, lambda and BRN's bounds change at each. first: number of the first iteration."""
     for t, (images, labels) in enumerate(batches, first):
         training.lr.fill_([0.01, 0.02, 0.005][t % 3])
         set_lambda(training.model, [0.1, 0.5, 0.9][t % 3])
@@ -224,7 +226,7 @@ def train(training: Training, batches: Iterable[Batch], first: int = 0) -> None:
 
 
 def tensors(training: Training) -> dict[str, Tensor]:
-    """Every parameter, buffer and momentum, and the last losses, themselves."""
+    """Every parameter, buffer and momentum, and the last losses: the tensors themselves, not copies."""
     found = training.model.state_dict() | {"losses and errors": training.update.window}
     for name, parameter in training.model.named_parameters():
         if parameter in training.optimizer.state:
@@ -233,7 +235,7 @@ def tensors(training: Training) -> dict[str, Tensor]:
 
 
 def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference of two tensors, relative to the second's largest value, and their name."""
+    """The largest difference between two tensors of one name, relative to the second's largest value, and that name."""
     assert found.keys() == wanted.keys()
     worst, where = 0.0, "none"
     for name, value in wanted.items():

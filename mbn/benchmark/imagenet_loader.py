@@ -1,4 +1,4 @@
-"""Whether ImageNet's loader keeps up: images a second that it delivers, and that ResNet-50 trains on."""
+"""Whether ImageNet's loader keeps up: images a second that it delivers, and images a second that ResNet-50 needs."""
 
 import contextlib
 import tempfile
@@ -18,7 +18,7 @@ from mbn.data.image_folder import ImageFolders
 
 
 def resnet50(place: Place, deadline: float) -> Timed:
-    """ResNet-50 on random images that are on the device: how many a second a loader must deliver."""
+    """ResNet-50 on random images on the device: the images a second that a loader must deliver."""
     case = Case("resnet50", place.sizes.large_batch, configuration.cores(), "imagenet")
     config = settings(case, BASE, place.folder).dataset
     images = random_arrays(2 * case.batch_size, config.image_size, config.classes)
@@ -39,7 +39,7 @@ class Loaded(Outcome):
 
 
 def loader(place: Place, deadline: float) -> Loaded:
-    """Decode pictures made here as in training, nobody else using the GPU or the CPUs; one takes them and waits."""
+    """Decode pictures as in training, and only fetch the batches: nothing else uses the GPU or the CPUs."""
     sizes = place.sizes
     result = Loaded(sizes.workers)
     with tempfile.TemporaryDirectory() as name:
@@ -50,7 +50,7 @@ def loader(place: Place, deadline: float) -> Loaded:
         folders = ImageFolders(dataset, Path(name), 0, place.device, sizes.workers)
         batches = folders.train_batches(0, sizes.large_batch)
         with contextlib.closing(batches):  # type: ignore[type-var]
-            for _ in range(2 * sizes.workers):  # what workers have ready by the time of the first must not count
+            for _ in range(2 * sizes.workers):  # batches that workers prepared beforehand must not count
                 next(batches)
                 if left(deadline) <= 0:
                     result.missing["loader"] = NO_TIME
@@ -63,7 +63,7 @@ def loader(place: Place, deadline: float) -> Loaded:
 
 
 def make_pictures(root: Path, n: int) -> None:
-    """n JPEGs of 500 x 375 pixels and about 110 kB, as ImageNet's mostly are, in ImageNet's folders; 64 differ."""
+    """n JPEGs in ImageNet's folders, of 500 x 375 pixels and about 110 kB as most of ImageNet's; only 64 differ."""
     draws = np.random.default_rng(0)
     encoded = root / "picture.jpg"
     for i in range(min(n, 64)):

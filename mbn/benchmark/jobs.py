@@ -1,4 +1,4 @@
-"""Jobs one after the other, each with a limit in seconds of its own: what fails is named, and the rest goes on.
+"""Run jobs one after the other, each with its own time limit: a failure is reported, and the rest goes on.
 
 The clock is read between iterations: nothing is interrupted.
 """
@@ -29,13 +29,13 @@ NO_TIME = "skipped: no time left"
 
 
 def left(deadline: float) -> float:
-    """Seconds until an instant of the monotonic clock; below 0 when it is over."""
+    """Seconds until a deadline of the monotonic clock; below 0 when it is over."""
     return deadline - time.monotonic()
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a job has found; missing: what it has not, with the reason."""
+    """What a job has found. missing: what it could not find, each with the reason."""
 
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Outcome:
 
     @contextlib.contextmanager
     def noted(self, name: str) -> Iterator[None]:
-        """Put whatever fails inside (memory, a compiler, a driver) into missing under name, and go on."""
+        """Inside, any error (memory, a compiler, a driver) is noted in `missing` under name, and not raised."""
         try:
             yield
         except Exception as error:
@@ -60,7 +60,7 @@ Outcomes = dict[str, Outcome]
 
 
 class Job(NamedTuple):
-    """A short name, a limit in seconds, and what works in a place until a deadline."""
+    """A short name, a limit in seconds, and a function that works in a place until a deadline."""
 
     name: str
     limit: float
@@ -68,13 +68,13 @@ class Job(NamedTuple):
 
 
 def free(device: torch.device) -> None:
-    """Give unused memory back; after an error nothing may refer to that error any more."""
+    """Give unused memory back. After an error, call it only when nothing refers to that error any more."""
     gc.collect()
     new_peak(device)
 
 
 def new_peak(device: torch.device) -> None:
-    """Let the peaks of memory begin again from what is in use."""
+    """Start measuring peak memory again, from what is in use now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -82,7 +82,7 @@ def new_peak(device: torch.device) -> None:
 
 def add_options(parser: argparse.ArgumentParser, limit: str) -> None:
     """The options that choose among jobs. limit: the default of --limit, in words."""
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"for everything together; default: {limit}")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"time for all jobs together; default: {limit}")
     parser.add_argument("--only", default="*", help="jobs to do, by name or pattern, with commas: 'r20-*,loader'")
     parser.add_argument("--skip", default="", help="jobs to leave out, by name or pattern")
 
@@ -90,14 +90,14 @@ def add_options(parser: argparse.ArgumentParser, limit: str) -> None:
 def run(
     jobs: list[Job], place: Place, limit: float, only: str = "*", skip: str = "", path: Path | None = None
 ) -> tuple[dict[str, Any], Outcomes]:
-    """Do the jobs within limit seconds; returns a report and what each job that was begun has found.
+    """Do the jobs within limit seconds. Returns a report, and what each job that was begun has found.
 
     After each job its result is printed, and the report written to path. only, skip: names or patterns, with commas.
     Errors: UserError where a name fits no job.
     """
     began = time.monotonic()
     end = began + limit
-    # As in training: TF32, and algorithms chosen by trial.
+    # As in training: TF32, and convolution algorithms chosen by trial.
     set_arithmetic(place.device, tf32=True, deterministic=False)
     names = [job.name for job in jobs]
     asked = chosen(names, only) - chosen(names, skip)
@@ -135,7 +135,7 @@ def _one(job: Job, place: Place, end: float, outcomes: Outcomes) -> str:
     failed = Outcome()
     with failed.noted(job.name):
         outcomes[job.name] = job.work(place, min(end, time.monotonic() + job.limit))
-    with failed.noted("memory"):  # a GPU that answers no longer must not end the report
+    with failed.noted("memory"):  # a GPU that no longer answers must not end the report
         free(place.device)
     missing = (outcomes.get(job.name) or failed).missing
     return next((why for why in missing.values() if why.startswith("failed")), "partly" if missing else "done")
@@ -151,6 +151,6 @@ def chosen(names: list[str], patterns: str) -> set[str]:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write it as JSON, numbers to five digits."""
+    """Write a report as JSON, with numbers to five digits."""
     rounded = json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))
     write_atomically(path, (json.dumps(rounded, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What a GPU does while networks train: its kernels, and how much of the time there is none."""
+"""What a GPU does while networks train: its kernels, and how much of the time none runs."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,10 +18,10 @@ Kernel = tuple[int, int, str]
 
 @dataclass
 class Profiled(Outcome):
-    """Kernels of a case's iterations, of several lanes together.
+    """The kernels of a case's iterations, of all lanes together.
 
-    Seconds: span, from the first one's start to the last one's end; busy, in which at least one runs; total, of all
-    added up, above busy where they run side by side. by_name: number and seconds.
+    span: seconds from the start of the first kernel to the end of the last. busy: seconds in which at least one runs.
+    total: the seconds of all kernels added up, more than busy where kernels overlap. by_name: number and seconds.
     """
 
     case: Case
@@ -55,7 +55,7 @@ class Profiled(Outcome):
         )
 
     def rows(self, most: int = 15) -> list[str]:
-        """With a table of the kernels that take most time."""
+        """The result with a table of the kernels that take most time."""
         n = max(1, self.iterations)
         lines = [*super().rows(), "", "| kernel | an iteration | us each | us an iteration |", "|---|---|---|---|"]
         for name, (number, seconds) in sorted(self.by_name.items(), key=lambda item: -item[1][1])[:most]:
@@ -65,7 +65,7 @@ class Profiled(Outcome):
 
 
 def profiled(case: Case, arm: Arm, n: int, place: Place, deadline: float) -> Profiled:
-    """Profile n lanes for a moment, once they are recorded."""
+    """Profile n lanes for a short time, once they are recorded."""
     result = Profiled(case, arm, n)
     with result.noted("profile"), SideBySide(case, arm, place) as running:
         if not running.grow(n, deadline):
@@ -79,7 +79,7 @@ def profiled(case: Case, arm: Arm, n: int, place: Place, deadline: float) -> Pro
 
 
 def kernels(work: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """Do the work under torch's profiler. On a CPU its operations take the kernels' place.
+    """Do the work under torch's profiler and return its kernels; on a CPU, its operations.
 
     Errors: RuntimeError where the profiler sees nothing.
     """

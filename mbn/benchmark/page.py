@@ -1,4 +1,4 @@
-"""The page that holds a benchmark's results, and the bars: what was hoped for."""
+"""The page with a benchmark's results, and the bars: the targets that were set beforehand."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from mbn.training.execution import GRAPHS
 
 
 class Bar(NamedTuple):
-    """What was hoped for. value: from the outcomes; not a number where it was not measured."""
+    """A target. value: takes the measured number from the outcomes; NaN where it was not measured."""
 
     text: str
     value: Callable[[Outcomes], float]
@@ -39,14 +39,14 @@ class Bar(NamedTuple):
 
 
 def seconds(pattern: str, arms: Iterable[Arm], outcomes: Outcomes) -> float:
-    """The fastest arm's, of all jobs whose names fit: medians over rounds."""
+    """Seconds an iteration (median over rounds) of the fastest arm, in all jobs whose names match."""
     found = (o for job, o in outcomes.items() if isinstance(o, Timed) and fnmatch(job, pattern))
     times = (statistics.median(o.seconds[arm.name]) for o in found for arm in arms if arm.name in o.seconds)
     return min(times, default=math.nan)
 
 
 def ratio(job: str, arms: Iterable[Arm], to: Arm, outcomes: Outcomes) -> float:
-    """The fastest arm's seconds to another one's of the same job: median over rounds."""
+    """The fastest arm's seconds divided by those of arm `to` in the same job: median over rounds."""
     found = outcomes.get(job)
     if not isinstance(found, Timed):
         return math.nan
@@ -55,14 +55,14 @@ def ratio(job: str, arms: Iterable[Arm], to: Arm, outcomes: Outcomes) -> float:
 
 
 def peak(arm: Arm, to: Arm, outcomes: Outcomes) -> float:
-    """A ratio of peak memories."""
+    """The peak memory of an arm divided by that of arm `to`."""
     found = outcomes.get("r20-b128")
     memory = found.memory if isinstance(found, Timed) else {}
     return memory.get(arm.name, math.nan) / memory.get(to.name, math.nan)
 
 
 def gain(job: str, outcomes: Outcomes) -> float:
-    """The best number of lanes' rate to one lane's."""
+    """The rate of the best number of lanes divided by the rate of one lane."""
     found = outcomes.get(job)
     rates = found.rates if isinstance(found, Rates) else {}
     return max(rates.values()) / rates[1] if len(rates) > 1 and 1 in rates else math.nan
@@ -97,7 +97,7 @@ CPU_BARS = [
 
 
 def recorded(name: str, method: tuple[str, int], outcomes: Outcomes) -> float:
-    """Seconds of a recorded iteration, compiled or not, whichever is faster."""
+    """Seconds of a recorded iteration: compiled or not, whichever is faster."""
     return seconds(f"*{name}", [Arm(*method, mode) for mode in GRAPHS], outcomes)
 
 
@@ -134,7 +134,7 @@ CUDA_BARS = [
 
 
 def file_stem(device: torch.device) -> str:
-    """cpu-amd-epyc-2-cores and the like: what results/benchmarks/ calls this machine."""
+    """The name of this machine's files in results/benchmarks/, such as cpu-amd-epyc-2-cores."""
     on = f" {cores()} cores" if device.type == "cpu" else ""
     return re.sub(r"[^a-z0-9]+", "-", (device_name(device) + on).lower()).strip("-")
 

@@ -1,4 +1,4 @@
-"""Networks that train at the same time: in threads, each with a stream and a recording of its own, or in processes."""
+"""Networks that train at the same time: in processes, or in threads with their own streams and recordings."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ from mbn.system.cuda_graph import one_at_a_time, own_stream
 
 
 class SideBySide:
-    """Independent networks of an arm, each in a thread; a context, at whose end they go."""
+    """Independent networks of an arm, each in a thread. Context manager: at its end they are freed."""
 
     def __init__(self, case: Case, arm: Arm, place: Place) -> None:
         self.case, self.arm, self.place = case, arm, place
@@ -27,19 +27,19 @@ class SideBySide:
     def __enter__(self) -> "SideBySide":
         images = self.place.dataset.train_images
         if images.is_cuda:
-            torch.cuda.synchronize(images.device)  # they are there, whichever stream brought them
+            torch.cuda.synchronize(images.device)  # wait until the images are there, whichever stream copied them
         self.inside.enter_context(switching_often())
         return self
 
     def __exit__(self, *_: object) -> None:
         self.inside.close()
         self.lanes.clear()
-        gc.collect()  # what a recording holds lies in reference cycles
+        gc.collect()  # reference cycles hold what was recorded
 
     def grow(self, n: int, deadline: float) -> bool:
-        """Add networks up to n, each up to its recording; False where time is over. Errors: whatever they meet."""
+        """Add networks until there are n, and record each; False where time is over. Errors: any that they raise."""
         while len(self.lanes) < n:
-            # The first one compiles, for all.
+            # The first one compiles for all of them.
             if left(deadline) <= (0 if self.lanes else self.place.seconds_to_begin(self.arm)):
                 return False
             thread, own = ThreadPoolExecutor(1), contextlib.ExitStack()
@@ -50,13 +50,13 @@ class SideBySide:
 
     def _start(self, own: contextlib.ExitStack, i: int) -> Workload:
         own.enter_context(own_stream(self.place.device))
-        with one_at_a_time:  # seeds and Hydra are the process's
+        with one_at_a_time:  # seeds and Hydra belong to the process
             work = prepare(self.case, self.arm, self.place, self.place.dataset.with_seed(i))
         warm_up(work)
         return work
 
     def iterate(self, seconds: float) -> tuple[int, float]:
-        """Iterate for so long: the number of iterations of all together, and the seconds until the last was done."""
+        """Iterate for that long: all lanes' iterations together, and the seconds until the last one was done."""
         starts: list[float] = []
         barrier = threading.Barrier(len(self.lanes), action=lambda: starts.append(time.perf_counter()))
 
@@ -70,7 +70,7 @@ class SideBySide:
 
 
 def repeat_until(work: Workload, end: float) -> int:
-    """The number of iterations done until an instant of perf_counter."""
+    """Iterate until perf_counter reaches `end`, and return the number of iterations."""
     count = 0
     while time.perf_counter() < end:
         work.step()
@@ -81,7 +81,7 @@ def repeat_until(work: Workload, end: float) -> int:
 
 @dataclass
 class Rates(Outcome):
-    """Iterations a second of all together, by their number."""
+    """Iterations a second of all runs together, by the number of runs."""
 
     case: Case
     arm: Arm
@@ -100,7 +100,7 @@ class Rates(Outcome):
 
 
 def lanes(case: Case, arm: Arm, numbers: tuple[int, ...], place: Place, deadline: float) -> Rates:
-    """Measure more and more lanes (numbers ascend), for as long as the clock allows."""
+    """Measure with more and more lanes (numbers ascend), until the time is over."""
     result = Rates(case, arm)
     with result.noted("more lanes"), SideBySide(case, arm, place) as running:
         for n in numbers:
@@ -113,7 +113,7 @@ def lanes(case: Case, arm: Arm, numbers: tuple[int, ...], place: Place, deadline
 
 
 def processes(model: str, size: int, arm: Arm, n: int, place: Place, deadline: float) -> Rates:
-    """One run with n threads, and n runs with a thread each, in processes that open the images themselves."""
+    """Measure one run with n threads, then n runs with one thread each, each a process that opens the images itself."""
     result, context = Rates(Case(model, size, 1), arm), multiprocessing.get_context("spawn")
     for runs in (1, n):
         if left(deadline) <= place.sizes.processes_seconds:
@@ -138,7 +138,7 @@ def _enter(together: threading.Barrier) -> None:
 
 
 def throughput(case: Case, arm: Arm, place: Place) -> float:
-    """Iterations a second, from the time on at which all processes are ready."""
+    """Iterations a second, measured once all processes are ready."""
     torch.set_num_threads(case.threads)
     work = prepare(case, arm, place)
     warm_up(work)

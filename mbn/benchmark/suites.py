@@ -1,4 +1,4 @@
-"""All that is measured on a CPU and on a GPU, what is of the greatest value first."""
+"""All that is measured on a CPU and on a GPU, the most important first."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def quick() -> list[Job]:
 
 
 def on_cpu() -> list[Job]:
-    """ResNet-20, alone and runs side by side."""
+    """ResNet-20: one run alone, and runs side by side."""
     n = cores()
     cases = {
         "r20-b128": (Case("resnet20", 128, n), ON_CPU),

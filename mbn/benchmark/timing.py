@@ -1,4 +1,4 @@
-"""What an iteration of each arm of a case costs: side by side in one process, round by round, and the memory taken."""
+"""Time and memory that an iteration of each arm of a case takes, measured in one process, round by round."""
 
 import statistics
 import sys
@@ -15,7 +15,7 @@ from mbn.system.cuda_graph import own_stream
 
 @dataclass
 class Timed(Outcome):
-    """Each arm's seconds an iteration, round by round, its seconds to start, and the bytes it takes at its peak."""
+    """Each arm's seconds an iteration in every round, its seconds to start, and its peak memory in bytes."""
 
     case: Case
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -23,7 +23,7 @@ class Timed(Outcome):
     memory: dict[str, int] = field(default_factory=dict)
 
     def ratios(self, arm: str, to: str) -> list[float]:
-        """Round by round: noise that lasts longer than a round cancels."""
+        """The ratio in each round: noise that lasts longer than a round cancels."""
         return [a / b for a, b in zip(self.seconds[arm], self.seconds[to], strict=True)]
 
     def line(self) -> str:
@@ -55,13 +55,13 @@ def spread(values: list[float], digits: str) -> str:
 def timed(
     case: Case, chosen: tuple[Arm, ...], place: Place, deadline: float, dataset: in_memory.Data | None = None
 ) -> Timed:
-    """Time every arm in every round, one after the other, for as long as the clock allows.
+    """Time every arm in every round, one after the other, until the time is over.
 
-    A round that is broken off does not count. dataset: used instead of CIFAR-10.
+    A round that is not finished in time does not count. dataset: used instead of CIFAR-10.
     """
     result, dataset = Timed(case), dataset or place.dataset  # on the device before any memory is measured
     torch.set_num_threads(case.threads)
-    with own_stream(place.device):  # not for the whole run: 32 lanes need all the streams that torch has
+    with own_stream(place.device):  # only here: 32 lanes need all the streams that torch has
         ready: dict[Arm, tuple[Workload, int]] = {}
         for arm in chosen:
             if left(deadline) <= place.seconds_to_begin(arm):
@@ -80,7 +80,7 @@ def timed(
 
 
 def _round(result: Timed, ready: dict[Arm, tuple[Workload, int]], place: Place, deadline: float) -> bool:
-    """Whether there was time for all that are ready; one that fails is so no longer, and has no times."""
+    """Time each ready arm once; False where time is over. An arm that fails is left out, and its times are deleted."""
     took: dict[str, float] = {}
     for arm, (work, iterations) in list(ready.items()):
         if left(deadline) <= 0:
@@ -88,7 +88,9 @@ def _round(result: Timed, ready: dict[Arm, tuple[Workload, int]], place: Place, 
         with result.noted(arm.name):
             took[arm.name] = work.seconds(iterations)
             if arm == PLAIN:
-                time.sleep(place.sizes.round_seconds)  # its workers fill their queues, at nobody else's cost
+                time.sleep(
+                    place.sizes.round_seconds
+                )  # its workers fill their queues now, not while another arm is timed
         if arm.name in result.missing:
             del ready[arm], work
             result.seconds.pop(arm.name, None)
@@ -99,13 +101,13 @@ def _round(result: Timed, ready: dict[Arm, tuple[Workload, int]], place: Place, 
 
 
 def _start(result: Timed, arm: Arm, place: Place, dataset: in_memory.Data) -> tuple[Workload, int]:
-    """An arm made ready and its number of iterations a round; its seconds to start and its memory go into result."""
+    """Make an arm ready, and count its iterations a round. Its seconds to start and its memory go into result."""
     began = time.perf_counter()
     device, cuda = place.device, place.device.type == "cuda"
     new_peak(device)
     before = torch.cuda.memory_reserved(device) if cuda else 0
     work = prepare(result.case, arm, place, dataset)
-    # Peak memory is the fourth iteration's: the first ones try convolutions out, which takes more.
+    # Peak memory is the fourth iteration's: the first ones try out convolution algorithms, which takes more.
     warm_up(work, lambda: new_peak(device))
     result.starts[arm.name] = time.perf_counter() - began
     if cuda:
@@ -116,7 +118,7 @@ def _start(result: Timed, arm: Arm, place: Place, dataset: in_memory.Data) -> tu
 
 
 def peak_memory(work: Workload) -> int:
-    """Bytes that an iteration takes on a CPU at its peak: the profiler's."""
+    """Peak memory of an iteration on a CPU in bytes, by torch's profiler."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         work.step()
     now = peak = 0

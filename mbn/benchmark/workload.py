@@ -23,13 +23,13 @@ from mbn.system.errors import UserError
 from mbn.training.iteration import READ_EVERY, Update
 
 Build = Callable[..., nn.Module]
-# The plain loop's loader has this many batches ready before it is needed; they must not count as its speed.
+# The plain loop's loader prepares this many batches ahead; they must not count as its speed.
 WORKERS, PREFETCHED = 2, 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network at one batch size, on so many threads; dataset: for the images' size and the number of classes."""
+    """One network at one batch size and number of threads. dataset: gives the image size and number of classes."""
 
     model: str
     batch_size: int
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train (or, with evaluates, to test): norm with one or two forwards, in a mode and a precision."""
+    """One way to train or, with evaluates, to test: a norm with one or two forwards, in a mode and a precision."""
 
     norm: str
     forwards: int = 1
@@ -62,35 +62,35 @@ class Arm:
 
 
 PLAIN = Arm("plain", mode="plain")
-# What ratios are to: BN with one forward and no compiler, on data already in memory; recorded where there are graphs.
+# The arms that others are divided by: BN with one forward, not compiled, data on the device; RECORDED on CUDA.
 BASE, RECORDED = Arm("bn"), Arm("bn", mode="graph-eager")
 COMPARED = (("bn", 1), ("mbn", 1), ("mbn", 2), ("gn", 1))
 PAIR = (("bn", 1), ("mbn", 2))
 
 
 def arms(methods: tuple[tuple[str, int], ...], *modes: str, precision: str = "fp32") -> tuple[Arm, ...]:
-    """Each method, a norm and its number of forwards, in each mode."""
+    """An arm for each method (a norm and its number of forwards) in each mode."""
     return tuple(Arm(norm, forwards, mode, precision=precision) for mode in modes for norm, forwards in methods)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured. As they stand, all of it takes at most five minutes on a GPU with a warm Inductor cache."""
+    """How much is measured. The defaults take at most five minutes on a GPU with a warm Inductor cache."""
 
     models: tuple[str, ...] = ("resnet20", "resnet56")
     batches: tuple[int, ...] = (8, 128)
     arms: tuple[Arm, ...] = (*arms(COMPARED, "graph-eager", "eager"), PLAIN)
-    images: int = 390 * 128  # whole batches: a smaller one at an epoch's end would be recorded on its own
+    images: int = 390 * 128  # whole batches: a smaller last batch would need a recording of its own
     rounds: int = 6
     round_seconds: float = 0.12  # of each arm
-    memory: bool = True  # on a CPU: measured
+    memory: bool = True  # on a CPU: whether it is measured
     lanes: dict[int, tuple[int, ...]] = field(default_factory=lambda: {8: (1, 2, 4, 8, 16, 32), 128: (1, 2, 4, 8)})
     compiled_lanes: dict[int, tuple[int, ...]] = field(default_factory=lambda: {8: (1, 2, 4, 8, 16), 128: (1, 2, 4)})
     lane_seconds: float = 0.8
     processes_seconds: float = 20.0
     profile_seconds: float = 0.05
     profile_lanes: int = 8
-    compiling: float = 20.0  # with less time left than this no compiling begins
+    compiling: float = 20.0  # nothing is compiled with less time left than this
     workers: int = 16
     pictures: int = 512
     large_batch: int = 128  # ResNet-50's
@@ -99,7 +99,7 @@ class Sizes:
 
 @dataclass
 class Place:
-    """Where and on what is measured: the images of CIFAR-10, or random ones if asked for or where folder has none."""
+    """Where and on what to measure: on CIFAR-10's images, or random ones if asked for or if folder has none."""
 
     folder: Path
     device: torch.device
@@ -109,7 +109,7 @@ class Place:
 
     @functools.cached_property
     def opened(self) -> tuple[in_memory.Arrays, str]:
-        """The images, and what they are in words."""
+        """The images, and a description of them."""
         n = self.sizes.images
         if not self.random and (self.folder / "cifar-10-batches-py").is_dir():
             with contextlib.suppress(UserError):
@@ -124,7 +124,7 @@ class Place:
         return in_memory.DeviceDataset(self.opened[0], config, 0, self.device)
 
     def seconds_to_begin(self, arm: Arm) -> float:
-        """How much time must be left to make an arm ready."""
+        """How much time must be left to begin making an arm ready."""
         return self.sizes.compiling if arm.mode in ("graph", "compile") else 0.0
 
 
@@ -136,18 +136,18 @@ def random_arrays(n: int, size: int, classes: int) -> in_memory.Arrays:
 
 
 class Workload:
-    """Something to repeat on a device: `step()` is one iteration. untimed: steps before each measurement."""
+    """Work to repeat on a device: `step()` is one iteration. untimed: steps done before each measurement."""
 
     def __init__(self, step: Callable[[], object], device: torch.device, untimed: int = 0) -> None:
         self.step, self.device, self.untimed = step, device, untimed
 
     @property
     def in_mode(self) -> bool:
-        """Whether it is by now done in the mode that was asked for."""
+        """Whether it now runs in the mode that was asked for."""
         return True
 
     def seconds(self, iterations: int) -> float:
-        """Seconds an iteration, over so many of them."""
+        """Seconds an iteration, the mean over that many."""
         for _ in range(self.untimed):
             self.step()
         self.wait()
@@ -158,12 +158,12 @@ class Workload:
         return (time.perf_counter() - start) / iterations
 
     def wait(self) -> None:
-        if self.device.type == "cuda":  # this thread's stream alone: another thread may be recording on its own
+        if self.device.type == "cuda":  # only this thread's stream: another thread may be recording on its own
             torch.cuda.current_stream(self.device).synchronize()
 
 
 def warm_up(work: Workload, before_recording: Callable[[], None] = lambda: None) -> None:
-    """Iterate until the iteration is recorded, if the mode is to record. Errors: RuntimeError where it is not then."""
+    """Iterate until the iteration is recorded, if the mode records. Errors: RuntimeError where recording failed."""
     for _ in range(Recorded.AS_IT_IS):
         work.step()
     work.wait()
@@ -175,12 +175,12 @@ def warm_up(work: Workload, before_recording: Callable[[], None] = lambda: None)
 
 
 class Training(Workload):
-    """A network, its optimiser and its Update, as a run has them. batches: what `step` takes."""
+    """A network, its optimiser and its Update, as in a run. batches: what `step` trains on."""
 
     def __init__(self, case: Case, arm: Arm, place: Place, batches: Iterator[in_memory.Batch]) -> None:
         super().__init__(self._step, place.device)
         self.model = network(case, arm, place)
-        # At 0.1 a batch of 8 may diverge, and NaNs have a speed of their own.
+        # Not 0.1: at batch 8 training may diverge, and NaNs have a different speed.
         self.lr = torch.tensor(0.01, device=place.device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-4, fused=True
@@ -197,7 +197,7 @@ class Training(Workload):
 
     @property
     def in_mode(self) -> bool:
-        """Whether recording, if that is its mode, has not failed, and every size of batch is played back by now."""
+        """Whether it is still in its mode, and every batch size that was recorded is played back by now."""
         return self.update.mode == self.mode and all(each.play for each in self.update.recorded.values())
 
 
@@ -211,7 +211,7 @@ def settings(case: Case, arm: Arm, folder: Path) -> configuration.Config:
 
 @functools.cache
 def _composed(*overrides: str) -> configuration.Config:
-    """Composed once: that takes longer than building a network, of which lanes are many."""
+    """Compose each configuration only once: for many lanes it would take longer than building the networks."""
     return configuration.load(list(overrides))
 
 
@@ -225,7 +225,7 @@ def network(case: Case, arm: Arm, place: Place) -> nn.Module:
 
 
 def prepare(case: Case, arm: Arm, place: Place, dataset: in_memory.Data | None = None) -> Workload:
-    """An arm made ready. dataset: what it takes its batches from, instead of place's images."""
+    """Make an arm ready. dataset: where its batches come from, instead of place's images."""
     if arm == PLAIN:
         return Workload(functools.partial(next, plain_loop(case, place)), place.device, PREFETCHED)
     dataset = dataset or place.dataset
@@ -236,7 +236,7 @@ def prepare(case: Case, arm: Arm, place: Place, dataset: in_memory.Data | None =
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Images in memory, handed out as torchvision's CIFAR10 does: as PIL images, then transformed."""
+    """Images in memory, returned as torchvision's CIFAR10 does: as PIL images, then transformed."""
 
     def __init__(self, arrays: in_memory.Arrays, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.labels, self.transform = arrays.train_images, arrays.train_labels.tolist(), transform
@@ -249,7 +249,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def plain_loop(case: Case, place: Place) -> Iterator[None]:
-    """What one would write today: PIL images and torchvision's transforms, a DataLoader, nn.BatchNorm2d, SGD, eager."""
+    """The loop one would write today: PIL images, torchvision's transforms, DataLoader, nn.BatchNorm2d, SGD, eager."""
     config = settings(case, BASE, place.folder)
     transform = v2.Compose(
         [

@@ -13,7 +13,7 @@ from mbn.records import record
 
 
 class Estimate:
-    """Seconds an iteration of each kind of run, and seconds an image of each network, from the records there are."""
+    """Seconds per iteration for each kind of run, and per image for each network, from the existing records."""
 
     def __init__(self, results: Path) -> None:
         self._iteration: dict[Any, list[float]] = defaultdict(list)
@@ -29,7 +29,7 @@ class Estimate:
             self._image[_network(config)].append(seconds / max(images, 1))
 
     def seconds(self, config: Config) -> float | None:
-        """Of a whole run: from runs of the same kind, else by the images of the same network's runs, else None."""
+        """Seconds of a whole run, judged by runs of its kind, else by its network's time per image, else None."""
         if _kind(config) in self._iteration:
             return statistics.median(self._iteration[_kind(config)]) * iterations(config)
         if _network(config) in self._image:
@@ -37,7 +37,7 @@ class Estimate:
         return None
 
     def sentence(self, missing: Sequence[Run], jobs: int) -> str:
-        """What the missing runs take together, as far as it is known."""
+        """How long the missing runs take together, as far as it is known."""
         known = [s for s in (self.seconds(run.config) for run in missing) if s is not None]
         unknown = len(missing) - len(known)
         text = f"{len(missing)} {'run is' if len(missing) == 1 else 'runs are'} missing"

@@ -1,4 +1,4 @@
-"""Several trainings at the same time in one process, each in a thread: one alone leaves most of a GPU idle."""
+"""Several runs trained at the same time in one process, each in a thread: one alone leaves most of a GPU idle."""
 
 import contextlib
 import dataclasses
@@ -21,16 +21,16 @@ from mbn.system.cuda_graph import allow_many_streams, one_at_a_time
 from mbn.system.errors import UserError
 from mbn.system.signals import StopRequest
 
-# What trains a run: given its configuration, what tells it to stop, and what opens its data set.
+# A function that trains a run, given its configuration, the request to stop, and a function that opens its data set.
 Train = Callable[[Config, StopRequest, Callable[[Config, torch.device], in_memory.Data]], None]
-# Settings that belong to the process, so that all its lanes have them in common.
+# Settings of the process: all its lanes (runs in threads) share them.
 OF_THE_PROCESS = ("device", "deterministic", "tf32", "threads", "data", "results")
 
 
 @contextlib.contextmanager
 def switching_often() -> Iterator[None]:
-    """Inside, a thread that computes soon lets the others run: one that compiles must not hold up those that only
-    launch recordings.
+    """Inside, Python switches between threads more often: a thread that compiles must not delay those that only launch
+    recordings.
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)
@@ -41,13 +41,15 @@ def switching_often() -> Iterator[None]:
 
 
 def fits(config: Config) -> bool:
-    """Whether a run can be a lane: dropout draws from the process's generator, and loaders fork the process."""
+    """Whether a run can be a lane. Not with dropout, which draws from the process's generator, nor with loaders, which
+    fork the process.
+    """
     dropout = isinstance(config.model, Dropout) and config.model.dropout > 0
     return not dropout and not DATASETS[config.dataset.name].streamed
 
 
 def check_alike(configs: list[Config]) -> None:
-    """Errors: UserError where runs differ in a setting that lanes have in common."""
+    """Check that runs agree in the settings that lanes share. Errors: UserError where they do not."""
     for key in OF_THE_PROCESS:
         values = {str(getattr(config.machine, key)) for config in configs}
         if len(values) > 1:
@@ -59,9 +61,10 @@ def check_alike(configs: list[Config]) -> None:
 
 
 class Lanes:
-    """Starts runs as threads of this process, where `pool.Process` starts each as a process.
+    """Starts each run as a thread of this process; `pool.Process` starts each as a process of its own.
 
-    While in use as a context, what a lane prints goes to its own log. jobs: how many train at a time, for the record.
+    Used as a context manager: inside, what a lane prints goes to its own log. jobs: how many train at a time, for the
+    record.
     """
 
     def __init__(self, train: Train, jobs: int) -> None:
@@ -117,7 +120,7 @@ class Lane(Child):
             except BaseException:
                 traceback.print_exc()
         with one_at_a_time:
-            gc.collect()  # a run is full of reference cycles, which hold the device's memory until they are found
+            gc.collect()  # a run is full of reference cycles, which hold the device's memory until then
 
     def code(self) -> int | None:
         return None if self.thread.is_alive() else self.result
@@ -135,7 +138,7 @@ class Lane(Child):
 
 
 def _end_process(run: Run, error: Exception, log: IO[str]) -> None:
-    """After an error of the device nothing works on it any more in this process, in any lane."""
+    """End the process: after an error of the device, no lane of this process can use it any more."""
     traceback.print_exception(error, file=log)
     log.flush()
     what = str(error).strip().partition("\n")[0]
@@ -151,7 +154,7 @@ def _say(text: str) -> None:
 
 
 class SharedData:
-    """`datasets.load` for many runs in one process: images are opened once, and stay on the device once."""
+    """`datasets.load` for many runs in one process: they share one copy of the images on the device."""
 
     def __init__(self) -> None:
         self.opened: dict[Any, in_memory.DeviceDataset] = {}
@@ -167,7 +170,7 @@ class SharedData:
 
 
 class PerThread:
-    """A text stream that for some threads is another one."""
+    """A text stream that writes to another stream in threads that ask for it by `to`."""
 
     def __init__(self, usual: TextIO) -> None:
         self.usual = usual

@@ -1,4 +1,4 @@
-"""Which runs tables are made of, and which of them are missing. Does not import torch."""
+"""The runs that tables are made of, and whether each is finished. Does not import torch."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ Candidates = list[tuple[grid.Cell, Config]]
 
 
 def _filtered(candidates: Candidates, filters: Sequence[str]) -> Candidates:
-    """Those that every filter lets pass. Errors: UserError, also where one value of a filter fits none of them."""
+    """The candidates that match every filter. Errors: UserError, also where one value of a filter matches none."""
     left = candidates
     for text in filters:
         key, _, values = text.partition("=")

@@ -1,4 +1,4 @@
-"""Runs side by side that can be stopped together and go on later, each a `train.py` of its own or a thread."""
+"""Runs side by side, each a `train.py` of its own or a thread; they can be stopped together and resumed later."""
 
 import contextlib
 import os
@@ -23,14 +23,14 @@ from mbn.system.files import LOCKED, is_locked
 
 # Seconds between two looks at the children.
 LOOK = 0.1
-# Seconds that a child needs to import torch, before which a stop has nothing to save.
+# Seconds that a child needs to import torch. Before that there is nothing to save.
 START = 5.0
 
 
 class StopAll(signals.Stop):
-    """While in use as a context, notes the first signal in `code`; a second one calls `kill` and exits at once."""
+    """Context manager: inside, the first signal is noted in `code`; a second one calls `kill` and exits at once."""
 
-    # A closed terminal stops the children too, which are in sessions of their own and would not get the signal.
+    # SIGHUP: a closed terminal stops the children too. They have sessions of their own and would not get the signal.
     codes = signals.CODES | {"SIGHUP": 75}
 
     def __init__(self, kill: Callable[[], None]) -> None:
@@ -38,8 +38,8 @@ class StopAll(signals.Stop):
         self._kill = kill
 
     def _numbers(self) -> list[int]:
-        # A hang-up that nohup ignores stays ignored. SIGINT, which a shell script ignores for its background jobs, is
-        # answered all the same, as in train.py.
+        # Where nohup has set SIGHUP to be ignored, it stays ignored. SIGINT, which a shell script sets to be ignored in
+        # its background jobs, is answered all the same, as in train.py.
         ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         return [n for n in super()._numbers() if not (ignored and n == signal.SIGHUP)]
 
@@ -51,17 +51,17 @@ class StopAll(signals.Stop):
 
 @dataclass
 class Outcome:
-    """What became of the runs: names, and for failed ones the reason."""
+    """What became of the runs: their names, and the reason for each that failed."""
 
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
-    code: int | None = None  # of the signal that stopped it
-    spent: bool = False  # the budget
+    code: int | None = None  # exit code for the signal that stopped it
+    spent: bool = False  # whether the budget was spent
 
 
 class Child(Protocol):
-    """A run that is being trained, as a process or a thread; asked: it was asked to stop."""
+    """A run that is being trained, as a process or a thread. asked: whether it was asked to stop."""
 
     run: Run
     log: Path
@@ -88,7 +88,7 @@ class Process(Child):
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as output:
-                # A session of its own, so that Ctrl-C in the terminal reaches it once, through us.
+                # A session of its own, so that Ctrl-C in the terminal reaches it only once, through this process.
                 self.process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                 )
@@ -116,8 +116,9 @@ class Process(Child):
 class Pool:
     """Trains runs, `jobs` at a time, in their order.
 
-    start: starts a run, given the results folder. budget: seconds after which nothing runs any more, or None.
-    margin: runs are stopped at most so many seconds earlier, to end their iteration or evaluation and to save.
+    start: a function that starts a run, given the results folder. budget: seconds after which nothing runs any more,
+    or None. margin: runs are asked to stop at most this many seconds earlier, to finish their iteration or evaluation
+    and to save.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Pool:
 
     def work(self) -> Outcome:
         """Train until nothing is left, the budget is spent or a signal comes; no child is left behind."""
-        # smoothing: runs end in lumps, so that the mean speed since the start says most
+        # smoothing=0: many runs end at about the same time, so the mean speed since the start predicts best
         self.bar = tqdm(total=len(self.queue), unit="run", disable=None, dynamic_ncols=True, smoothing=0)
         with StopAll(self.kill) as stop, self.bar:
             try:
@@ -156,7 +157,7 @@ class Pool:
         return self.outcome
 
     def kill(self) -> None:
-        # Processes first: a thread takes this process, and the rest of the list, with it.
+        # Processes first: killing a thread ends this process, before the rest of the list is reached.
         for child in sorted(self.children, key=lambda c: not isinstance(c, Process)):
             child.kill()
 
@@ -238,6 +239,6 @@ class Pool:
 
 
 def last_line(log: Path) -> str:
-    """What a failed run said last; its progress bar is not written to a file."""
+    """The last line of a failed run's log; progress bars are not written to it."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else "it said nothing"

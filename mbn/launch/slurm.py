@@ -1,4 +1,4 @@
-"""Runs as jobs of a Slurm cluster, through submitit: a pre-empted one saves, is requeued, and goes on."""
+"""Runs as jobs of a Slurm cluster, through submitit: a pre-empted run saves, is requeued, and goes on."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ TIMEOUTS = 1000
 
 
 class Job:
-    """A run's command line as what submitit calls; pickled by value, so that a job needs nothing of this package."""
+    """The function that submitit calls: runs a command line. Pickled by value: a job need not import this package."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self.command, self.log = list(command), log
 
     def __call__(self) -> None:
-        """Run it to its end. Errors: RuntimeError where train.py failed, so that the job has failed."""
+        """Run the command to its end. Errors: RuntimeError where train.py failed, so that Slurm shows a failed job."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -36,7 +36,7 @@ class Job:
                 start_new_session=True,
                 preexec_fn=self._answer_interrupt_alone,
             )
-        # Not wait(): it holds a lock, for which checkpoint(), called by a signal, would wait for ever.
+        # Not wait(): it holds a lock, and checkpoint(), called by a signal, would wait for that lock for ever.
         while self.process.poll() is None:
             time.sleep(0.1)
         if self.process.returncode not in (0, LOCKED):
@@ -44,12 +44,13 @@ class Job:
 
     @staticmethod
     def _answer_interrupt_alone() -> None:
-        # Slurm signals every process of a job: with our own that would be two, and the second ends a run unsaved.
+        # Slurm signals every process of a job, and `checkpoint` signals the run too. A second signal would end the run
+        # before it has saved, so the run blocks Slurm's and answers SIGINT alone.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def checkpoint(self) -> Any:
-        """Called by submitit before it requeues: have the run saved, and hand over the same command."""
+        """Called by submitit before it requeues: let the run save, and return the same command to submit again."""
         from submitit.helpers import DelayedSubmission
 
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
@@ -59,7 +60,7 @@ class Job:
 
 
 def submit(runs: Sequence[tuple[Run, Sequence[str]]], results: Path, options: dict[str, str]) -> list[str]:
-    """Hand runs with their commands to Slurm, as one array; the numbers of the jobs. Errors: UserError."""
+    """Submit runs with their commands to Slurm as one array, and return the job numbers. Errors: UserError."""
     try:
         import cloudpickle
         import submitit

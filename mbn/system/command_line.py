@@ -1,4 +1,4 @@
-"""What the commands have in common: options whose errors are one sentence, and exit codes."""
+"""What the commands share: options whose errors are one sentence, and exit codes."""
 
 import argparse
 import functools
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
-    """main, whose errors that a user can mend become one sentence on stderr. It returns the exit code, 0 for None."""
+    """Decorate main: errors that a user can mend become one sentence on stderr. Returns the exit code, 0 for None."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -38,7 +38,7 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
                 raise
             print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
             return 1
-        except KeyboardInterrupt:  # before training answers to signals itself
+        except KeyboardInterrupt:  # before training handles signals itself
             print("error: stopped by Ctrl-C: the same command begins again.", file=sys.stderr)
             return 130
 

@@ -1,4 +1,4 @@
-"""A function of tensors played back from a recording: on a GPU one launch instead of hundreds."""
+"""CUDA graphs: a function of tensors is recorded, then played back with one launch instead of hundreds."""
 
 import contextlib
 import functools
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from mbn.system.errors import UserError
 
-# A process records one graph at a time, and compiles one function at a time: for runs side by side in threads.
+# Held while recording a graph or compiling a function: only one of a process's threads may do so at a time.
 one_at_a_time = threading.RLock()
 
 
 def record(function: Callable[[], object]) -> Callable[[], None]:
-    """Record what function does on the GPU as a CUDA graph, without doing it; each call of the result does it.
+    """Record what function does on the GPU as a CUDA graph, without doing it. Each call of the result does it.
 
-    Must be called inside `own_stream`. Errors: whatever CUDA or torch object to.
+    Must be called inside `own_stream`. Errors: whatever CUDA or torch raise.
     """
     graph = torch.cuda.CUDAGraph()
     collects = gc.isenabled()
-    gc.disable()  # memory of the GPU that it freed, of any thread, would spoil the recording
+    gc.disable()  # freeing any thread's GPU memory would spoil the recording
     try:
         # Other threads may use the GPU meanwhile.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
@@ -37,7 +37,7 @@ def record(function: Callable[[], object]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Do everything inside on a CUDA stream of this thread's own, the only kind that can be recorded."""
+    """Inside, everything is done on a CUDA stream of this thread's own; only such a stream can be recorded."""
     if device.type != "cuda":
         yield
         return
@@ -46,18 +46,18 @@ def own_stream(device: torch.device) -> Iterator[None]:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             yield
-    finally:  # also where it fails: what was made outside may be freed there, and is still in use here
+    finally:  # also after an error: tensors from outside may be freed there while this stream still uses them
         torch.cuda.current_stream(device).wait_stream(stream)
         _streams.remove(stream.cuda_stream)
 
 
-# Handles of the streams in use. torch has 32, and hands them out in turn, whether they are in use or not.
+# Handles of the streams in use. torch has 32 streams and gives them out in turn, even those still in use.
 _streams: set[int] = set()
 STREAMS = 32
 
 
 def allow_many_streams() -> None:
-    """Let all STREAMS reach a GPU at a time, unless the environment says how many: before CUDA is first used."""
+    """Let all STREAMS reach a GPU at a time, unless the environment sets another number. Call before CUDA is used."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(STREAMS))
 
 
@@ -72,13 +72,13 @@ def _free_stream(device: torch.device) -> "torch.cuda.Stream":
 
 
 class Recorded:
-    """A function of tensors that is played back from its fourth call on, on copies of its arguments that stay in place.
+    """A function of tensors that is recorded at its fourth call, and played back from then on.
 
-    The first three calls run as they are: they choose kernels, compile, and make what lives on (momentum), none of
-    which can be recorded. function must read and write nothing but its arguments and tensors that stay where they are,
-    and may depend on nothing else that changes; its result is not kept.
+    Its arguments are copied into tensors that stay in place. The first three calls are not recorded: they choose
+    kernels, compile, and create tensors that stay (momentum). function may read and write only its arguments and
+    tensors that stay where they are, and may depend on nothing else that changes; its result is not kept.
 
-    failed: called once with what went wrong where the function cannot be recorded; from then on it runs as it is.
+    failed: called once, with the error, if the function cannot be recorded; then it runs without a recording.
     """
 
     AS_IT_IS = 3
@@ -104,7 +104,7 @@ class Recorded:
                     self.play = record(lambda: self.function(*self.inputs))
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # whatever cannot be recorded: torch has no type for it
+                except Exception as error:  # torch has no exception type for what cannot be recorded
                     self.failed(error)
                     self.play = lambda: self.function(*self.inputs)
                 self.play()
@@ -113,7 +113,7 @@ class Recorded:
 
 
 def supported(device: torch.device) -> bool:
-    """Whether there is anything to record with: CUDA."""
+    """Whether the device can record: only CUDA can."""
     return device.type == "cuda"
 
 

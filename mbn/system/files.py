@@ -1,4 +1,4 @@
-"""Files that are either the old or the new version, whenever the process or the machine dies."""
+"""Files that hold either the old or the new version, no matter when the process or the machine dies."""
 
 import contextlib
 import errno
@@ -19,8 +19,8 @@ LOCKED = 76
 def write_atomically(path: Path, content: bytes, keep_as: Path | None = None) -> None:
     """Write path through a temporary file, fsync, rename and fsync of the folder.
 
-    keep_as: where the version that path has now is kept. Between the two renames path is absent and keep_as whole.
-    Errors: UserError where the disk is full or the file may not be written; path is untouched then.
+    keep_as: where the present version of path is kept. Between the two renames path does not exist, but keep_as is
+    complete. Errors: UserError where the disk is full or the file may not be written; path is then unchanged.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -40,7 +40,7 @@ def write_atomically(path: Path, content: bytes, keep_as: Path | None = None) ->
 
 
 def cannot_write(path: Path | str, error: OSError, needed: int | None = None) -> UserError:
-    """The sentence for a write that failed; needed: how many bytes it was of."""
+    """The error for a write that failed. needed: how many bytes were to be written."""
     reason = "see to it"
     if is_full(error):
         reason = "free some space" if needed is None else f"it needs {needed} bytes: free some space"
@@ -48,12 +48,12 @@ def cannot_write(path: Path | str, error: OSError, needed: int | None = None) ->
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write failed because space ran out: on the disk, in a quota, or in what a process may write."""
+    """Whether a write failed for lack of space: the disk, a quota, or the limit on a file's size."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def remove_partials(path: Path) -> None:
-    """Delete what killed processes left of their writes of path. For a caller that holds the lock on it."""
+    """Delete the partial files that killed processes left of path. The caller must hold the lock."""
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         with contextlib.suppress(FileNotFoundError):
             left.unlink()
@@ -71,10 +71,10 @@ def _fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold path for this process; the operating system lets go when the process dies, however it dies.
+    """Lock path for this process; the operating system releases it when the process dies, however it dies.
 
-    Errors: UserError with code LOCKED, naming the process that holds it, when another does; UserError where path cannot
-    be written.
+    Errors: UserError with code LOCKED when another process holds it; the message names that process. UserError where
+    path cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def _holder(file: IO[str]) -> str:
-    """Who wrote itself into a lock that is held: not the one before, while the new holder has yet to write."""
+    """The process that holds a lock. If it still names a dead one, the new holder has yet to write: wait for it."""
     for _ in range(20):
         file.seek(0)
         holder = file.read().strip()
@@ -118,7 +118,7 @@ def _holder(file: IO[str]) -> str:
 
 
 def _is_dead(holder: str) -> bool:
-    """Whether the process that a lock names was on this machine and is no more."""
+    """Whether the process that a lock names was on this machine and has ended."""
     named = re.fullmatch(r"process (\d+) on (.*)", holder)
     if named is None or named[2] != os.uname().nodename:
         return False
@@ -134,7 +134,7 @@ _held: list[int] = []
 
 
 def let_go_of_inherited_locks() -> None:
-    """For a forked worker, which would hold its parent's locks for some seconds after the parent was killed."""
+    """For a forked worker: it would hold its parent's locks for some seconds after the parent was killed."""
     while _held:
         os.close(_held.pop())
 
@@ -145,7 +145,7 @@ def is_locked(path: Path) -> bool:
         import fcntl
 
         with path.open() as file:
-            # Shared, so that two that ask do not take each other for a holder.
+            # Shared, so that two processes that ask at once do not take each other for the holder.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (ImportError, FileNotFoundError):
         return False

@@ -1,4 +1,4 @@
-"""A setting: a field of a dataclass with its default, its line of explanation and the rule that its values keep."""
+"""A setting: a field of a dataclass with its default, a line of explanation and a rule for its values."""
 
 import dataclasses
 import math
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """Which values are possible, in words that follow "must be", and as a test."""
+    """Which values are allowed: in words that follow "must be", and as a test."""
 
     wanted: str
     holds: Callable[[Any], bool]
 
 
 def setting(default: Any, explanation: str, rule: Rule | None = None, staged: bool = False) -> Any:
-    """A field of a dataclass. staged: a list with a value for each stage of the schedule, or one for all."""
+    """A field of a dataclass. staged: a list with one value for each stage of the schedule, or one for all."""
     return dataclasses.field(default=default, metadata={"explanation": explanation, "rule": rule, "staged": staged})
 
 
@@ -24,7 +24,7 @@ def group(cls: type, explanation: str = "") -> Any:
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Key, field and value of every setting, those of groups as `group.key`; a group itself stands before them."""
+    """Key, field and value of every setting. A group comes first, then its settings as `group.key`."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         yield prefix + field.name, field, value

@@ -5,17 +5,17 @@ import signal
 from types import FrameType
 from typing import Self
 
-# Exit codes: Ctrl-C as shells have it; EX_TEMPFAIL for a pre-emption, after which the same command resumes.
+# Exit codes: 130 for Ctrl-C, as in shells; 75 (EX_TEMPFAIL) for a pre-emption, after which the same command resumes.
 CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
 
 
 class Answered:
-    """While in use as a context, `_answer` answers these signals; afterwards whatever did before."""
+    """Context manager: inside, `_answer` handles these signals; afterwards the earlier handlers do again."""
 
     codes = CODES
 
     def _numbers(self) -> list[int]:
-        return [getattr(signal, name) for name in self.codes if hasattr(signal, name)]  # Windows has not all of them
+        return [getattr(signal, name) for name in self.codes if hasattr(signal, name)]  # Windows lacks some
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._answer) for number in self._numbers()}
@@ -30,9 +30,9 @@ class Answered:
 
 
 class Exit(Answered):
-    """While in use as a context, these signals end the process with their code at once: where nothing is to be saved.
+    """Context manager: inside, these signals end the process at once with their code, because nothing needs saving.
 
-    Not by an exception, which code that is being imported may catch.
+    They raise no exception: a module that is just being imported might catch it.
     """
 
     def _answer(self, number: int, _: FrameType | None) -> None:
@@ -42,14 +42,14 @@ class Exit(Answered):
 
 
 class StopRequest:
-    """Whether training is to stop: `code` is the exit code that it then has."""
+    """Whether training is to stop: `code` is then the exit code, else None."""
 
     def __init__(self) -> None:
         self.code: int | None = None
 
 
 class Stop(StopRequest, Answered):
-    """While in use as a context, notes the first of these signals in `code`; a second one exits at once."""
+    """Context manager: inside, the first of these signals is noted in `code`; a second one exits at once."""
 
     def _answer(self, number: int, _: FrameType | None) -> None:
         code = self.codes[signal.Signals(number).name]

@@ -1,4 +1,4 @@
-"""Checkpoints: a state that torch.load(weights_only=True) reads, with a checksum, in two generations.
+"""Checkpoints: a state that torch.load(weights_only=True) reads, with a checksum; the last two are kept.
 
 A file is what torch.save wrote, followed by a line with its SHA-256; torch.load reads it directly too.
 """
@@ -24,7 +24,7 @@ class DamagedError(Exception):
 
 
 def previous(path: Path) -> Path:
-    """Where the generation before path is kept."""
+    """Where the checkpoint before path is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
@@ -50,17 +50,17 @@ def read(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged: its checksum is wrong")
     try:
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose advice is to read it without care
+    except pickle.UnpicklingError:  # its message advises to load the file unsafely
         raise DamagedError(f"{path} is damaged: it does not hold a state alone") from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise DamagedError(f"{path} is damaged: {(str(error).splitlines() or ['it ends early'])[0]}") from None
 
 
 def newest(path: Path) -> dict[str, Any] | None:
-    """The newest undamaged generation of path, or None; warns of each that is damaged.
+    """The newest undamaged checkpoint, at path or the one before it, or None; warns of each that is damaged.
 
-    A damaged one is set aside: the next save would keep it as the generation before, and after a crash during that save
-    there would be no other. Errors: UserError where a file cannot be read.
+    A damaged file is set aside. Otherwise the next save would keep it as the previous checkpoint, and a crash during
+    that save would leave no other. Errors: UserError where a file cannot be read.
     """
     for generation in (path, previous(path)):
         if not generation.exists():

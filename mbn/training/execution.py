@@ -15,11 +15,11 @@ from mbn.system.errors import UserError
 # results/benchmarks), and on another device that is not CUDA (a guess: unmeasured).
 CPU_THREAD_RATE = 5e10
 GPU_RATE = 1e13
-# Compiling takes one to two minutes on a CPU and saves a fifth of the time with MBN, less with BN: it pays after some
-# ten.
+# Seconds. Compiling takes one to two minutes on a CPU and saves a fifth of the time with MBN, less with BN: it pays for
+# runs of more than about ten minutes.
 COMPILES_FROM = 900.0
-# On an H100 it takes 44 to 84 seconds, and is repaid after 15,000 to 37,000 iterations (ResNet-20 and ResNet-56, BN and
-# MBN, batch 8 and 128), sooner with a warm cache or with lanes.
+# On an H100 compiling takes 44 to 84 seconds, and pays after 15,000 to 37,000 iterations (ResNet-20 and ResNet-56, BN
+# and MBN, batch 8 and 128), sooner with a warm cache or with lanes.
 COMPILES_FROM_ITERATIONS = 30_000
 
 GRAPHS = ("graph", "graph-eager")
@@ -43,7 +43,7 @@ def choose_device(wanted: str, earlier: str | None) -> torch.device:
 
 
 def choose_threads(wanted: int | None, earlier: int | None) -> int:
-    """CPU threads: as asked for, or as the run began, or torch's choice. Another number changes the last bits."""
+    """CPU threads: the number asked for, else the one the run began with, else torch's. It affects the last bits."""
     threads = wanted or earlier or torch.get_num_threads()
     if earlier and threads != earlier:
         print(
@@ -54,7 +54,7 @@ def choose_threads(wanted: int | None, earlier: int | None) -> int:
 
 
 def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:
-    """What machine.tf32 and machine.deterministic ask of torch, for this process."""
+    """Set torch, for the whole process, as machine.tf32 and machine.deterministic say."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
@@ -62,7 +62,7 @@ def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> Non
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    # It finds bugs, and costs a launch a tensor.
+    # Filling helps to find bugs, but costs a kernel launch for every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -71,9 +71,9 @@ def choose_mode(
 ) -> str:
     """eager, compile, graph (compiled, then recorded) or graph-eager (recorded without a compiler).
 
-    auto is as the run began; else on CUDA a graph, and compiled where the whole run is long enough to repay it. The
-    choice is a function of the configuration, the device and the number of threads, and of no clock, so that the same
-    command does the same again.
+    auto continues as the run began. A new run uses a graph on CUDA, and is compiled if it is long enough for that to
+    pay. The choice depends on the configuration, the device and the number of threads only, not on measured time, so
+    the same command always makes the same choice.
 
     Errors: UserError where compile is asked for and there is no compiler, or a graph where there is no CUDA.
     """
@@ -142,6 +142,6 @@ def compiler_fault(device: torch.device) -> str | None:
     try:
         with cuda_graph.one_at_a_time:
             torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever a missing or broken tool chain raises
+    except Exception as error:  # a missing or broken compiler can raise anything
         return cuda_graph.first_line(error)
     return None

@@ -32,9 +32,9 @@ _compiled: dict[tuple[Callable, Any], Callable] = {}
 def compiled(method: Callable, kind: Any) -> Callable:
     """torch.compile of a bound method, made once for all objects of a kind: runs side by side, one run after another.
 
-    kind: hashable. Objects of one kind differ in their tensors' values alone, which compiled code takes as arguments;
-    where they differ in more torch notices and compiles again, for up to eight of them. So each kind has a code object
-    of its own.
+    kind: hashable. Objects of one kind differ only in the values of their tensors, which compiled code takes as
+    arguments. For objects that differ in more, torch compiles again, but at most eight times for one code object. So
+    each kind has a code object of its own.
     """
     key = (method.__func__, kind)  # type: ignore[attr-defined]
     if key not in _compiled:
@@ -44,7 +44,7 @@ def compiled(method: Callable, kind: Any) -> Callable:
     return functools.partial(_compiled[key], method.__self__)  # type: ignore[attr-defined]
 
 
-# Losses stay on the device, and are read together every so many iterations.
+# Losses stay on the device. They are read together, once every this many iterations.
 READ_EVERY = 50
 
 
@@ -52,13 +52,13 @@ class Update:
     """First forward, loss, backward, optimiser step; then, with forwards=2, the second forward that remembers.
 
     mode: "eager"; "compile" to compile both forwards with torch.compile for batches of batch_size images (an epoch's
-    last, smaller one is not worth it); "graph" to record the whole iteration, the compiled forwards inside it, once for
-    each size of batch and play it back, inside `own_stream`; "graph-eager" for that without a compiler. Where
+    last, smaller one is not worth it); "graph" to record the whole iteration with its compiled forwards, once for each
+    batch size, and play it back (call it inside `own_stream`); "graph-eager" for the same without compiling. Where
     recording fails `mode` becomes "eager", with a warning.
 
-    The learning rate and everything a layer remembers are tensors changed in place. Loss and number of errors of the
-    last iterations are kept on the device until `drain`, and so is what `watch` notes, so that an iteration never
-    waits for the host.
+    The learning rate and everything a layer remembers are tensors changed in place. The losses and errors of the last
+    iterations stay on the device until `drain`, and so do the notes of `watch`: an iteration never waits for the
+    host.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Update:
         self.layers = [layer for layer in norm_layers(model) if layer.forwards == 2] if forwards == 2 else []
         self.memories = AllMemories(self.layers or [layer for layer in norm_layers(model) if layer.forwards == 1])
         self.projects = bool(unit_layers(model))
-        # From the first step on: a step's effect is its size over the row's norm.
+        # Before the first step too: the effect of a step depends on the row's norm.
         project_unit_rows(model)
         self.batch_size = batch_size
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
@@ -101,7 +101,7 @@ class Update:
         return loss, torch.stack([loss.detach(), errors.to(loss.dtype)])
 
     def _second(self, images: Tensor) -> None:
-        # Without a result the compiler leaves out what follows the last layer's statistics.
+        # It returns nothing, so the compiler leaves out everything after the last layer's statistics.
         self.model(images)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
@@ -116,7 +116,7 @@ class Update:
         self.pending += 1
 
     def _iterate(self, images: Tensor, labels: Tensor) -> None:
-        """One iteration, all that depends on the host left out: it may be recorded."""
+        """One iteration without anything that depends on the host, so that it can be recorded."""
         self.watch(images)
         whole = self.batch_size in (None, len(images))
         first, second = (self.first, self.second) if whole else (self._first, self._second)
@@ -133,11 +133,11 @@ class Update:
         push(self.window, measured)
 
     def _not_recorded(self, error: Exception) -> None:
-        """Go on in eager mode: nothing was done yet of the iteration that could not be recorded."""
+        """Go on in eager mode: the iteration that could not be recorded has changed nothing yet."""
         warn(first_line(error))
         self.mode = "eager"
         self.first, self.second = self._first, self._second
-        self.optimizer.zero_grad()  # gradients that were recorded, but never computed
+        self.optimizer.zero_grad()  # these gradients were recorded, but never computed
 
     def drain(self) -> list[tuple[float, int]]:
         """Loss (mean over the batch) and number of errors of each iteration since the last call; waits for the device.

@@ -1,4 +1,4 @@
-"""What a run measures over time: metrics.jsonl, the truth, and TensorBoard's event file, a view of it."""
+"""What a run measures over time: metrics.jsonl is the truth, TensorBoard's event file a view of it."""
 
 import io
 import json
@@ -56,22 +56,22 @@ LAYOUT = {
 class Journal:
     """Rows of numbers: `kind` is "train" within an epoch and "epoch" at the end of one, `images` the axis.
 
-    lines: how many lines a resumed run keeps. Those after its checkpoint are cut off, whatever a crash made of them,
-    and TensorBoard's file is written again from what is left, so that no point is doubled or missing.
+    lines: how many lines a resumed run keeps. Lines after its checkpoint are cut off, complete or not. TensorBoard's
+    file is then written again from the lines kept, so that no point is doubled or missing.
 
-    Errors: UserError, here and in every method, where rows are missing or damaged, or the disk is full. Where
-    TensorBoard's file cannot be written that is a warning, and the file is left alone until the run is resumed.
+    Errors: UserError, here and in every method, where rows are missing or damaged, or the disk is full. If
+    TensorBoard's file cannot be written, that is only a warning: the run goes on without it until it is resumed.
     """
 
     def __init__(self, folder: Path, configuration: str, lines: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
         self.folder = folder
         written = self.path.read_bytes() if self.path.exists() else b""
-        # A row ends in a newline: what a crash cut short has none.
+        # A complete row ends in a newline; a row that a crash cut short does not.
         kept = written.split(b"\n")[:-1][:lines]
         if len(kept) < lines:
             raise UserError(
-                f"{self.path} has {len(kept)} rows, but its checkpoint counts on {lines}: move {folder} away and run "
+                f"{self.path} has {len(kept)} rows, but its checkpoint needs {lines}: move {folder} away and run "
                 "the command again."
             )
         write_atomically(self.path, b"".join(row + b"\n" for row in kept))
@@ -83,7 +83,7 @@ class Journal:
         self._show([*first_events(configuration), *(event for row in self.rows() for event in events(row))])
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row to both."""
+        """Append one row to both files."""
         line = json.dumps(row) + "\n"
         try:
             with self.path.open("a") as file:
@@ -94,7 +94,7 @@ class Journal:
         self._show(events(row))
 
     def sync(self) -> None:
-        """Return when all rows are on the disk: before a checkpoint that counts on them is."""
+        """Return when all rows are on the disk. To be called before a checkpoint, which relies on them, is written."""
         try:
             with self.path.open("a") as file:
                 os.fsync(file.fileno())
@@ -126,7 +126,7 @@ class Journal:
             self.view = None
 
 
-# What TensorBoard's file holds. torch's SummaryWriter writes it in a thread of its own, whose errors nobody can catch.
+# What TensorBoard's file holds. torch's SummaryWriter is not used: it writes in a thread whose errors nobody can catch.
 
 
 def first_events(configuration: str) -> list[bytes]:

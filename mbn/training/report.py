@@ -45,7 +45,7 @@ def row(kind: str, state: State, sums: Sums) -> dict[str, Any]:
 
 
 def epoch_row(state: State, data: Data, training: Statistics) -> dict[str, Any]:
-    """The row that ends an epoch: also the test errors, weights, and how far training's statistics are from them."""
+    """The row that ends an epoch, with test errors, weight norms and the gap between training and test statistics."""
     statistics = epoch_statistics(state.model, training)
     state.model.eval()
     tested = evaluation(state, data)

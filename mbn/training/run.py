@@ -34,11 +34,11 @@ from mbn.training.journal import Journal
 from mbn.training.schedule import scheduled
 from mbn.training.state import State, Sums, saved_state
 
-# What a run's folder holds that is written atomically.
+# The files in a run's folder that are written atomically.
 WRITTEN = ("checkpoint.pt", "metrics.jsonl", "config.yaml")
 # Rows of the journal within an epoch.
 ROWS_PER_EPOCH = 10
-# Seconds between two checkpoints at the ends of epochs, which on a GPU may take a second each.
+# At least so many seconds pass between two checkpoints at ends of epochs: on a GPU an epoch may take only a second.
 SAVES_APART = 10.0
 
 Build = Callable[[Layers], nn.Module]
@@ -50,15 +50,15 @@ def train(
 ) -> dict[str, Any]:
     """Train the run that config describes, from its last checkpoint if there is one, and return its record.
 
-    build: makes the network from its layers. For threads side by side, which cannot answer signals and share their
-    images, stop: what says when to stop (None: this process's signals), and open_data: what opens the data set.
+    build: makes the network from its layers. stop: says when to stop; None means on this process's signals. open_data:
+    opens the data set. Runs in threads need both: a thread cannot answer signals, and threads share their images.
 
-    Errors: UserError, with code 75 or 130 when a signal stopped the run; the same call goes on from where it was.
+    Errors: UserError, with code 75 or 130 when a signal stopped the run; the same call continues it.
     """
     results, name = Path(config.machine.results), run_name(config)
     folder = results / "runs" / name
     with lock(folder / "lock"), _memory_is_enough(config):
-        with one_at_a_time:  # seeds and generators are the process's
+        with one_at_a_time:  # seeds and generators belong to the process
             run = Run(config, build, folder, open_data)
         for path in (*(folder / file for file in WRITTEN), record.path_of(results, name)):
             remove_partials(path)
@@ -69,7 +69,7 @@ def train(
                     run.train(signals, journal)
                     return run.finish(signals, journal)
             finally:
-                run.update.recorded.clear()  # and the memory that recordings hold
+                run.update.recorded.clear()  # frees the memory that recordings hold
 
 
 def _signals(stop: StopRequest | None) -> contextlib.AbstractContextManager[StopRequest]:
@@ -91,8 +91,8 @@ def _memory_is_enough(config: Config) -> Iterator[None]:
 def add_precise_error(config: Config, build: Build, stop: StopRequest | None = None) -> dict[str, Any]:
     """Measure `test_error_precise` from a finished run's final checkpoint, add it to its record, and return that.
 
-    Nothing else in the record changes but its checksum. stop: as for `train`. Errors: UserError where the checkpoint is
-    not there any more, or when a signal stopped it.
+    Nothing else in the record changes except its checksum. stop: as for `train`. Errors: UserError where the final
+    checkpoint is gone, or when a signal stopped the measurement.
     """
     results, name = Path(config.machine.results), run_name(config)
     folder = results / "runs" / name
@@ -115,7 +115,7 @@ class Run:
         self.checkpoint_path = folder / "checkpoint.pt"
         saved = saved_state(config, folder)
         machine, earlier = config.machine, saved["machine"] if saved else {}
-        # What is left to choose is chosen once: a resumed run goes on as it began.
+        # Device, threads and mode are chosen once: a resumed run goes on as it began.
         device = choose_device(machine.device, earlier.get("device"))
         threads = choose_threads(machine.threads, earlier.get("threads"))
         torch.set_num_threads(threads)
@@ -141,7 +141,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def open_journal(self) -> Journal:
-        """The journal, opened to go on where the checkpoint left off; rows after it are cut off."""
+        """The journal, opened to continue from the checkpoint; rows after the checkpoint are cut off."""
         text = to_yaml(to_dict(self.config))
         write_atomically(self.folder / "config.yaml", text.encode())
         return Journal(self.folder, text, self.state.journal_lines)
@@ -179,7 +179,7 @@ class Run:
                     raise self._stopped(stop)
 
     def set_schedule(self, iteration: int) -> None:
-        """Put the learning rate and what changes of the method to their values for this 0-based iteration."""
+        """Set the learning rate and the method's scheduled values for this 0-based iteration."""
         for name, value in scheduled(self.config, iteration, self.state.length).items():
             if value == self.state.scheduled.get(name):
                 continue
@@ -208,7 +208,7 @@ class Run:
         self.state.clock.count(training=False)
 
     def save_is_due(self, epoch_ends: bool) -> bool:
-        """Whether the run has ended, or the last checkpoint is so old: at the ends of epochs a younger one will do."""
+        """Whether the run has ended, or the last checkpoint is old: at an epoch's end, over SAVES_APART seconds."""
         wait = min(self.config.machine.checkpoint_seconds, SAVES_APART if epoch_ends else math.inf)
         return self.state.iteration == self.state.length or time.monotonic() - self.saved_at > wait
 
@@ -243,12 +243,13 @@ class Run:
         )
 
     def precise_error(self, stop: StopRequest) -> float:
-        """Test error in percent with statistics taken again over an epoch of training, which are then put back.
+        """Test error in percent with statistics measured again over an epoch of training images.
 
-        The images are augmented as in training: it is their statistics that the weights were trained with. Those of
-        plain images differ by more than what is to be measured (ResNet-56, BN, batch 8: 18.1 % against 15.7 %).
+        The old statistics are put back afterwards. The images are augmented as in training, because the weights were
+        trained with the statistics of augmented images. Plain images give others, and that changes the error by more
+        than what is to be measured (ResNet-56, BN, batch 8: 18.1 % instead of 15.7 %).
         """
-        self.set_schedule(self.state.length - 1)  # lambda, r_max and d_max as training ended with
+        self.set_schedule(self.state.length - 1)  # lambda, r_max and d_max as at the end of training
         batches = self._until(stop, self.data.train_batches(0, self.config.batch_size))
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with autocast(self.state.device, self.config.precision):
@@ -259,7 +260,7 @@ class Run:
         return error
 
     def _until(self, stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches, but UserError once a signal has come."""
+        """The same batches. Errors: UserError once a signal has come."""
         for batch in batches:
             if stop.code is not None:
                 raise self._stopped(stop)
@@ -299,9 +300,9 @@ class Run:
 
 
 def iterations_between_rows(per_epoch: int) -> int:
-    """Iterations between two rows of the journal within an epoch: where many, up to the next multiple of READ_EVERY.
+    """Iterations between two rows of the journal within an epoch.
 
-    Losses are read then anyway.
+    A large number is rounded up to a multiple of READ_EVERY, because the losses are read then anyway.
     """
     every = max(1, per_epoch // ROWS_PER_EPOCH)
     return every if every <= READ_EVERY // 2 else -(-every // READ_EVERY) * READ_EVERY

@@ -1,4 +1,4 @@
-"""What changes during training, as functions of how much of it is done."""
+"""What changes during training, as functions of the share of it that is done."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from mbn.methods import MBN, METHODS
 
 
 def scheduled(config: Config, iteration: int, length: int) -> dict[str, Any]:
-    """What is set at a 0-based iteration of length: "lr", and as "method" the values of what changes of the method."""
+    """The values to set at a 0-based iteration of `length`: "lr" and, as "method", the method's own."""
     schedule, change = config.schedule, METHODS[config.norm.name].change
     values: dict[str, Any] = {"lr": value_at(schedule.lr, schedule.milestones, iteration, length)}
     if change:
@@ -32,7 +32,7 @@ def value_at(values: Sequence[float], milestones: Sequence[float], iteration: in
 
 @functools.cache
 def _changes(milestones: tuple[float, ...], iterations: int) -> list[int]:
-    """The iterations at which milestones are reached: asked for at every iteration, and exact arithmetic is slow."""
+    """The iterations at which milestones are reached. Cached: each iteration asks, and exact arithmetic is slow."""
     return [math.ceil(Fraction(repr(stone)) * iterations) for stone in milestones]
 
 
@@ -50,8 +50,8 @@ def renorm_values(config: Config, iteration: int, iterations: int) -> tuple[floa
 def renorm_bounds(iteration: int, iterations: int) -> tuple[float, float]:
     """r_max and d_max of batch renormalisation at a 0-based iteration of a run of that many.
 
-    Plain batch norm (1 and 0) until 1/32 of training, then both linear: d_max to 5 at 5/32, r_max to 3 at 1/4. These
-    are the instants of Ioffe 2017 (5k, 25k and 40k of about 160k steps) as fractions.
+    Plain batch norm (1 and 0) until 1/32 of training. Then both rise linearly: d_max to 5 at 5/32, r_max to 3 at 1/4.
+    These are the points of Ioffe 2017 (5k, 25k and 40k of about 160k steps) as fractions.
     """
     done = Fraction(iteration, iterations)
 

@@ -1,4 +1,4 @@
-"""The state of a run: what training changes, what a checkpoint keeps of it, and how it is put back."""
+"""The state of a run: what training changes, what a checkpoint keeps of it, and how a checkpoint is restored."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from mbn.training import checkpoint_file
 
 
 class Sums:
-    """Losses, errors and images added up: in the order of iterations, so that a resume gives the same bits."""
+    """Losses, errors and images, added up in the order of iterations, so that a resume gives the same bits."""
 
     def __init__(self, losses: float = 0.0, errors: int = 0, images: int = 0) -> None:
         self.losses, self.errors, self.images = losses, errors, images
@@ -32,17 +32,17 @@ class Sums:
 
     @property
     def loss(self) -> float:
-        """Mean loss an image."""
+        """Mean loss per image."""
         return self.losses / max(self.images, 1)
 
     @property
     def error(self) -> float:
-        """Percent of the images."""
+        """Error in percent of the images."""
         return 100 * self.errors / max(self.images, 1)
 
 
 class Clock:
-    """Seconds of a run, and seconds of training among them: testing and saving are not training."""
+    """Seconds of a run, and how many of them were training; testing and saving are not."""
 
     def __init__(self) -> None:
         self.seconds = self.training_seconds = 0.0
@@ -61,10 +61,10 @@ class Clock:
 
 
 class State:
-    """Network, optimiser and counters of a run, and the machines and the version of the code that it has used.
+    """Network, optimiser and counters of a run, the devices it has used and the version of the code.
 
-    scheduled: the values that `mbn.training.schedule.scheduled` gave last. epoch_sums, row_sums: since the epoch began,
-    and since the last row of the journal.
+    scheduled: the values that `mbn.training.schedule.scheduled` gave last. epoch_sums, row_sums: sums since the epoch
+    began, and since the last row of the journal.
     """
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device, threads: int) -> None:
@@ -88,7 +88,8 @@ class State:
         self.commit, self.dirty = provenance.commit_and_dirty()
         self.devices = devices_so_far(None, device)
         self.again = config.machine.again
-        # Without dropout training draws nothing: threads side by side must not read what others do to the generators.
+        # Without dropout training draws no random numbers, so the first states are kept: other threads may change the
+        # process's generators meanwhile.
         self.generators = None if uses_dropout(self.model) else generators(device)
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ class State:
         self.devices = devices_so_far(saved, self.device)
         self.again = saved["anew"]
         if saved["commit"] != self.commit or saved["dirty"]:
-            # One record, two versions of the code: not what its commit alone would give.
+            # Two versions of the code made one record: the commit alone would not give it.
             self.dirty = True
         print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
 
@@ -159,9 +160,9 @@ class State:
 
 
 def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
-    """The checkpoint in a run's folder to go on from, None where there is none.
+    """The checkpoint in a run's folder to go on from, or None.
 
-    With machine.again a finished run, or one that was not begun with it, starts over. Errors: UserError.
+    With machine.again a run starts over if it is finished, or was not begun with machine.again. Errors: UserError.
     """
     path = folder / "checkpoint.pt"
     saved = checkpoint_file.newest(path)
@@ -173,7 +174,7 @@ def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
     finished = written and saved["iteration"] == saved["length"]
     if config.machine.again and (finished or not saved["anew"]):
         for file in folder.iterdir():
-            if file.name not in ("lock", "log.txt"):  # which are in use
+            if file.name not in ("lock", "log.txt"):  # these are in use
                 file.unlink()
         return None
     return saved
@@ -188,9 +189,9 @@ def generators(device: torch.device) -> dict[str, Tensor]:
 
 
 def devices_so_far(saved: dict[str, Any] | None, device: torch.device) -> list[str]:
-    """The names of the devices that a run has used, in their order, device as the last one."""
+    """The names of the devices that a run has used, in order; the last one is `device`."""
     name = provenance.device_name(device)
     earlier: list[str] = saved.get("devices", []) if saved else []
     if saved and not earlier and saved["machine"]["device"] != str(device):
-        earlier = [saved["machine"]["device"]]  # before names were kept
+        earlier = [saved["machine"]["device"]]  # a checkpoint from before names were kept
     return earlier if earlier[-1:] == [name] else [*earlier, name]

@@ -10,7 +10,7 @@ from mbn.training import iteration
 
 @pytest.fixture(autouse=True)
 def without_a_compiler(monkeypatch):
-    """What a compiler makes is not an operation that the stand-in could note."""
+    """The stand-in cannot note compiled code, so nothing is compiled."""
     monkeypatch.setattr(iteration, "compiled", lambda method, kind: method)
 
 
@@ -23,7 +23,7 @@ def one_thread(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def profiler(monkeypatch):
-    """A profiler that sees two kernels: on a CPU the real one sees nothing of other threads."""
+    """A profiler that sees two kernels: on a CPU the real one does not see other threads."""
 
     def seen(work, device):
         work()

@@ -1,4 +1,4 @@
-"""What the benchmark's tests share: a small network without dropout, and little of everything."""
+"""What the benchmark's tests share: a small network without dropout, and small sizes."""
 
 import time
 from pathlib import Path
@@ -32,12 +32,12 @@ SIZES = Sizes(
     large_batch=8,
     loader_seconds=0.1,
 )
-# Holds no CIFAR-10; the same in all tests, as configurations are composed once for each folder.
+# A folder without CIFAR-10. The same in all tests, because configurations are composed once for each folder.
 EMPTY = Path("nothing-here")
 
 
 class Little(Small):
-    """A few milliseconds an iteration; of so few pixels that BRN's bounds matter."""
+    """A few milliseconds an iteration. It has so few pixels that BRN's bounds matter."""
 
     def forward(self, x):
         return super().forward(x[..., :6, :6])
@@ -54,7 +54,7 @@ def small_place(sizes=SIZES):
 
 
 def fake_workloads(monkeypatch, seconds=lambda arm: 0.5, step=lambda: None, made=lambda: None):
-    """Workloads that take as long as a function of their arm says, and do what another one does."""
+    """Replace workloads by fakes. seconds(arm): how long an iteration seems to take; step: what it does."""
 
     class Fake:
         in_mode = True

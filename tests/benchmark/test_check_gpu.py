@@ -1,4 +1,4 @@
-"""scripts/check_gpu.py on the CPU: comparisons find every fault, and what follows from the numbers."""
+"""scripts/check_gpu.py on the CPU: the comparisons find every fault, and the advice follows from the numbers."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def test_all_jobs_end_with_the_advice_and_a_file(capsys, tmp_path, recording):
 
 
 def memory_off(monkeypatch):
-    """A memory that recorded iterations get wrong by a hundredth."""
+    """Recorded iterations make the memory wrong by a hundredth."""
     original = Memories.enter
 
     def enter(self):
@@ -202,11 +202,11 @@ def test_without_cuda_one_sentence_and_exit_code_2(monkeypatch, capsys):
         assert (out, err) == ("", f"error: this checks a CUDA device, but {device} is not one, or is not there.\n")
 
 
-# What the numbers say.
+# The advice that follows from the numbers.
 
 
 def advise(states=(), ms=(1.0, 2.0), rates=None):
-    """The advice where jobs have these states ("done" where none is given), ms compiled and without, and rates."""
+    """The advice for these states of jobs (default "done"), ms with and without compiling, and rates."""
     status = {**dict.fromkeys(COMPARISONS, "done"), **dict(states)}
     compiled = Compared(found={"MBN 2 forwards, graph": {"ms": ms[0], "ms_without": ms[1]}})
     if status["compiled"] != "done":

@@ -71,7 +71,7 @@ def test_all_jobs_of_a_gpu_are_done_and_written_one_by_one(tmp_path, monkeypatch
     assert all(f"\n## {name}\n" in text.read_text() for name in CUDA_JOBS)
 
 
-def test_what_is_not_asked_for_and_what_has_no_time_is_said(capsys, recording):
+def test_skipped_jobs_are_reported_with_the_reason(capsys, recording):
     report, outcomes = run(only="lanes-*,loader", skip="*-bn,")
     status = {name: case["status"] for name, case in report["cases"].items()}
     assert status == dict.fromkeys(CUDA_JOBS, "skipped: not asked for") | {"lanes-r20-b8-mbn": "done", "loader": "done"}
@@ -91,8 +91,8 @@ def test_a_job_has_its_own_limit_within_that_of_all(monkeypatch, place):
     assert given == [1005, 1020]
 
 
-def test_what_fails_is_said_and_the_rest_goes_on(monkeypatch, capsys, recording):
-    """Memory that is not enough for ResNet-50, a compiler that is missing, and a loader that breaks."""
+def test_failures_are_reported_and_the_rest_goes_on(monkeypatch, capsys, recording):
+    """Too little memory for ResNet-50, no compiler, and a loader that fails."""
 
     def full(*, builder, **rest):
         if builder.endswith("resnet50"):
@@ -221,7 +221,7 @@ def test_quick_prints_a_table_and_writes_nothing(tmp_path, capsys):
 
 
 def test_runs_side_by_side_are_part_of_the_cpus_benchmark(monkeypatch, place):
-    """In processes, at the same time; the first one has all threads."""
+    """Processes at the same time; the first measurement is of one run with all threads."""
     monkeypatch.setattr(suites, "cores", lambda: 2)
     *_, job = suites.on_cpu()
     assert job.name == "processes-r20-b8"

@@ -14,7 +14,7 @@ from mbn.benchmark.kernels import Profiled
 from mbn.benchmark.side_by_side import SideBySide, lanes
 from mbn.benchmark.workload import Arm, Sizes
 
-profiler = kernels.kernels  # before conftest puts another one in its place
+profiler = kernels.kernels  # before conftest replaces it
 
 
 def rate(place, n, seconds):
@@ -27,10 +27,10 @@ def rate(place, n, seconds):
 @pytest.mark.parametrize(
     ("n", "step", "window", "least"), [(1, 0.02, 0.4, 25), (3, 0.02, 0.4, 75), (1, 0.3, 0.05, 2)], ids=str
 )
-def test_lanes_are_counted_from_their_start_to_their_end(n, step, window, least, monkeypatch, place):
-    """A step never takes less: n lanes make at most n / step a second, and most of them on a busy machine, too.
+def test_the_rate_of_lanes_counts_all_their_iterations_and_time(n, step, window, least, monkeypatch, place):
+    """n lanes do at most n / step iterations a second, and most of that on a busy machine, too.
 
-    The four iterations up to the recording do not count, and one of 0.3 s in a window of 0.05 s does with its time.
+    The four iterations up to the recording do not count. An iteration of 0.3 s in a window of 0.05 s counts in full.
     """
     fake_workloads(monkeypatch, step=lambda: time.sleep(step))
     assert least < rate(place, n, window) <= n / step
@@ -60,7 +60,7 @@ def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, place
     assert images.train_images.data_ptr() == other_images.train_images.data_ptr()
 
 
-def test_lanes_are_all_that_holds_streams(monkeypatch, place, recording):
+def test_only_lanes_hold_streams(monkeypatch, place, recording):
     """torch has 32 streams, and there are jobs of 32 lanes."""
     inside, most = [], []
 
@@ -102,7 +102,7 @@ def test_nothing_is_compiled_where_there_is_little_time(work, place):
 
 
 def test_a_profile_is_of_one_iteration():
-    """Microseconds: a 0-100, b 50-150 beside it, c 200-300 with a short a inside, and nothing from 150 to 200."""
+    """Kernels in microseconds: a 0-100, b 50-150, c 200-300, a again 220-230; from 150 to 200 nothing runs."""
     found = Profiled(CASE, MBN2, 2, iterations=2)
     found.add_up(
         [(1000 * s, 1000 * e, n) for s, e, n in [(0, 100, "a"), (50, 150, "b"), (200, 300, "c"), (220, 230, "a")]]

@@ -26,7 +26,7 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_every_arm_is_timed_in_every_round(monkeypatch, place):
-    """By a clock that moves a second with every look at it: each measurement is one second, over its iterations."""
+    """The clock advances a second each time it is read, so each measurement is one second over its iterations."""
     clock = itertools.count()
     monkeypatch.setattr(workload.time, "perf_counter", lambda: float(next(clock)))
     place.sizes = Sizes(images=64, rounds=3, round_seconds=4.0)
@@ -55,7 +55,7 @@ def clock(monkeypatch, place):
 
 
 def test_a_round_that_the_limit_breaks_off_does_not_count(clock, place):
-    """Of 6.5 s two arms take 2 to start and 2 a round: the third round breaks off after its first arm."""
+    """With 6.5 s, two arms take 2 s to start and 2 s a round: the third round stops after its first arm."""
     result = timed(CASE, (RECORDED, MBN2), place, 6.5)
     assert result.seconds == {RECORDED.name: [3, 5], MBN2.name: [4, 6]}
     assert result.missing == {"rounds from 3 to 6": NO_TIME}
@@ -87,7 +87,7 @@ def test_an_arm_that_fails_in_a_round_has_no_times(monkeypatch, place):
     assert result.missing == {MBN2.name: "failed: RuntimeError: once"}
 
 
-def test_iterations_that_are_not_recorded_are_not_taken_for_recorded_ones(monkeypatch, place, capsys):
+def test_unrecorded_iterations_do_not_pass_for_recorded_ones(monkeypatch, place, capsys):
     def record(function):
         raise RuntimeError("not here")
 
@@ -99,7 +99,7 @@ def test_iterations_that_are_not_recorded_are_not_taken_for_recorded_ones(monkey
 
 
 def test_peak_memory_is_the_allocators(place):
-    """A layer that keeps a large tensor for its backward pass shows, byte for byte."""
+    """A layer keeps a large tensor for its backward pass: the peak grows by exactly its bytes."""
 
     class Greedy(nn.Module):
         def __init__(self, n):
@@ -119,7 +119,7 @@ def test_peak_memory_is_the_allocators(place):
 # Arms and images.
 
 
-def test_an_arm_that_tests_changes_nothing(place):
+def test_an_arm_that_evaluates_changes_nothing(place):
     made = []
     place.build = lambda **given: made.append(build(**given)) or made[0]
     testing = workload.prepare(CASE, Arm("mbn", evaluates=True), place)
@@ -128,7 +128,7 @@ def test_an_arm_that_tests_changes_nothing(place):
     torch.testing.assert_close(made[0].state_dict(), before, rtol=0, atol=0)
 
 
-def test_the_plain_loop_takes_images_as_torchvision_hands_them_out(place):
+def test_the_plain_loop_gets_images_as_torchvision_gives_them(place):
     """As PIL images, transformed; the folder is empty."""
     workload.prepare(CASE, PLAIN, place).step()
     arrays = place.opened[0]
@@ -137,7 +137,7 @@ def test_the_plain_loop_takes_images_as_torchvision_hands_them_out(place):
     assert len(pictures) == 64
 
 
-def test_an_arm_has_the_configuration_that_it_is_called_by():
+def test_an_arm_has_the_configuration_that_its_name_says():
     for arm in (*suites.ON_CPU[:-1], Arm("mbn", 2, "graph", precision="bf16")):
         found = workload.settings(CASE, arm, EMPTY)
         assert (found.norm.name, found.forwards, found.precision) == (arm.norm, arm.forwards, arm.precision)
@@ -167,5 +167,5 @@ def test_pictures_are_like_imagenets(tmp_path):
     assert len({file.read_bytes() for file in files}) == 64
 
 
-def test_a_loader_without_time_is_said(place):
+def test_a_loader_without_time_is_reported(place):
     assert imagenet_loader.loader(place, time.monotonic()).missing == {"loader": NO_TIME}

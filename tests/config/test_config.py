@@ -22,7 +22,7 @@ from mbn import config, methods, network_layers
 from mbn.config import CONFIGS, REPOSITORY, ConfigError, from_dict, iterations, load, loading, run_name, to_dict
 from mbn.norm.base import norm_layers
 
-# What some options need beside them, so that every option of every group is tried.
+# Further settings that some options need, so that every option of every group is tried.
 COMPANIONS = {"norm=normprop": ["model=nin"], "dataset=imagenet": ["model=resnet18"]}
 COMPANIONS |= {f"model=resnet{depth}": ["dataset=imagenet"] for depth in (18, 34, 50)}
 OPTIONS = [f"{group}={option}" for group in config.groups() for option in config.options(group)]
@@ -49,7 +49,7 @@ def refusal(*overrides):
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
-    """A function that writes configs/experiment/mine.yaml into a copy of the configurations, which is then used."""
+    """A function that writes configs/experiment/mine.yaml into a copy of the configurations, and uses the copy."""
     folder = tmp_path / "configs"
     shutil.copytree(CONFIGS, folder)
     monkeypatch.setattr("mbn.config.loading.CONFIGS", folder)
@@ -73,7 +73,7 @@ def experiment(tmp_path, monkeypatch):
         ("colour", ""),
     ],
 )
-def test_an_unknown_key_is_refused_and_the_one_meant_is_named(plus, key, meant):
+def test_an_unknown_key_is_refused_and_the_nearest_key_is_named(plus, key, meant):
     message = refusal(f"{plus}{key}=3")
     assert key in message
     assert meant in message
@@ -101,7 +101,7 @@ def test_a_good_experiment_file_is_read_and_the_command_line_wins(experiment):
 
 
 def cases(table):
-    """(override, what is wanted) of a table in which the first stands behind the second."""
+    """Pairs (override, what is wanted) of a table {what is wanted: overrides}."""
     return [(override, wanted) for wanted, overrides in table.items() for override in overrides.split()]
 
 
@@ -145,7 +145,7 @@ def test_a_wrong_type_is_refused(override, wanted):
 
 @pytest.mark.parametrize(("override", "wanted"), cases(IMPOSSIBLE))
 def test_an_impossible_value_is_refused_with_what_would_be_right(override, wanted):
-    """Put where the command line would put it: composing takes a tenth of a second."""
+    """The value is put directly into the configuration: composing takes a tenth of a second."""
     key, _, text = override.partition("=")
     plain = node = to_dict(load_once())
     *groups, last = key.split(".")
@@ -161,7 +161,7 @@ def test_an_impossible_value_is_refused_with_what_would_be_right(override, wante
     assert sentence(message)
 
 
-def test_a_batch_larger_than_the_data_set_is_refused_for_the_one_that_is_chosen():
+def test_a_batch_larger_than_the_chosen_data_set_is_refused():
     assert load(["dataset=digits", "batch_size=1437"]).batch_size == 1437
     assert "1437 training images of digits" in refusal("dataset=digits", "batch_size=1438")
 
@@ -252,7 +252,7 @@ def test_a_wrong_command_ends_in_one_line_without_a_traceback_torch_or_a_file(co
 
 
 def test_a_right_command_gets_as_far_as_torch(command):
-    """Else the tests above could pass because nothing ever gets as far as torch."""
+    """Otherwise the tests above could pass because no command ever gets as far as torch."""
     done = command("dataset=digits")
     assert done.returncode != 0
     assert "torch was imported" in done.stderr
@@ -415,7 +415,7 @@ def test_length(overrides, expected):
 
 @pytest.mark.parametrize("percent", range(1, 100))
 def test_scale_is_exact_in_the_decimals_that_were_typed(percent):
-    """0.29 * 100 is 28.999999999999996: the length must be 29 % of 78200 whatever binary makes of 0.29."""
+    """0.29 * 100 is 28.999999999999996: the length must be exactly 29 % of 78200."""
     plain = to_dict(load_once())
     plain["schedule"]["scale"] = percent / 100
     assert iterations(from_dict(plain)) == 782 * percent
@@ -436,11 +436,11 @@ def load_once(*overrides):
 
 @pytest.mark.parametrize("overrides", NAMES)
 def test_names_are_those_of_the_first_version(overrides):
-    """A changed name orphans every record: a new setting must be neutral at its schema's default."""
+    """A changed name orphans every record. So a new setting's default in the schema must change no run."""
     assert run_name(load(overrides.split())) == NAMES[overrides]
 
 
-def test_the_name_is_equal_for_one_length_however_it_is_asked_for():
+def test_the_name_is_the_same_however_the_length_is_given():
     same = [
         ["schedule.epochs=20"],
         ["schedule.iterations=7820"],
@@ -556,11 +556,11 @@ def test_a_setting_absent_from_a_dictionary_is_at_the_schemas_default():
     assert run_name(from_dict(plain)) == run_name(load_once())
 
 
-# Slips of the hand: every one-letter deletion, doubling and swap of every key.
+# Typing errors: every one-letter deletion, doubling and swap in every key.
 
 
 def typos():
-    """(overrides beside it, wrong key, value) for every key of every configuration and every slip that is no key."""
+    """(further overrides, wrong key, value) for every key of every configuration and every slip that is not a key."""
     homes = {}
     for base in [(), *BASES]:
         plain = to_dict(load_once(*base))
@@ -603,7 +603,7 @@ def refused(*overrides):
 
 
 def typed(slips):
-    """Those of the slips that are accepted on a command line, plain or with a plus; none should be."""
+    """The slips that are accepted on a command line, plain or with a plus; there should be none."""
     return [
         f"{plus}{key}"
         for base, key, value in slips
@@ -613,7 +613,7 @@ def typed(slips):
 
 
 def filed(slips, experiment):
-    """Those of the slips that are accepted in an experiment file."""
+    """The slips that are accepted in an experiment file; there should be none."""
     accepted = []
     for base, key, value in slips:
         experiment(as_file(key, value))
@@ -623,7 +623,7 @@ def filed(slips, experiment):
 
 
 def test_a_key_without_its_slip_is_accepted(experiment):
-    """Else all could be refused for their values, or for a file that cannot be read."""
+    """Otherwise all could be refused for their values, or for a file that cannot be read."""
     for base in [(), *BASES]:
         keys = dict(leaves(to_dict(load_once(*base))))
         chosen = dict(random.Random(len(keys)).sample(sorted(keys.items()), 2))

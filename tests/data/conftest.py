@@ -1,4 +1,4 @@
-"""A tree of photographs, as it is or to be spoilt."""
+"""A tree of photographs, and a copy that a test may damage."""
 
 import shutil
 
@@ -13,5 +13,5 @@ def tree(tmp_path_factory):
 
 @pytest.fixture
 def copied(tree, tmp_path):
-    """The tree, to be spoilt."""
+    """A copy of the tree that a test may damage."""
     return shutil.copytree(tree, tmp_path / "imagenet")

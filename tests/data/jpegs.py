@@ -12,7 +12,7 @@ from mbn.data.image_folder import ImageFolders
 
 CLASSES = ("n01440764", "n02102040", "n03888257")
 TRAIN, VAL = 8, 3
-# What train.py must know of it.
+# What train.py must know about the tree.
 NUMBERS = ("dataset.classes=3", "dataset.train_images=24", "dataset.test_images=9")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -57,7 +57,7 @@ def make_tree(root: Path) -> Path:
 
 
 def described(image_size=64, flip=True):
-    """The tree as a data set."""
+    """The settings of the tree as a data set."""
     return Dataset("imagenet", 3, image_size, 24, 9, MEAN, STD, 0, flip)
 
 

@@ -1,4 +1,4 @@
-"""Batches, of images in memory and of images in folders: which ones, in which order, how cut; however they are made."""
+"""Batches of images in memory and in folders: which images, in which order, how cropped; however they are made."""
 
 import itertools
 import random
@@ -39,7 +39,7 @@ class Memory:
         return DeviceDataset(arrays, Dataset("digits", 9, 8, 200, 9, MEAN, STD, 2, flip), seed, torch.device("cpu"))
 
     def cut(self, seed, epoch, index):
-        """A training image as torchvision crops it, and whether it is mirrored then."""
+        """A training image as torchvision crops it, and whether it is then mirrored."""
         top, left, flip = random_streams.crops_and_flips(seed, epoch, 200, 2)[index].tolist()
         return TF.crop(TF.pad(self.plain("train", index), 2), top, left, 8, 8), flip
 
@@ -48,7 +48,7 @@ class Memory:
 
 
 class Folders:
-    """Photographs in folders, cut to 64 pixels a side."""
+    """Photographs in folders, cropped to 64 pixels a side."""
 
     n = 24
 
@@ -78,7 +78,7 @@ def kind(request, tree, monkeypatch):
 
 
 kinds = pytest.mark.parametrize("kind", [Memory, Folders], indirect=True)
-# How a batch is made must not change it.
+# The way in which a batch is made must not change it.
 ways = pytest.mark.parametrize(
     ("kind", "way"),
     [(Memory, 1), (Memory, 100), (Memory, 1000), (Folders, 0), (Folders, 1), (Folders, 4)],
@@ -98,7 +98,7 @@ def assert_equal(some, others):
 
 @kinds
 @pytest.mark.parametrize(("size", "flip"), [(7, True), (7, False), (1000, True)])
-def test_an_epoch_holds_each_image_once_cut_as_torchvision_cuts_it_with_its_own_draw(kind, size, flip):
+def test_an_epoch_has_each_image_once_cropped_as_torchvision_would_by_its_own_draw(kind, size, flip):
     """A crop of the image in a black frame, or one of any size and shape; mirrored or not."""
     per_epoch = -(-kind.n // size)
     batches = batches_of(kind.open(seed=3, flip=flip), per_epoch, size, per_epoch)

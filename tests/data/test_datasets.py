@@ -1,4 +1,4 @@
-"""Data sets as they are opened: digits, CIFAR, their numbers, and how a file gets here."""
+"""Data sets when they are opened: digits, CIFAR, their numbers, and downloads."""
 
 import hashlib
 import http.server
@@ -84,7 +84,7 @@ def test_other_numbers_than_the_configured_are_refused_with_advice_that_works(tr
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves files by name from memory: `ranges` whether it resumes, `cut` bytes after which it hangs up."""
+    """Serves files by name from memory. ranges: whether it resumes; cut: after how many bytes it hangs up."""
 
     def __init__(self, files, ranges=True, cut=None):
         self.files, self.ranges, self.cut = files, ranges, cut
@@ -201,7 +201,7 @@ def test_a_mirror_goes_on_where_the_first_server_stopped_and_starts_again_after_
     assert_fetched(target)
 
 
-def test_what_was_fetched_is_kept_when_every_server_stops(serve, target):
+def test_a_partial_download_is_kept_when_every_server_stops(serve, target):
     server = serve({"file": CONTENT}, cut=2_000_000)
     with pytest.raises(UserError, match=r"connection ended early|IncompleteRead"):
         download([server.address()], target, MD5)
@@ -244,7 +244,7 @@ def test_missing_cifar_offline_says_what_is_missing_and_what_to_do(tmp_path, mon
 
 
 class Trap:
-    """Unpickled, it makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -268,7 +268,7 @@ def test_a_cifar_file_with_another_checksum_is_refused_by_name_and_never_opened(
 
 @pytest.fixture
 def little_cifar(monkeypatch):
-    """CIFAR-10 with 4 images a file: its archive's bytes, and torchvision made to expect its checksums."""
+    """The bytes of a CIFAR-10 archive with 4 images a file. torchvision is made to expect its checksums."""
     cifar = torchvision.datasets.CIFAR10
     numbers = np.random.RandomState(0)
     files = {}

@@ -53,7 +53,7 @@ def test_names_of_any_kind_come_back(tmp_path):
 
 
 def test_what_workers_are_given_can_be_pickled(tree):
-    """As where processes are spawned, not forked: macOS, and Linux from Python 3.14 on."""
+    """Needed where processes are spawned, not forked: on macOS, and on Linux from Python 3.14 on."""
     decoder = Decoder(opened(tree).train, 64, True, 0)
     other = pickle.loads(pickle.dumps(decoder))
     image, label = decoder[1, 9]
@@ -281,7 +281,7 @@ def test_killed_and_stopped_in_mid_epoch_a_run_ends_with_the_same_bits(tree, tmp
     often = "machine.checkpoint_seconds=0.000001"
     code, _ = signalled(4, "os.kill(os.getpid(), signal.SIGKILL)", "machine.workers=2", often)
     assert code == -9
-    # Its workers outlive it by seconds and hold what they were forked with: the run's lock must not be among it.
+    # Its workers outlive it by seconds and keep open what they inherited: that must not include the run's lock.
     assert not is_locked(left.folder / "lock")
     assert left.checkpoint()["iteration"] == 3  # the fourth had not been saved
     # `timeout`, schedulers of clusters and a terminal's Ctrl-C send a signal to the workers too. Not sent by the run

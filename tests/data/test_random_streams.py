@@ -55,14 +55,14 @@ def test_all_crops_and_both_flips_are_equally_likely():
 
 
 class Largest(np.random.RandomState):
-    """A stream whose numbers are the largest: the whole area at 4/3, which is too wide for most images."""
+    """A stream of the largest numbers: the whole area at aspect ratio 4/3, too wide for most images."""
 
     def uniform(self, low, high):
         return high
 
 
 def torch_of(stream):
-    """What torchvision's get_params uses of torch, with the numbers of a stream."""
+    """The parts of torch that torchvision's get_params uses, with the numbers of a stream."""
     uniform = types.SimpleNamespace(uniform_=lambda low, high: np.float64(stream.uniform(low, high)))
     return types.SimpleNamespace(
         empty=lambda _: uniform,
@@ -76,7 +76,7 @@ def torch_of(stream):
 @pytest.mark.parametrize("stream", [random_streams._stream, lambda *_: Largest(0)], ids=["random", "largest"])
 @pytest.mark.parametrize("height", [1, 10, 40, 60, 80, 100, 300, 1000])
 def test_crops_are_torchvisions_when_it_is_given_the_same_draws(height, stream, monkeypatch):
-    """Of long images, in which ten draws may find no crop, too: the largest one in the middle is taken then."""
+    """Also for long images, where ten draws may find no crop: then the largest one in the middle is taken."""
     monkeypatch.setattr(random_streams, "_stream", stream)
     for i, width in enumerate((1, 2, 4, 10, 40, 60, 80, 100, 300, 500) * 20):
         numbers = stream(7, 2, random_streams.AUGMENTATION, i)

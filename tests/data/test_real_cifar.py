@@ -1,4 +1,4 @@
-"""A few iterations on real CIFAR-10, where it is: in data/ or in the folder that MBN_DATA names."""
+"""A few iterations on real CIFAR-10, if it is in data/ or in the folder that MBN_DATA names."""
 
 import functools
 import os
@@ -53,11 +53,11 @@ def losses(arrays, tmp_path, monkeypatch):
 
 
 def test_brn_learns_while_its_bounds_open(losses):
-    """60 iterations of a run of 200: plain batch norm to begin with, r_max and d_max at 3 and 5 from the 50th on.
+    """60 iterations of a run of 200: plain batch norm at first, r_max and d_max at 3 and 5 from the 50th on.
 
     When the bounds open so early, averages of momentum 0.01 still hold mostly their first batch (0.99^50 = 0.6). At the
     paper's learning rate of 0.1 the loss then ends anywhere between 2.4 and 14, by the seed and by the machine's
-    rounding; at these settings it fell by 0.30 to 0.49 with each of six seeds.
+    rounding; with the settings used here it fell by 0.30 to 0.49 with each of six seeds.
     """
     settings = ["schedule.iterations=200", "schedule.lr=[0.01]", "norm.momentum=0.1"]
     model, measured = losses(60, "model=resnet20", "norm=brn", *settings)
@@ -69,7 +69,7 @@ def test_brn_learns_while_its_bounds_open(losses):
 
 @pytest.mark.parametrize("model", ["nin", "vgg16"])
 def test_normprop_stays_finite_at_a_tenth_of_the_papers_learning_rate(model, losses):
-    """At the paper's 0.1 both diverge within twenty iterations, in whatever form: the method, not the code."""
+    """At the paper's 0.1 both networks diverge within twenty iterations: because of the method, not the code."""
     dropout = ["model.dropout=0"] if model == "nin" else []
     network, measured = losses(6, f"model={model}", "norm=normprop", "schedule.lr=[0.01]", *dropout)
     assert measured.isfinite().all()

@@ -39,7 +39,7 @@ class Checkout:
         return out, error
 
     def end(self):
-        """Stop what a failed test has left running."""
+        """Stop the processes that a failed test has left running."""
         for process in self.begun:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -55,5 +55,5 @@ class Checkout:
         return [path.read_text() for path in self.results.rglob("log.txt")]
 
     def starts(self):
-        """The names of the runs, as often as they were begun or resumed."""
+        """The names of the runs, one for each time that a run was begun or resumed."""
         return (self.results / "starts").read_text().splitlines()

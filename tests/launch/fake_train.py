@@ -1,4 +1,4 @@
-"""train.py as seen from outside, without torch: a lock, a checkpoint, a record, the exit codes; 0.1 s an iteration."""
+"""A fake train.py without torch: it has a lock, a checkpoint, a record and the exit codes, at 0.1 s an iteration."""
 
 import sys
 import time
@@ -28,7 +28,7 @@ def train(cfg):
             time.sleep(0.1)
             saved.write_text(str(i + 1))
             if stop.code is not None:
-                time.sleep(0.5)  # saving: a second signal would end it before it says so
+                time.sleep(0.5)  # saving takes a while; a second signal would end it before it has printed
                 raise UserError("stopped.", code=stop.code)
         numbers = {"name": name, "config": record.config_for_record(cfg), "iterations": config.iterations(cfg)}
         numbers |= {"test_error_precise": None, "commit": "c" * 40, "dirty": False}

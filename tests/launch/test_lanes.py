@@ -1,4 +1,4 @@
-"""Several trainings in one process: each as a process of its own would have trained it."""
+"""Several runs in one process: each ends as it would have in a process of its own."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def left(tmp_path):
 
 
 def after(monkeypatch, iterations, action, name=""):
-    """Have an action done in one lane after so many iterations of it."""
+    """Let an action be done in one lane after so many of its iterations."""
     original = Update.__call__
     counts = {}
 
@@ -63,7 +63,7 @@ def after(monkeypatch, iterations, action, name=""):
 
 @pytest.mark.parametrize("mode", ["eager", "graph-eager"])
 @pytest.mark.parametrize("norms", [("norm=bn,mbn,brn,gn", "seed=0"), ("norm=mbn", "seed=0,1,2,3,4")], ids=" ".join)
-def test_lanes_leave_what_processes_would(here, left, recording, mode, norms):
+def test_lanes_give_the_same_results_as_processes(here, left, recording, mode, norms):
     done = here("-m", *norms, f"machine.mode={mode}", "machine.together=4")
     assert (done.code, done.err) == (0, "")
     lines = sweep(list(norms))
@@ -150,7 +150,7 @@ def test_a_signal_stops_all_with_checkpoints_and_the_same_command_goes_on(here, 
 
 
 @pytest.mark.parametrize("key", ["threads=1,2", "deterministic=true,false", "tf32=true,false", "device=cpu,auto"])
-def test_what_belongs_to_the_process_must_be_the_same(here, key, tmp_path):
+def test_lanes_must_agree_in_the_settings_of_the_process(here, key, tmp_path):
     done = here("-m", f"machine.{key}", "machine.together=2")
     assert done.code == 2
     assert f"one machine.{key.partition('=')[0]}, not" in done.err
@@ -167,12 +167,12 @@ def test_a_finished_run_is_shown_and_again_is_refused(here):
     assert (again.code, again.err.count("\n")) == (2, 1)
 
 
-def test_networks_that_draw_and_data_with_loaders_are_no_lanes():
+def test_runs_with_dropout_or_loaders_are_no_lanes():
     networks = ("model=resnet20", "model=nin", "model=nin model.dropout=0", "dataset=imagenet model=resnet18")
     assert [lanes.fits(running.compose(*o.split())) for o in networks] == [True, False, True, False]
 
 
-def test_a_run_that_is_no_lane_comes_first_and_stops_nobody_if_it_fails(here, left, monkeypatch):
+def test_a_run_that_cannot_be_a_lane_comes_first_and_stops_no_other_if_it_fails(here, left, monkeypatch):
     def fail():
         raise UserError("a fault of its own")
 
@@ -204,7 +204,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_an_error_that_spoils_the_device_ends_the_process_and_every_lane_goes_on(tmp_path):
+def test_a_device_error_ends_the_process_and_every_lane_can_be_resumed(tmp_path):
     overrides = [*TINY, "schedule.iterations=60", f"machine.results={tmp_path}", "machine.checkpoint_seconds=0.01"]
 
     def call(faulty, *more):

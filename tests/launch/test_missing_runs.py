@@ -1,4 +1,4 @@
-"""Which runs are meant by tables, seeds and filters, and how long they take."""
+"""Which runs tables, seeds and filters choose, and how long they take."""
 
 import shutil
 
@@ -18,7 +18,7 @@ def test_all_is_everything_except_imagenet_and_a_shared_run_stands_once(tmp_path
         shutil.copy(REPOSITORY / "scripts" / "grids" / f"{name}.yaml", tmp_path)
     names = [run.name for run in runs(["all"], [0], folder=tmp_path)]
     assert not any(name.startswith("imagenet") for name in names)
-    # ResNet-20 with MBN and a memory of 20 stands in both.
+    # ResNet-20 with MBN and a memory of 20 is in both.
     assert len(set(names)) == len(names) == 14 + 3 - 1
     assert set(missing_runs.NOT_IN_ALL) < set(grid.names())
 

@@ -18,7 +18,7 @@ COMMON = ["--seeds", "1", "--jobs", "2", "machine.device=cpu", "machine.mode=eag
 
 @pytest.fixture
 def rental(tmp_path, write_toy):
-    """A function that gives rented_gpu.sh a command, with this Python, and folders and grids of its own."""
+    """A function that runs a command of rented_gpu.sh, with this Python and its own folders and grids."""
     for folder in ("bin", "load", "load/data", "out", "grids", "home"):
         (tmp_path / folder).mkdir()
     write_toy(tmp_path / "grids" / "short.yaml", 4)
@@ -44,7 +44,7 @@ def rental(tmp_path, write_toy):
 
 @pytest.mark.timeout(600)
 def test_runs_are_trained_brought_home_and_continued(rental, tmp_path):
-    """Two runs end, two in one process are stopped by the budget: their checkpoints come home too."""
+    """Two runs end; two in one process are stopped by the budget, and their checkpoints come home too."""
     load, out = str(tmp_path / "load"), str(tmp_path / "out")
     common = [*COMMON, "--grids", str(tmp_path / "grids")]
     rental("train", load, out, "9m", "short", *common)
@@ -87,7 +87,7 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
 
 
 def test_a_package_and_compiled_kernels_come_along(rental, tmp_path):
-    """check, with no GPU here, still unpacks, says so in one sentence, and brings its log home."""
+    """Without a GPU, check still unpacks, says in one sentence that there is none, and brings its log home."""
     load, out = tmp_path / "load", tmp_path / "out"
     (load / "kernels").mkdir()
     (load / "kernels" / "one.py").write_text("x = 1\n")

@@ -1,4 +1,4 @@
-"""reproduce.py: what it prints, and how it trains: together, in time, never twice, and to be continued."""
+"""reproduce.py: what it prints, and how it trains: side by side, within a budget, no run twice, and resumed."""
 
 import re
 import shlex

@@ -16,7 +16,7 @@ OPTIONS = ("--launcher", "slurm", "--slurm", "partition=gpu,time=8:00:00,gpus=1,
 
 
 def test_a_preempted_job_saves_and_goes_on(checkout, write_toy):
-    """In submitit's executor on this machine, which requeues a job as Slurm's does."""
+    """With submitit's local executor, which requeues a job as Slurm does."""
     import cloudpickle
     import submitit
 

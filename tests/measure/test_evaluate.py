@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: checkpoints of ours and other people's weights, tested again and written for others."""
+"""scripts/evaluate.py: our checkpoints and other people's weights are tested again, and exported for others."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def measure(capsys):
 
 @pytest.fixture
 def refusal(capsys):
-    """A function that runs the script and returns the one sentence with which it fails."""
+    """A function that runs the script and returns its error, which is one sentence."""
 
     def run(*arguments):
         assert script.main([str(a) for a in arguments]) in (1, 2)
@@ -63,7 +63,7 @@ def refusal(capsys):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """A finished run on digits, short: its checkpoint and its record. The network's name is said nowhere else."""
+    """A short finished run on digits: its checkpoint and its record. Only these name the network."""
     results = tmp_path_factory.mktemp("digits")
     arguments = [
         *("dataset=digits", "model=resnet20", "norm=mbn", "batch_size=32", "schedule.iterations=6", "seed=4"),
@@ -133,7 +133,7 @@ def test_overrides_beside_a_checkpoint_of_ours_change_what_they_name(digits, mea
 
 
 def test_the_weights_of_a_run_are_exported_with_its_configuration_and_evaluate_to_the_same(digits, tmp_path, measure):
-    """Whoever gets the file learns how its weights were trained: batch size, seed, schedule."""
+    """The file tells how its weights were trained: batch size, seed, schedule."""
     exported = tmp_path / "model.safetensors"
     whole = measure(digits[0], "--export", exported)
     content = torch.load(digits[0], weights_only=True)
@@ -165,7 +165,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """torchvision's ResNet-18 for three classes, no layer of it near the identity, and its state_dict in a file."""
+    """torchvision's ResNet-18 for three classes, with no layer near the identity, and a file with its state_dict."""
     torch.manual_seed(1)
     model = torchvision.models.resnet18(num_classes=3).eval()
     for module in model.modules():
@@ -244,7 +244,7 @@ def test_torchvisions_weights_are_exported_and_evaluate_to_the_same(theirs, tree
     exported = tmp_path / "resnet18.safetensors"
     whole = measure(path, *options(tree, "dataset.mean=[0.5,0.45,0.3]"), "--export", exported)
     same_tensors(load_file(exported), model.state_dict())
-    # Its metadata hold the model and the normalisation; where the images are is said by who asks.
+    # Its metadata hold the model and the normalisation, but the user says where the images are.
     assert measure(exported, f"machine.data={tree}", "machine.workers=0") == whole
 
 
@@ -301,7 +301,7 @@ def test_a_malicious_pickle_runs_nothing(form, suffix, digits, tmp_path, refusal
     message = refusal(path, "model=resnet18", "dataset=imagenet", "norm=bn")
     assert str(path) in message
     assert not mark.exists()
-    # A careless reader would have run it.
+    # An unsafe reader would have run it.
     with contextlib.suppress(Exception):
         torch.load(path, weights_only=False)
     assert mark.exists()

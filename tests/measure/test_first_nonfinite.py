@@ -1,4 +1,4 @@
-"""Runs that meet a number that is not finite, which stops them and is named, and one that ends on a single image."""
+"""A number that is not finite stops a run and is named; and a run whose last batch is a single image."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from mbn.training.iteration import Update
 AT = 120
 MORE = ("batch_size=16", "schedule.iterations=200", "norm.memory=5")
 
-# Where a NaN is put, by the name that is given to it.
+# Where a NaN is put, by the name that the error gives.
 FAULTS = {
     "the images": "",
     # The second forward of this iteration pools it; the next one is normalised by it.
@@ -25,7 +25,7 @@ def test_a_nan_is_named_by_where_it_was_first_and_stops_the_run(capsys, monkeypa
     place, calls = FAULTS[name], []
 
     class Spoiled(Watch):
-        """The NaN comes just before it is looked for, as from memory that fails."""
+        """The NaN appears just before the check, as it would from failing memory."""
 
         def __init__(self, model, rows):
             super().__init__(model, rows)

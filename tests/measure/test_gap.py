@@ -45,7 +45,7 @@ def test_the_probe_changes_neither_buffers_nor_generators_nor_modes(norm):
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
     base._warn_forgotten.cache_clear()
-    model.eval()  # a probe is no forgotten second forward: no warning
+    model.eval()  # no warning: a probe does not count as a forgotten second forward
 
 
 @every_norm

@@ -40,8 +40,8 @@ def split(x, size):
 @every_norm
 @pytest.mark.parametrize("size", [1, 4, 10, 11])
 def test_each_layer_gets_the_moments_of_what_training_forwards_give_it(norm, size):
-    """Of the batches as they come, each normalised by itself and by what training has remembered; every image counts
-    the same, in a smaller last batch too."""
+    """The batches are taken as they come, each normalised as in training, with what training has remembered. Every
+    image counts the same, in a smaller last batch too."""
     model, references, x = remembering(norm)
     given = [follow(model, references, part, remember=False) for part, _ in split(x, size)]
     set_precise_statistics(model, split(x, size))
@@ -51,7 +51,7 @@ def test_each_layer_gets_the_moments_of_what_training_forwards_give_it(norm, siz
 
 
 @every_norm
-def test_played_back_from_a_recording_it_has_the_same_bits(norm, recording):
+def test_a_recorded_measurement_has_the_same_bits(norm, recording):
     """Six whole batches, four of which are played, and a smaller last one."""
     statistics = []
     for recorded in (False, True):
@@ -68,7 +68,7 @@ def test_played_back_from_a_recording_it_has_the_same_bits(norm, recording):
 def test_nothing_else_changes_and_evaluation_uses_the_new_statistics(norm, forwards):
     model, _, x = remembering(norm)
     for layer in norm_layers(model):
-        layer.forwards = forwards  # with 1 every training forward would remember, were it not held
+        layer.forwards = forwards  # with forwards=1 every training forward would remember, if the layer were not held
     before = snapshot(model)
     set_precise_statistics(model, split(x, 4))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -105,7 +105,7 @@ def test_dropout_is_off_and_draws_nothing(kind):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Of each call of `set_precise_statistics` the model, its state then, its settings and the sizes of its batches."""
+    """For each call of `set_precise_statistics`: the model, its state then, its settings and its batch sizes."""
     calls = []
 
     def spy(model, batches, recorded):
@@ -121,7 +121,7 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["norm=bn", "norm=brn", "norm=mbn"])
-def test_asked_for_at_the_start_or_later_it_is_the_same_error_and_nothing_else_changes(norm, here, left, whole, seen):
+def test_the_precise_error_is_the_same_if_asked_for_later_and_nothing_else_changes(norm, here, left, whole, seen):
     early = whole(norm, PRECISE).record()
     seen.clear()
     assert "precise" not in here(norm).out
@@ -152,8 +152,8 @@ def test_asked_for_at_the_start_or_later_it_is_the_same_error_and_nothing_else_c
         ("norm=mbn", {"lam": 0.9, "r_max": None, "d_max": None}),
     ],
 )
-def test_measured_later_layers_normalise_as_at_the_end_of_training(norm, expected, here, seen):
-    """lambda, r_max and d_max are no part of a checkpoint, and the statistics depend on them."""
+def test_a_later_measurement_normalises_as_at_the_end_of_training(norm, expected, here, seen):
+    """lambda, r_max and d_max are not in a checkpoint, but the statistics depend on them."""
     here(norm, PRECISE, "seed=1")
     here(norm)
     here(norm, PRECISE)
@@ -161,7 +161,7 @@ def test_measured_later_layers_normalise_as_at_the_end_of_training(norm, expecte
     assert [call["sizes"] for call in seen] == [[256] * 5 + [157]] * 2  # the run's own batch size, all its images
 
 
-def test_asked_for_when_a_run_that_ended_without_its_record_is_taken_up(here, left, whole, after):
+def test_a_resumed_run_that_lacks_only_its_record_can_measure_the_precise_error(here, left, whole, after):
     """Killed between its last checkpoint and its record: the same command writes it, with the same errors."""
     expected = whole(PRECISE).record()
     here()
@@ -173,8 +173,8 @@ def test_asked_for_when_a_run_that_ended_without_its_record_is_taken_up(here, le
 
 
 @pytest.mark.parametrize("finished_before", [False, True])
-def test_a_signal_stops_it_and_the_same_command_goes_on(finished_before, here, left, whole, monkeypatch):
-    """A budget's end, or Ctrl-C: at batch 8 it takes as long as an epoch."""
+def test_a_signal_stops_the_measurement_and_the_same_command_goes_on(finished_before, here, left, whole, monkeypatch):
+    """At batch 8 the measurement takes as long as an epoch, so the budget's end or Ctrl-C must stop it."""
     if finished_before:
         here()
 
@@ -236,4 +236,4 @@ def test_without_statistics_it_is_null_with_a_warning(here, left):
     for _ in ("at the end of training", "asked for again"):
         done = here("norm=gn", PRECISE)
         assert left("norm=gn").record()["test_error_precise"] is None
-        assert done.err.count("warning: norm=gn has no statistics to take") == done.err.count("warning") == 1
+        assert done.err.count("warning: norm=gn has no statistics to measure") == done.err.count("warning") == 1

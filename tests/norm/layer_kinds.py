@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from mbn import second_forward
 from mbn.norm.convert import NORMS
 
-# Settings under which what a layer remembers matters to its output.
+# Settings with which a layer's output depends on what it remembers.
 KINDS = {
     "bn": {},
     "brn": {"momentum": 0.3, "r_max": 1.5, "d_max": 1.0},
@@ -99,7 +99,7 @@ def close(got, expected, tolerance, slack=0.0):
 
 
 def rounding(batches, layer):
-    """What the last bits of a float32 mean become once divided by the smallest sigma that a layer can meet."""
+    """The error of a float32 mean's last bits, divided by the smallest sigma that a layer can meet."""
     if batches[0].dtype == torch.float64:
         return 0.0
     largest = max(float(x.abs().max()) for x in batches)
@@ -109,14 +109,14 @@ def rounding(batches, layer):
 
 
 def affine_of(layer):
-    """gamma and beta in float64, 1 and 0 where the layer has none, as leaves to differentiate by."""
+    """gamma and beta in float64, as leaves that get gradients; 1 and 0 where the layer has none."""
     ones = torch.ones(layer.num_features, dtype=torch.float64)
     both = [ones, 0 * ones] if layer.weight is None else [p.detach().double() for p in (layer.weight, layer.bias)]
     return [value.clone().requires_grad_() for value in both]
 
 
 def follow(layer, batches, steer=lambda layer, ref, x: None, tolerance=None, gradients=None):
-    """Train on each batch beside the reference, and compare all there is to compare after each.
+    """Train on each batch beside the reference, and compare everything after each.
 
     steer: called before each batch, to change settings of both. gradients: compared by default in float64 alone.
     """

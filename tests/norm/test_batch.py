@@ -41,7 +41,7 @@ def test_it_is_torchs_batch_norm_bit_for_bit(dims, shape, dtype, settings, forwa
         x = (2 * torch.randn(2 + t, *shape[1:]) + t).to(dtype).requires_grad_()
         before = snapshot(torchs)
         expected = output_and_gradients(torchs, x)
-        if forwards == 2:  # the first forward is torch's too, but leaves the averages to the second
+        if forwards == 2:  # the first forward equals torch's too, but the averages wait for the second
             after, z = copy.deepcopy(torchs), x.detach() + 1
             torchs.load_state_dict(before)
         assert all(torch.equal(a, b) for a, b in zip(output_and_gradients(ours, x), expected, strict=True))

@@ -53,7 +53,7 @@ def test_forty_iterations_follow_the_reference(path, kind, forwards, dtype):
             r_seen.update(torch.log(r).div(max(torch.tensor(ref.r_max).log(), 1e-9)).round(decimals=6).tolist())
             d_seen.update(d.div(max(ref.d_max, 1e-9)).tolist())
 
-    # A float32's rounding shows in variances of few values.
+    # With few values a float32's rounding shows in the variance.
     least = 3 if dtype == torch.float32 else 2 if kind == "bn" else 1
     sizes = [(draw.randint(least, 4), 3, *draw.choice([(1, 1), (1, 3), (2, 2)][least // 3 :])) for _ in range(40)]
     batches = [inputs(*size, at=4 * draw.random(), dtype=dtype) for size in sizes]
@@ -126,7 +126,7 @@ def test_a_frozen_tensor_gets_no_gradient_and_the_others_get_theirs(path, frozen
 @kinds
 def test_the_layout_of_the_input_is_kept_and_that_of_the_gradient_does_not_matter(path, kind):
     layer, x = trained(kind), inputs(4, 3, 5, 2)
-    dl_dy = torch.randn(1, 3, 5, 2, dtype=x.dtype).expand_as(x)  # as a mean over images hands it on
+    dl_dy = torch.randn(1, 3, 5, 2, dtype=x.dtype).expand_as(x)  # as the backward of a mean over images gives it
     results = []
     for v in (x, x.contiguous(memory_format=torch.channels_last)):
         with held(layer):
@@ -162,8 +162,8 @@ def test_test_statistics_that_are_set_are_those_of_evaluation(kind):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @kinds
-def test_a_first_of_two_forwards_leaves_the_statistics_alone_whatever_its_values(kind, value):
-    """A momentum of 0 would not do: 0 * NaN is NaN."""
+def test_the_first_of_two_forwards_never_changes_the_statistics(kind, value):
+    """A momentum of 0 would not be enough: 0 * NaN is NaN."""
     layer = trained(kind, forwards=2)
     before, x = snapshot(layer), inputs(4, 3, 2, 2)
     x[0, 0, 0, 0] = value
@@ -269,7 +269,7 @@ def test_impossible_settings_are_refused_by_name(norm, setting, values):
         ),
     ],
 )
-def test_what_changes_over_training_reaches_every_layer_but_no_state_dict(kind, put, settings, buffer, wrong, words):
+def test_scheduled_values_reach_every_layer_but_no_state_dict(kind, put, settings, buffer, wrong, words):
     net = nn.Sequential(trained(kind), nn.Sequential(make(kind, dims=2)), nn.BatchNorm1d(2))
     before = snapshot(net)
     put(net, *settings.values())
@@ -343,7 +343,7 @@ def test_a_compiled_net_trains_as_an_eager_one_and_is_compiled_once(kind, forwar
 
 @kinds
 def test_compiled_forwards_may_come_before_both_backwards(kind):
-    """As in a siamese network: the second call overwrites what the first normalised with."""
+    """As in a siamese network. The second call overwrites what the first one normalised with."""
     torch._dynamo.reset()
     eager = trained(kind, dims=2, forwards=1)
     twin = copy.deepcopy(eager)

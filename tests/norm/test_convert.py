@@ -130,7 +130,7 @@ def test_device_is_kept(norm):
     [("mbn", {"lam": 0.1}, "lam_tensor", 0.1), ("brn", {"r_max": 2.1, "d_max": 0.1}, "bounds", [2.1, 0.1])],
 )
 def test_settings_survive_the_meta_device_and_casts(norm, settings, buffer, values):
-    """They are in tensors that no state dict fills, and in float64 they are not a float32's 0.1."""
+    """They are kept in tensors that no state dict holds, and in float64 they are exact, not rounded to float32."""
     layer = convert(nn.BatchNorm2d(3, device="meta"), norm, **settings).to_empty(device="cpu")
     assert torch.equal(getattr(layer, buffer), torch.tensor(values))
     assert torch.equal(getattr(layer.half().double(), buffer), torch.tensor(values, dtype=torch.float64))

@@ -22,8 +22,8 @@ def test_both_gradients_have_the_same_output(path):
     assert_close(paper(x), batch(x), atol=1e-12, rtol=1e-12)
 
 
-def test_the_papers_printed_backward_equations_mended(path):
-    """'Backward Propagation', line by line, with dl/dxhat and x_{k+1} where the print has dl/dx and x_k."""
+def test_the_papers_backward_equations_without_their_misprints(path):
+    """'Backward Propagation', line by line. The paper misprints dl/dxhat as dl/dx and x_{k+1} as x_k."""
     layer = make("mbn paper", forwards=2)
     ref = reference_of(layer)
     for t in range(3):
@@ -56,7 +56,7 @@ def test_the_papers_printed_backward_equations_mended(path):
 
 @pytest.mark.parametrize("sizes", [(12,), (4, 8), (1, 5, 6), (5, 2, 5), (2,) * 6, (1,) * 12])
 def test_the_same_images_in_other_batches_normalise_the_same(path, sizes):
-    """With lambda = eta = 1 it does not matter which of the images are the current batch; at test time, how many."""
+    """With lambda = eta = 1 it does not matter which of the images are the current batch, nor at test time how many."""
     images = inputs(12, 3, 2, 2)
     var, mean = torch.var_mean(images, (0, 2, 3), correction=0)
     layer = MemorizedBatchNorm2d(3, decay=1.0, lam=1.0).double()

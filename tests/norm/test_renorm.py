@@ -1,4 +1,4 @@
-"""BatchRenorm: numbers by hand, at the faults that public versions of it have, and its bounds."""
+"""BatchRenorm: numbers by hand where public versions have faults, and its bounds."""
 
 import pytest
 import torch

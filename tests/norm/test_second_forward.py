@@ -1,4 +1,4 @@
-"""Double forward propagation: which forward pass remembers, with which weights, and the warning where none did."""
+"""Double forward propagation: which forward pass remembers, with which weights, and the warning if none did."""
 
 import copy
 import warnings
@@ -81,7 +81,7 @@ def test_only_layers_of_two_forwards_in_training_mode_take_the_second(layer):
     assert [unchanged(*pair) for pair in zip(before, net, strict=True)] == [True, False, True]
 
 
-def test_second_forward_hands_arguments_on_and_returns_the_output_without_gradients():
+def test_second_forward_passes_arguments_on_and_returns_the_output_without_gradients():
     class Doubled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -99,7 +99,7 @@ def test_second_forward_hands_arguments_on_and_returns_the_output_without_gradie
 
 
 def test_second_forward_sees_the_new_weights_inside_one_autocast():
-    """autocast keeps its bfloat16 copies of the weights until it is left, and the step is inside it."""
+    """autocast caches bfloat16 copies of the weights until it ends, and the optimiser's step is inside it."""
     net, x = nn.Sequential(nn.Linear(3, 4, bias=False), MemorizedBatchNorm1d(4)), torch.randn(8, 3)
     with torch.autocast("cpu", torch.bfloat16):
         net(x)
@@ -125,7 +125,7 @@ def test_second_forward_refuses_eval_mode_and_a_model_without_a_layer_of_two_for
 
 
 @layers
-def test_after_an_error_in_the_second_forward_the_next_first_forward_is_one(layer):
+def test_after_a_failed_second_forward_the_next_forward_is_a_first_one(layer):
     model = nn.Sequential(layer(3, forwards=2), nn.Linear(5, 5))
     with pytest.raises(RuntimeError):
         second_forward(model, torch.randn(4, 3))

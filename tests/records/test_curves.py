@@ -1,4 +1,4 @@
-"""The curves of a record against the iterations whose means a journal's rows are."""
+"""The curves of a record, compared with the losses of the iterations behind a journal's rows."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_a_run_without_statistics_has_no_gap():
     [
         (80, 320, 40),  # the last epoch, which is whole
         (110, 320, 64),  # an epoch and 6 iterations: rows end at 64 and 76, an epoch before the end is 70
-        (82, 320, 40),  # two iterations of the last epoch are not it
+        (82, 320, 40),  # two iterations are only a part of the last epoch
         (30, 320, 0),
         (110, 10**6, 0),
     ],
@@ -81,7 +81,7 @@ def test_the_last_epoch_is_the_last_images_of_a_run(iterations, images, from_ite
 
 
 def test_what_the_first_rows_lack_is_left_out():
-    """A run whose first epochs an earlier version journalled, which measured less."""
+    """The first epochs were journalled by an earlier version, which measured less."""
     rows, _ = journal(80, row_every=100)
     rows[-1]["dead_layers"] = 3
     assert "dead_layers" not in curves(rows)

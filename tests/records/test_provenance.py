@@ -6,7 +6,7 @@ import pytest
 
 from mbn.records import provenance
 
-# What the environment holds where git is not.
+# What the environment holds where there is no git.
 DESCRIBE = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")
 
 
@@ -17,7 +17,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A repository with a tracked file beside results/ and one in it, in the place of this one."""
+    """A repository with a tracked file beside results/ and one in it; it stands in for this one."""
     monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     monkeypatch.delenv("MBN_COMMIT", raising=False)
     git(tmp_path, "init")

@@ -119,7 +119,7 @@ def test_what_an_older_record_lacks_reads_as_none(path, lacks):
     assert record.read(path)[lacks] == (2 if lacks == "version" else None)
 
 
-def test_a_field_that_is_yet_to_come_is_none_in_the_records_of_today(path, monkeypatch):
+def test_a_field_of_a_later_version_is_none_in_todays_records(path, monkeypatch):
     monkeypatch.setattr(record, "VERSION", 3)
     monkeypatch.setattr(record, "FIELDS", (*record.FIELDS, "joules"))
     assert record.read(path)["joules"] is None

@@ -41,7 +41,7 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
 
 
 def test_a_write_never_touches_the_old_version(tmp_path):
-    """Whoever has it open goes on reading it; a crash in the middle leaves it whole."""
+    """A process that has it open can go on reading it, and a crash in the middle leaves it whole."""
     path = tmp_path / "file"
     write_atomically(path, b"old")
     with path.open("rb") as reader:
@@ -65,7 +65,7 @@ class CrashError(BaseException):
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("crash_at", [1, 2, 3])
 def test_a_crash_at_any_step_of_a_write_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch, step, crash_at):
-    """Each step is done twice: there is no third at which it could crash."""
+    """Each kind of step is done twice, so there is no third at which it could crash."""
     path, kept = tmp_path / "file", tmp_path / "kept"
     write_atomically(path, b"old")
     owner, number = files.os if step == "fsync" else type(path), itertools.count(1)

@@ -49,7 +49,7 @@ def test_outcomes_of_differences_and_gains(content, mbn, bn, outcome):
     found = [m - b - d for m, b, d in zip(mbn, bn, after, strict=False)]
     mean = pytest.approx(sum(found) / len(found)) if found else None
     assert (verdict.number.n, verdict.number.mean) == (len(found), mean)
-    assert content is not EQUAL or verdict.needed is None  # it would be the seeds that see a difference
+    assert content is not EQUAL or verdict.needed is None  # it would be the number of seeds that shows a difference
 
 
 def curve(test_errors=(), train_errors=(), points=20):

@@ -1,4 +1,4 @@
-"""Figures from toy records: written, not empty, the same bytes each time, with the lines that they should have."""
+"""Figures from toy records: they are not empty, have the same bytes each time, and the lines that they should have."""
 
 import pytest
 import toy_records
@@ -12,7 +12,7 @@ from mbn.tables.cells import read_records
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of ResNet-56 alone: seeds 0 and 1 of BN and MBN at batch 8 and 128, and seed 0 of BN at 16."""
+    """Records of ResNet-56 only: seeds 0 and 1 of BN and MBN at batch 8 and 128, and seed 0 of BN at 16."""
     folder = tmp_path_factory.mktemp("results")
     g = grid.read("table4-methods")
     for seed in range(2):

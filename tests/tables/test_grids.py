@@ -1,4 +1,4 @@
-"""The tables as data: against the paper's text, digit by digit, and as configurations that can run."""
+"""The tables as data: every digit is the paper's, and every cell is a configuration that can run."""
 
 import re
 
@@ -56,7 +56,7 @@ FIGURE1 = (
     "MBN with single forward scheme (MBN-1) yields better performance than BN with whether single or Double-Forward "
     "scheme (6.53% vs. 6.97% and 6.81%)"
 )
-# Runs a seed.
+# Runs for each seed.
 COUNTS = {"table1": 14, "table2": 14, "table3": 8, "table4": 10, "table5": 5, "table6": 3}
 
 

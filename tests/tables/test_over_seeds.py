@@ -33,7 +33,7 @@ def test_no_interval_without_spread(numbers):
 
 
 def test_seeds_to_decide():
-    """Against simulation: at that number four in five samples have an interval off zero, and one fewer is too few."""
+    """By simulation: with that number of seeds, four in five intervals exclude zero; with one fewer, not so many."""
     five = [-1.2, -0.1, -0.7, 0.3, -0.6]
     n = seeds_to_decide(summary(five))
     # Five seeds have 4 degrees of freedom; a difference of two of the six reruns has 5 and a variance of 2 * 0.54^2.
@@ -41,9 +41,9 @@ def test_seeds_to_decide():
     samples = stats.norm.rvs(sum(five) / 5, sd, size=(20000, n), random_state=0)
     assert (stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.05)
     assert (stats.ttest_1samp(samples[:, :-1], 0, axis=1).pvalue < 0.05).mean() < 0.8
-    # One seed: at the assumed deviation, 21 an arm unpaired for a difference of 0.48, and one more paired.
+    # One seed: with the assumed deviation a difference of 0.48 needs 21 an arm unpaired, and one more paired.
     assert seeds_to_decide(Summary(1, -0.48)) == 22
-    # Two seeds that happen to agree say hardly more of the spread than one; many count for nearly all.
+    # Two seeds that happen to agree say little about the spread; of many seeds, their own spread decides.
     assert 15 <= seeds_to_decide(summary([-0.48, -0.481])) <= 22
     assert seeds_to_decide(summary([-0.48, -0.48])) == 22
     assert seeds_to_decide(summary([-0.48 + 0.2 * (-1) ** k for k in range(400)])) == 4

@@ -1,4 +1,4 @@
-"""Tables from toy records: golden markdown, LaTeX and CSV, parsed too; and the committed ones from the committed."""
+"""Tables from toy records: golden markdown, LaTeX and CSV, also parsed; and committed tables from committed records."""
 
 import csv
 import io

@@ -22,7 +22,7 @@ def test_a_checkpoint_is_read_as_it_was_saved_by_torch_too(tmp_path):
         assert read == {"iteration": 7, "config": "{}", "sums": [0.1, 2, 3]}
 
 
-def test_the_generation_before_is_kept(tmp_path):
+def test_the_previous_checkpoint_is_kept(tmp_path):
     path = tmp_path / "checkpoint.pt"
     for iteration in range(3):
         checkpoint_file.save({"iteration": iteration}, path)
@@ -43,7 +43,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
             checkpoint_file.read(path)
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_path):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_previous_one(tmp_path):
     path = tmp_path / "checkpoint.pt"
     checkpoint_file.save({"iteration": 1}, path)
     with small_disk(10_000), pytest.raises(UserError, match="free some space"):
@@ -60,7 +60,7 @@ def test_no_checkpoint_is_none(tmp_path):
 
 @pytest.fixture
 def two(here, left, after):
-    """A run whose power was cut in its 5th iteration: the path of its checkpoint, at iteration 4, 3 being kept too."""
+    """A run whose power was cut in its 5th iteration: the path of its checkpoint. Iterations 4 and 3 are kept."""
     after(5, cut)
     with pytest.raises(PowerCutError):
         here("machine.checkpoint_seconds=1e-9")
@@ -94,13 +94,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(here, 
     assert "resuming at iteration 3 of 8" in done.out
     assert not sprung.exists()
     assert_same_run(left(), whole())
-    with contextlib.suppress(Exception):  # a careless reader falls into the trap
+    with contextlib.suppress(Exception):  # an unsafe reader falls into the trap
         torch.load(checkpoint_file.damaged(two), weights_only=False)
     assert sprung.exists() == damage.startswith("malicious")
 
 
-def test_a_damaged_checkpoint_never_becomes_the_generation_before(here, two, after):
-    """A crash between the two renames of the next save leaves that generation alone."""
+def test_a_damaged_checkpoint_is_never_kept_as_the_previous_one(here, two, after):
+    """After a crash between the two renames of the next save, only the previous checkpoint is left."""
     two.write_bytes(two.read_bytes()[:-1])
     after(1, send("SIGTERM"))
     here()

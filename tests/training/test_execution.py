@@ -21,7 +21,7 @@ COMPILER_FAULT = execution.compiler_fault
 
 @pytest.fixture(autouse=True)
 def faults(monkeypatch):
-    """A function that sets why nothing can be compiled and why nothing recorded: None to begin with."""
+    """A function that sets the reasons why nothing can be compiled, or recorded. At first both are None."""
 
     def put(compiler=None, graph=None):
         monkeypatch.setattr(execution, "compiler_fault", lambda device: compiler)
@@ -50,7 +50,7 @@ QUICK, LONG = "experiment=quickstart", "model=resnet20"
         (f"{LONG} batch_size=8 schedule.iterations=78200", {}, "compile"),
         (f"{LONG} schedule.epochs=3", {"threads": 1}, "compile"),
         (f"{LONG} schedule.epochs=3", {"threads": 16}, "eager"),
-        # As the run began, or as it is asked for.
+        # As the run began, or as asked for.
         (QUICK, {"earlier": "compile"}, "compile"),
         (LONG, {"earlier": "eager"}, "eager"),
         (QUICK, {"wanted": "compile", "earlier": "eager"}, "compile"),
@@ -112,8 +112,8 @@ def test_choices_are_made_once(monkeypatch):
             choose_device(wanted, earlier)
 
 
-def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monkeypatch):
-    """One run after another, or lanes: only the first of a kind waits for the compiler."""
+def test_runs_of_one_kind_share_compiled_code_and_nothing_else(monkeypatch):
+    """Runs one after another, or in lanes: only the first of a kind waits for the compiler."""
     graphs = []
 
     def backend(graph, inputs):
@@ -144,7 +144,7 @@ def test_runs_alike_in_one_process_share_what_is_compiled_and_nothing_else(monke
     assert len(graphs) == 4
 
 
-def test_a_broken_tool_chain_is_found_out(monkeypatch):
+def test_a_broken_compiler_is_noticed(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("InvalidCxxCompiler: g++ not found\nand more")
 

@@ -1,8 +1,8 @@
 """Twenty losses of each method in float64, which hold on any machine and any version of torch.
 
-Weights and images come from NumPy's legacy generator, whose numbers never change, and the setting is smooth: one where
-a perturbation does not grow. `python tests/training/test_golden.py` writes golden.json again, when a method is meant to
-change.
+Weights and images come from NumPy's legacy generator, whose numbers never change. The training is so smooth that a
+perturbation does not grow. When a method is meant to change, `python tests/training/test_golden.py` writes golden.json
+again.
 """
 
 import json
@@ -35,7 +35,7 @@ ITERATIONS = 20
 
 
 def losses(method, perturbation=0.0):
-    """The losses of 20 iterations; perturbation: relative, of all weights."""
+    """The losses of 20 iterations. perturbation: a relative change of all weights."""
     draw = np.random.RandomState(0)
     make, settings = METHODS[method]
     model = Tiny(make(**settings), 10).double()
@@ -44,7 +44,7 @@ def losses(method, perturbation=0.0):
         for name, p in model.named_parameters():
             if p.dim() > 1:
                 p.copy_(torch.from_numpy(draw.standard_normal(p.shape)) * (2 / p[0].numel()) ** 0.5)
-            elif "norm" in name:  # gamma and beta beside their beginning, so that they matter
+            elif "norm" in name:  # gamma and beta away from their initial values, so that they matter
                 p.add_(torch.from_numpy(0.1 * draw.standard_normal(p.shape)))
             else:
                 p.copy_(torch.from_numpy(0.1 * draw.standard_normal(p.shape)))
@@ -73,7 +73,7 @@ def test_losses_are_the_committed_ones(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_perturbation_does_not_grow(method):
-    """Else the last bits of another machine would."""
+    """Otherwise differences in the last bits on another machine would grow too."""
     assert losses(method, 1e-15) == pytest.approx(losses(method), rel=1e-9, abs=0)
 
 

@@ -1,4 +1,4 @@
-"""Recorded iterations: equal to eager ones to the bit, with the CPU's stand-in for CUDA graphs."""
+"""Recorded iterations equal eager ones to the bit, with a stand-in for CUDA graphs on the CPU."""
 
 import copy
 import itertools
@@ -23,12 +23,12 @@ ALL = METHODS | {"gn": (gn(1, groups=2, channels=1), 1), "normprop": (normprop(1
 
 
 def batches(dtype, sizes=(8, 3)):
-    """Every seventh is smaller, as an epoch's last one is."""
+    """Batches; every seventh is smaller, as an epoch's last one is."""
     return [batch(sizes[0] if t % 7 != 5 else sizes[1], dtype) for t in range(ITERATIONS)]
 
 
 def train(layers, forwards, mode, dtype, given):
-    """A network trained on batches, with a learning rate, a lambda and bounds that change at every third."""
+    """Train a network on batches. The learning rate, lambda and bounds change after each third of them."""
     torch.manual_seed(0)
     model, lr, update = prepare(layers, forwards, mode, dtype, batch_size=8)
     for t, (images, labels) in enumerate(given):
@@ -52,11 +52,11 @@ def test_recorded_iterations_are_eager_ones_to_the_bit(method, dtype, recording)
     torch.testing.assert_close(played, eager, rtol=0, atol=0)
 
 
-# What the host decides is decided once: the stand-in must show it, as a GPU would.
+# A value from the host is fixed at recording: the stand-in must show that, as a GPU would.
 
 
 def plant(monkeypatch, fault):
-    """Put a value of the host's where a tensor should be."""
+    """Use a value from the host where a tensor should be."""
     if fault == "learning rate":
         original = Update._iterate
 
@@ -92,7 +92,7 @@ def plant(monkeypatch, fault):
 
 
 @pytest.mark.parametrize("fault", ["none", "learning rate", "lambda", "labels", "bounds"])
-def test_a_value_taken_from_the_host_is_found_out(fault, monkeypatch, recording):
+def test_a_value_taken_from_the_host_is_noticed(fault, monkeypatch, recording):
     plant(monkeypatch, fault)
     given = batches(torch.float64)
     layers = brn(2) if fault == "bounds" else mbn(2, 0.1, memory=3)
@@ -105,7 +105,7 @@ def test_a_value_taken_from_the_host_is_found_out(fault, monkeypatch, recording)
 # The order of things.
 
 
-def test_the_first_three_iterations_of_a_size_run_as_they_are_and_train(recording):
+def test_the_first_three_iterations_of_a_batch_size_train_without_a_recording(recording):
     model, _, update = prepare(mbn(2, 0.1), 2, "graph-eager")
     runs = []
     model.register_forward_hook(lambda *_: runs.append(1))
@@ -114,7 +114,7 @@ def test_the_first_three_iterations_of_a_size_run_as_they_are_and_train(recordin
         update(*batch())
         weights.append(model.conv1.weight.detach().clone())
         assert len(recording) == (t >= 3)
-    assert len(runs) == 2 * (3 + 1)  # as they are, and once to record
+    assert len(runs) == 2 * (3 + 1)  # three without recording, and one to record
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
     update(*batch(3))
     assert len(runs) == 2 * 5
@@ -137,7 +137,7 @@ def test_a_batch_that_is_changed_after_the_call_does_not_matter(recording):
 
 
 def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypatch, capsys, recording):
-    """Half an iteration is recorded before it fails: nothing of it may stay."""
+    """Recording fails in the middle of an iteration: nothing of it may stay."""
     given = batches(torch.float64)
     _, eager = train(mbn(2, 0.1, memory=3), 2, "eager", torch.float64, given)
 
@@ -181,10 +181,10 @@ def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypat
 @pytest.mark.parametrize("forwards", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("gradient", ["paper", "batch"])
-def test_memories_entered_together_have_the_bits_of_each_layer_entering_its_own(forwards, dtype, gradient):
-    """With entries of different sizes, and across the moment when the memory is full.
+def test_entering_all_memories_at_once_gives_the_same_bits_as_layer_by_layer(forwards, dtype, gradient):
+    """With entries of different sizes, and until after the memory is full.
 
-    Widths as networks have them: of fewer channels than a vector of the CPU's the sum has another order.
+    Widths are as in networks: with fewer channels than a CPU vector holds, the sum has another order.
     """
     results = []
     given = batches(dtype)
@@ -227,7 +227,7 @@ def test_a_layer_that_was_moved_or_has_not_run_is_an_error():
 
 
 def test_a_batch_enters_all_memories_with_22_operations():
-    """Launches on a GPU: as many as one layer on its own would take."""
+    """On a GPU these are launches, as many as a single layer would need."""
 
     class Count(TorchDispatchMode):
         calls = 0

@@ -89,7 +89,7 @@ def test_bn_with_one_forward_is_torchs_under_a_learning_rate_that_changes():
 
 
 def test_the_second_forward_changes_no_weight():
-    """It only remembers: with one and with two forwards the first iteration's weights are the same."""
+    """It only remembers: after the first iteration, weights are the same with one and with two forwards."""
     images, labels = batch()
     weights = []
     for forwards in (1, 2):
@@ -150,16 +150,16 @@ def test_a_non_finite_loss_is_reported_as_it_is():
     assert not infinite < float("inf")
 
 
-# Compiling with the C++ compiler takes long; what is compiled is the same with autograd's half alone.
+# Only this method uses the slow C++ compiler. The others are compiled without it, which tests the same graphs.
 QUICK = ("mbn 2",)
 
 
 @every_method
 def test_compiled_iterations_equal_eager_ones(method, monkeypatch):
-    """50 in float64 and 3 in float32: weights, losses, memories and moving averages, with a learning rate and a lambda
-    that change, and a smaller batch on the way; and nothing is compiled twice.
+    """50 iterations in float64 and 3 in float32: equal weights, losses, memories and moving averages. The learning rate
+    and lambda change meanwhile, and some batches are smaller. Nothing is compiled twice.
 
-    At a learning rate of 0.1 rounding errors grow tenfold an iteration, so that the last digits say nothing.
+    The learning rate is not 0.1: then rounding errors grow tenfold an iteration, and the last digits say nothing.
     """
     layers, forwards = METHODS[method]
     monkeypatch.setattr(update_module, "_compiled", {})
@@ -193,7 +193,7 @@ def test_the_second_forward_keeps_nothing_for_a_backward_pass():
 
 
 def test_fifty_iterations_read_from_the_device_once(reads):
-    """What waits for a GPU: a value, a list or a copy on the host."""
+    """Reading a value, a list or a copy on the host waits for a GPU."""
     _, _, update = prepare(mbn(2, 0.1), forwards=2)
 
     class Values(TorchDispatchMode):

@@ -53,7 +53,7 @@ def test_a_resumed_journal_drops_what_came_after_its_checkpoint(tmp_path):
 
 
 def test_a_crash_while_a_journal_is_cut_back_loses_none_of_its_rows(tmp_path):
-    """The checkpoint counts on them: a run that goes on without them has wrong curves and a wrong best error."""
+    """The checkpoint needs them: a run that goes on without them has wrong curves and a wrong best error."""
     rows = [row(i) for i in range(1, 20001)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     half = (tmp_path / "metrics.jsonl").stat().st_size // 2
@@ -62,7 +62,7 @@ def test_a_crash_while_a_journal_is_cut_back_loses_none_of_its_rows(tmp_path):
     assert read_rows(tmp_path)[:19999] == rows[:19999]
 
 
-def test_a_journal_that_lacks_rows_its_checkpoint_counts_on_is_an_error(tmp_path):
+def test_a_journal_without_rows_that_its_checkpoint_needs_is_an_error(tmp_path):
     write_rows(tmp_path, [row(1), row(2)])
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         write_rows(tmp_path, [row(6)], lines=5)

@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL, at chosen places and at random moments, and end with the bits of a whole one."""
+"""Runs that are killed with SIGKILL, at chosen places and random moments, end with the bits of an unbroken run."""
 
 import collections
 import itertools
@@ -16,21 +16,21 @@ from mbn.training import checkpoint_file
 # Real images; 23 iterations an epoch, the last one smaller; two epochs and a half.
 BASE = ["dataset=digits", "batch_size=64", "machine.threads=1", "machine.device=cpu", "evaluate.batch_size=100"]
 LENGTH, EPOCH = 56, 23
-# A checkpoint in every iteration or so, and at an epoch's end alone.
+# A checkpoint in about every iteration, or only at an epoch's end.
 SAVES = ["machine.checkpoint_seconds=0.01", "machine.checkpoint_seconds=300"]
-COMPOSING = threading.Lock()  # Hydra knows one thread
+COMPOSING = threading.Lock()  # Hydra is not thread-safe
 RECORDING = ("half a record", "record written")
 
 
 class Kill(NamedTuple):
-    """place: one of PLACES at or after an iteration, or None for a random moment, `at` being seconds into training."""
+    """place: one of PLACES, reached at or after iteration `at`; None: a random moment, `at` seconds into training."""
 
     place: str | None
     at: float
 
 
 def plan(draw, seconds, kills):
-    """That many kills of one run, in the order in which they can come."""
+    """A list of that many kills of one run, in the order in which they can come."""
     aimed = [p for p in PLACES if p not in RECORDING]
     draw.shuffle(aimed)
     places = [*itertools.islice(itertools.cycle(aimed), kills - kills // 3 - 1), *[None] * (kills // 3)]
@@ -48,7 +48,7 @@ def job(run, overrides):
 
 
 class Killed:
-    """Trains one configuration many times, killed by a plan each time, and counts."""
+    """Trains one configuration many times, each time killed by a plan, and counts the kills that a run survived."""
 
     def __init__(self, forker, folder, overrides):
         self.forker, self.folder = forker, folder
@@ -69,11 +69,11 @@ class Killed:
         return run, job(run, [*self.overrides, saves])
 
     def once(self, number, kills, planned=None):
-        """One run, killed that many times or as planned: how many came, how many of these it survived."""
+        """Kill one run that many times, or as planned; return how many kills came, and how many of them it survived."""
         draw = random.Random(f"{self.overrides} {number}")
         run, train = self._run(f"run{number}", SAVES[number % 2])
         done = 0
-        # A run may end before a kill of its plan comes: the rest are another run's.
+        # A run may end before a kill of its plan comes. Another run gets the rest.
         for kill in planned or plan(draw, self.seconds, kills):
             if kill.place:
                 ended = self.forker.run(**train, place=kill.place, at=kill.at, seed=draw.randrange(1 << 30))
@@ -94,7 +94,7 @@ class Killed:
         return done, done
 
     def all(self, kills, each):
-        """Kill until it is that many: how many the runs survived."""
+        """Kill runs until there were that many kills; return how many the runs survived."""
         done = survived = 0
         for number in itertools.count():
             if done >= kills:
@@ -113,7 +113,7 @@ def reached(run):
 
 
 def result(run):
-    """The fingerprint of a run; how often it was saved is left out, with the configuration in its record."""
+    """The fingerprint of a run without the configuration in its record, which says how often to save."""
     original = run.record()
     run.record = lambda: original | {"config": None}
     return fingerprint(run)
@@ -158,7 +158,7 @@ def test_ten_kills_of_the_others(forkers, tmp_path, count, figure, overrides):
 
 
 def kill_saves(forker, path, kills, size, draw):
-    """Kill that many saves, half of them at a call or return inside one, half at a random moment: those survived."""
+    """Kill that many saves, half at a call or return inside one, half at a random moment; return how many survived."""
     last = survived = 0
     checkpoint_file.save(state(0, size), path)
     for number in range(kills):
@@ -180,7 +180,7 @@ def kill_saves(forker, path, kills, size, draw):
 
 
 class Changed(NamedTuple):
-    """Stands for a file that is there when path has been written again."""
+    """Acts as a file that exists once path has been written again."""
 
     path: object
     before: int

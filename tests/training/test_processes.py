@@ -13,7 +13,7 @@ from test_reproduce import wait_until
 from mbn.config import REPOSITORY
 from mbn.records import record
 
-# 23 iterations an epoch: the second one is a partial one.
+# 23 iterations an epoch; the second epoch is not complete.
 OVERRIDES = [
     *("dataset=digits", "model=resnet20", "norm=mbn", "batch_size=64", "schedule.iterations=26"),
     *("machine.threads=1", "machine.device=cpu", "machine.checkpoint_seconds=0.05"),
@@ -28,7 +28,7 @@ def reached(run):
 
 
 def train(run, signals):
-    """Train to the end, stopped by each signal some iterations after the one before: the outcomes of the processes."""
+    """Train to the end; each signal stops the run some iterations after the last one. Returns how processes ended."""
     outcomes = []
     for number in (*signals, None):
         before = reached(run)

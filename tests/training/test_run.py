@@ -64,7 +64,7 @@ def test_a_signal_before_training_has_begun_exits_at_once(name):
     assert python(code) == (SIGNALS[name], "", said)
 
 
-def test_what_killed_processes_left_of_their_writes_is_removed(here, left):
+def test_partial_files_of_killed_processes_are_removed(here, left):
     run = left()
     run.folder.mkdir(parents=True)
     run.record_path.parent.mkdir(parents=True)

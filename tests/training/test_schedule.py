@@ -46,7 +46,7 @@ def test_one_value_is_a_constant():
     assert [value_at([0.9], [], t, 3) for t in range(3)] == [0.9] * 3
 
 
-def test_the_bounds_at_the_instants_of_the_original_schedule():
+def test_the_bounds_at_the_points_of_the_original_schedule():
     """5k, 25k and 40k of 160k steps; exactly, for they are fractions. Between them they are linear."""
     bounds = {0: (1, 0), 5: (1, 0), 15: (1 + 4 / 7, 2.5), 22.5: (2, 4.375), 25: (1 + 8 / 7, 5), 40: (3, 5), 159: (3, 5)}
     for thousands, expected in bounds.items():
@@ -73,7 +73,7 @@ def test_the_bounds_only_rise_and_never_pass_3_and_5(iterations):
     ],
 )
 def test_all_layers_are_set_before_each_iteration(here, monkeypatch, norm, names, expected):
-    """As numbers and, with batch renormalisation, in the tensor that computes."""
+    """As numbers and, with batch renormalisation, in the tensor that the layer computes with."""
     monkeypatch.setattr("running.build_tiny", running.build_small)
     seen = []
     iterate = Update.__call__

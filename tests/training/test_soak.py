@@ -1,4 +1,4 @@
-"""Two hundred thousand iterations: nothing grows, and nothing that was measured is missing."""
+"""Two hundred thousand iterations: nothing grows, and no measurement is missing."""
 
 import json
 import re
@@ -15,7 +15,7 @@ OVERRIDES += ["machine.threads=1", "machine.device=cpu"]
 
 
 def complete(run, samples):
-    """What is wrong with what a run has left and with the samples of its process; nothing where all is well."""
+    """What is wrong with a run's files and its process's samples; an empty list where all is well."""
     length, per_epoch = iterations(run.config), iterations_per_epoch(run.config)
     step = 50  # a tenth of an epoch, which is 36 here, waits for the losses to be read
     due = [t for t in range(1, length + 1) if t % per_epoch == 0 or t == length or t % per_epoch % step == 0]
@@ -59,7 +59,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 
 @needs_proc
 def test_a_short_soak(forkers, tmp_path):
-    """Its memory still warms up: that is the long one's."""
+    """Without the check of memory, which still grows at the start: the long test has it."""
     wrong, _ = soak(forkers[0], tmp_path, 1000)
     assert not [w for w in wrong if not re.match("memory went", w)]
 

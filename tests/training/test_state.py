@@ -56,7 +56,7 @@ def test_a_power_cut_loses_what_came_after_the_last_checkpoint_and_no_bits(
 
 @pytest.mark.parametrize(("more", "iteration"), [(EVERY, 4), ("schedule.iterations=14", 12)])
 def test_a_signal_right_after_a_save_does_not_write_the_same_state_twice(here, left, after, more, iteration):
-    """Two generations that are one: the second chance would be gone. The 12th iteration ends an epoch."""
+    """Otherwise both kept checkpoints would be the same, with no older one left. The 12th iteration ends an epoch."""
     after(iteration, send("SIGTERM"))
     assert here(more).code == 75
     path = left(more).checkpoint_path
@@ -107,8 +107,8 @@ def test_what_auto_chose_is_kept_for_a_resume(here, left, after, monkeypatch):
     assert (result["device"][:5], result["mode"], result["threads"]) == ("cpu: ", "eager", 1)
 
 
-def test_what_another_machine_and_another_version_of_the_code_did_is_in_the_record(here, left, after, monkeypatch):
-    """No commit alone would give this result: it is dirty."""
+def test_a_change_of_machine_or_code_is_in_the_record(here, left, after, monkeypatch):
+    """Neither commit alone would give this result, so it counts as dirty."""
     after(3, send("SIGTERM"))
     here()
     monkeypatch.setattr("mbn.records.provenance.device_name", lambda device: "another CPU")

@@ -33,7 +33,7 @@ from mbn.training import run as trainer
 SENTENCE = re.compile(r"(warning: [^\n]*\n)*error: [^\n]*\.\n")
 
 
-# A full disk. A file may have so many bytes; which write fails first depends on it.
+# A full disk: no file may exceed a number of bytes, which decides the write that fails first.
 
 
 FULL = ["machine.checkpoint_seconds=1e-9", "schedule.iterations=40"]
@@ -47,7 +47,7 @@ def said_what_to_do(stopped, where):
 
 @pytest.mark.parametrize("size", [10, 300, 2000, 6000, 12000], ids=str)
 def test_a_full_disk_ends_in_one_sentence_that_names_the_file_and_loses_nothing(here, left, size):
-    """From nothing at all to all but the checkpoint, which is the largest."""
+    """From no room at all to room for all files except the checkpoint, which is the largest."""
     digits()  # scikit-learn's import makes a semaphore
     with small_disk(size):
         stopped = here(*FULL)
@@ -57,7 +57,7 @@ def test_a_full_disk_ends_in_one_sentence_that_names_the_file_and_loses_nothing(
 
 @pytest.mark.long("2", "Limits on the size of a file: one sentence with the file's name, then resumed to the same bits")
 def test_many_full_disks(here, left, count, figure):
-    """Evenly from nothing to the size at which all fits; the last of them need not fail."""
+    """Limits evenly from zero to the size at which everything fits; the last runs need not fail."""
     run = left(*FULL)
     digits()
     assert here(*FULL).code == 0
@@ -95,8 +95,8 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(here, lef
 
 
 @pytest.mark.parametrize("tail", [b'{"kind": "tr', b"\0" * 700, b"\xff\xfe\x85\n{]\n", b"\n\n"], ids=repr)
-def test_a_journal_that_a_power_failure_cut_is_gone_on_with(here, left, after, tail):
-    """Its checkpoint's rows are there, and behind them whatever the file system made of the rest."""
+def test_a_run_goes_on_with_a_journal_that_a_power_failure_cut(here, left, after, tail):
+    """The checkpoint's rows are there, and after them whatever the file system left of the others."""
     more = ["machine.checkpoint_seconds=1e-9"]
     after(5, cut)
     with pytest.raises(PowerCutError):
@@ -109,8 +109,8 @@ def test_a_journal_that_a_power_failure_cut_is_gone_on_with(here, left, after, t
     assert [row["iteration"] for row in left(*more).rows()] == list(range(1, 9))
 
 
-def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(here, left, monkeypatch):
-    """Seen by their order: fsync of the journal, then the checkpoint."""
+def test_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(here, left, monkeypatch):
+    """Their order shows it: fsync of the journal, then the checkpoint."""
     seen = []
     fsync, save = os.fsync, checkpoint_file.save
     journal = left().folder / "metrics.jsonl"
@@ -133,7 +133,7 @@ def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(here, left, mon
 
 @pytest.mark.long("3", "Signals to train.py (ResNet-20, MBN) answered by their exit code within 30 s, nothing lost")
 def test_signals_to_real_runs(tmp_path, count, figure):
-    """At random moments, from the first import on; every tenth a second time, which ends it at once."""
+    """At random moments, from the first import on. Every tenth run gets a second signal, which ends it at once."""
     overrides = ["dataset=digits", "model=resnet20", "batch_size=64", "machine.threads=1", "machine.device=cpu"]
     overrides += ["schedule.iterations=2000", f"machine.results={tmp_path}"]
     draw = random.Random(3)
@@ -201,7 +201,7 @@ def test_signals_to_reproduce(tmp_path, count, figure):
 
 
 def damage(content, draw, cut):
-    """One byte of content changed, or the end of it missing."""
+    """The content with one byte changed, or with its end missing."""
     if cut:
         return content[: draw.randrange(len(content))]
     place = draw.randrange(len(content))
@@ -209,7 +209,7 @@ def damage(content, draw, cut):
 
 
 def damages(run, flips, cuts, capsys):
-    """Damage a run's newest checkpoint that often: how often a run that resumes says so and takes the one before."""
+    """Damage a run's newest checkpoint that often; return how often a resumed run says so and uses the one before."""
     path, before = run.checkpoint_path, checkpoint_file.previous(run.checkpoint_path)
     whole, older = path.read_bytes(), before.read_bytes()
     expected = checkpoint_file.read(before)
@@ -242,7 +242,7 @@ def test_350_damages(here, left, count, figure, capsys):
 
 
 def refused_cifar(name, source, file, content, folder):
-    """Whether CIFAR's loader refuses its files where one has that content, with its name and what to do."""
+    """Whether CIFAR's loader refuses a file with that content, and says its name and what to do."""
     there = folder / source.name
     there.mkdir(parents=True)
     for other in source.iterdir():
@@ -292,7 +292,7 @@ def test_edited_records(tmp_path, count, figure):
 
 
 def test_nothing_is_unpickled_in_this_project():
-    """torch.load everywhere with weights_only=True, and pickle only for the name of its error."""
+    """torch.load is used with weights_only=True everywhere, and pickle only for the name of its error."""
     files = [*(REPOSITORY / "mbn").rglob("*.py"), *(REPOSITORY / "scripts").glob("*.py"), REPOSITORY / "train.py"]
     text = "\n".join(path.read_text() for path in files)
     loads = re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", text)
@@ -348,14 +348,14 @@ def test_malicious_files(tmp_path, here, left, figure):
 
 
 def both(forkers, results, overrides=TINY):
-    """The same command twice at the same time: their ends."""
+    """Run the same command twice at the same time; return how both ended."""
     job = {"job": "train", "network": "tiny", "overrides": [*overrides, f"machine.results={results}"]}
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda forker: forker.run(**job), forkers))
 
 
 def one_trained(ends, run):
-    """Whether of two processes one trained and the other named it, or said that it is done."""
+    """Whether one of two processes trained and the other named it, or said that the run is finished."""
     codes = sorted(e.code for e in ends)
     text = "".join(e.text for e in ends)
     if codes == [0, 76]:
@@ -374,12 +374,12 @@ def pairs(forkers, folder, times):
     return right, named
 
 
-def test_of_the_same_command_twice_at_once_one_trains_and_the_other_says_who(forkers, tmp_path):
+def test_the_same_command_twice_at_once_one_trains_and_the_other_names_it(forkers, tmp_path):
     assert pairs(forkers, tmp_path, 3)[0] == 3
 
 
-def test_the_holder_that_is_named_is_not_the_one_before(tmp_path):
-    """The second looks after the first has the lock and before it has written its name."""
+def test_the_holder_that_is_named_is_the_present_one(tmp_path):
+    """The second process looks when the first has the lock but has not yet written its name."""
     from mbn.system import files
 
     path = tmp_path / "lock"
