@@ -19,7 +19,7 @@ PARTS = {
     "data": "system methods config",
     "records": "system methods config",
     "grid": "system methods config",
-    "layers": "norm system methods config",
+    "network_layers": "norm system methods config",
     "measure": "norm system methods config",
     "training": "norm system methods config data records layers measure",
     "launch": "system methods config data records grid",

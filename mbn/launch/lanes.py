@@ -70,19 +70,18 @@ class Lanes:
     def __init__(self, train: Train, jobs: int) -> None:
         self.train, self.jobs = train, jobs
         self.load = SharedData()
-        self.often = switching_often()
+        self.output = PerThread(sys.stdout), PerThread(sys.stderr)
+        self.inside = contextlib.ExitStack()
         allow_many_streams()
 
     def __enter__(self) -> "Lanes":
-        self.usual = sys.stdout, sys.stderr
-        self.output = PerThread(sys.stdout), PerThread(sys.stderr)
-        sys.stdout, sys.stderr = self.output
-        self.often.__enter__()
+        out, err = self.output
+        for context in (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), switching_often()):
+            self.inside.enter_context(context)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.stdout, sys.stderr = self.usual
-        self.often.__exit__(None, None, None)
+        self.inside.close()
 
     def __call__(self, run: Run, results: Path) -> "Lane":
         machine = dataclasses.replace(run.config.machine, together=self.jobs)

@@ -138,11 +138,11 @@ class Pool:
         self.deadline = None if budget is None else time.monotonic() + budget
         self.margin = min(margin, max(5.0, (budget or 0.0) / 10))
         self.said_waiting = False
+        # smoothing=0: many runs end at about the same time, so the mean speed since the start predicts best
+        self.bar = tqdm(total=len(runs), unit="run", disable=None, dynamic_ncols=True, smoothing=0)
 
     def work(self) -> Outcome:
         """Train until nothing is left, the budget is spent or a signal comes; no child is left behind."""
-        # smoothing=0: many runs end at about the same time, so the mean speed since the start predicts best
-        self.bar = tqdm(total=len(self.queue), unit="run", disable=None, dynamic_ncols=True, smoothing=0)
         with StopAll(self.kill) as stop, self.bar:
             try:
                 while self._step(stop):

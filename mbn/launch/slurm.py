@@ -21,6 +21,8 @@ TIMEOUTS = 1000
 class Job:
     """The function that submitit calls: runs a command line. Pickled by value: a job need not import this package."""
 
+    process: subprocess.Popen
+
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self.command, self.log = list(command), log
 

@@ -222,7 +222,7 @@ def _wanted(ctx, first: int, *gradients: Tensor) -> tuple[Tensor | None, ...]:
 
 def _batch_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, invstd: Tensor):
     """torch's training-mode batch-norm backward about any mean and inverse standard deviation: dx, dweight, dbias."""
-    # Without weights torch does not use the sums, but the kernel for half precision needs a weight in float32.
+    # Without a weight use ones, because the kernel for half precision wants one in float32. dweight is then unused.
     weight = torch.ones_like(invstd) if weight is None else weight
     return torch.ops.aten.native_batch_norm_backward(
         dy, x, weight, None, None, mu, invstd, True, 0.0, [True, True, True]

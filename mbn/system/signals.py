@@ -3,7 +3,7 @@
 import os
 import signal
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 # Exit codes: 130 for Ctrl-C, as in shells; 75 (EX_TEMPFAIL) for a pre-emption, after which the same command resumes.
 CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
@@ -13,6 +13,10 @@ class Answered:
     """Context manager: inside, `_answer` handles these signals; afterwards the earlier handlers do again."""
 
     codes = CODES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[int, Any] = {}
 
     def _numbers(self) -> list[int]:
         return [getattr(signal, name) for name in self.codes if hasattr(signal, name)]  # Windows lacks some
@@ -45,6 +49,7 @@ class StopRequest:
     """Whether training is to stop: `code` is then the exit code, else None."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.code: int | None = None
 
 
