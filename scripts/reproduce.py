@@ -91,7 +91,7 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
             limits = f"from {least} on" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"a whole number {limits} is wanted, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {text!r}")
         return int(text)
 
     return parse
@@ -105,7 +105,7 @@ def _seconds(text: str) -> float:
     """90s, 9m, 1.5h or 1h30m in seconds."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
     if not parts or "".join(n + unit for n, unit in parts) != text:
-        raise argparse.ArgumentTypeError(f"a time such as 90s, 9m or 1h30m is wanted, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a time such as 90s, 9m or 1h30m, not {text!r}")
     return sum(float(n) * {"s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts)
 
 

@@ -142,7 +142,7 @@ def _end_process(run: Run, error: Exception, log: IO[str]) -> None:
     log.flush()
     what = str(error).strip().partition("\n")[0]
     _say(
-        f"error: {run.name}: {what}: the device no longer answers, and all runs of this process end; the same command "
+        f"error: {run.name}: {what}: the device no longer answers, so all runs of this process stop; the same command "
         "goes on from their last checkpoints."
     )
     os._exit(1)

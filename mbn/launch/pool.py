@@ -202,7 +202,7 @@ class Pool:
                 self.children.append(self.start(run, self.results))
         if self.elsewhere and not self.children and not self.queue and not self.said_waiting:
             self.said_waiting = True
-            self._say(f"waiting for {len(self.elsewhere)} that other processes train")
+            self._say(f"waiting for {len(self.elsewhere)} runs that other processes train")
 
     def _ended(self, child: Child, code: int) -> None:
         run = child.run
@@ -241,4 +241,4 @@ class Pool:
 def last_line(log: Path) -> str:
     """The last line of a failed run's log; progress bars are not written to it."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+    return lines[-1].removeprefix("error: ") if lines else "its log is empty"

@@ -39,7 +39,7 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
             print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:  # before training handles signals itself
-            print("error: stopped by Ctrl-C: the same command begins again.", file=sys.stderr)
+            print("error: stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
             return 130
 
     return run

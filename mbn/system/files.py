@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: bytes, keep_as: Path | None = None) ->
 
 def cannot_write(path: Path | str, error: OSError, needed: int | None = None) -> UserError:
     """The error for a write that failed. needed: how many bytes were to be written."""
-    reason = "see to it"
+    reason = "make it writable"
     if is_full(error):
         reason = "free some space" if needed is None else f"it needs {needed} bytes: free some space"
     return UserError(f"cannot write {path} ({error.strerror}): {reason} and run the command again.")
