@@ -21,10 +21,10 @@ PARTS = {
     "grid": "system methods config",
     "network_layers": "norm system methods config",
     "measure": "norm system methods config",
-    "training": "norm system methods config data records layers measure",
+    "training": "norm system methods config data records network_layers measure",
     "launch": "system methods config data records grid",
     "tables": "system methods config records grid",
-    "benchmark": "norm system methods config data records grid layers measure training launch",
+    "benchmark": "norm system methods config data records grid network_layers measure training launch",
 }
 PROGRAMS = ("train", "scripts")
 # These two can be taken into another project.
