@@ -20,7 +20,8 @@ def write_atomically(path: Path, content: bytes, keep_as: Path | None = None) ->
     """Write path through a temporary file, fsync, rename and fsync of the folder.
 
     keep_as: where the present version of path is kept. Between the two renames path does not exist, but keep_as is
-    complete. Errors: UserError where the disk is full or the file may not be written; path is then unchanged.
+    complete. Errors: UserError where the disk is full or the file may not be written; the version before is then in
+    path, or already in keep_as.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

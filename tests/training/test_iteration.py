@@ -151,7 +151,7 @@ def test_a_non_finite_loss_is_reported_as_it_is():
 
 
 # Only this method uses the slow C++ compiler. The others are compiled without it, which tests the same graphs.
-QUICK = ("mbn 2",)
+FULLY_COMPILED = ("mbn 2",)
 
 
 @every_method
@@ -163,7 +163,7 @@ def test_compiled_iterations_equal_eager_ones(method, monkeypatch):
     """
     layers, forwards = METHODS[method]
     monkeypatch.setattr(update_module, "_compiled", {})
-    if method not in QUICK:
+    if method not in FULLY_COMPILED:
         compiler = torch.compile
         monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend="aot_eager"))
     for dtype, iterations, tolerance in ((torch.float64, 50, 1e-8), (torch.float32, 3, 1e-4)):
