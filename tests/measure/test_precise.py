@@ -124,7 +124,7 @@ def seen(monkeypatch):
 def test_the_precise_error_is_the_same_if_asked_for_later_and_nothing_else_changes(norm, here, left, whole, seen):
     early = whole(norm, PRECISE).record()
     seen.clear()
-    assert "precise" not in here(norm).out
+    assert "with precise statistics" not in here(norm).out
     run = left(norm)
     before, files = run.record(), {p: p.read_bytes() for p in run.folder.iterdir()}
     assert before["test_error_precise"] is None
