@@ -14,7 +14,7 @@ from mbn.methods import METHODS
 WITH_STATISTICS = tuple((name, n) for name, method in METHODS.items() if method.statistics for n in (1, 2))
 EAGER = (*arms(WITH_STATISTICS, "eager"), Arm("gn"))
 BN_TEST, MBN_TEST = (Arm(norm, evaluates=True) for norm in ("bn", "mbn"))
-BN, MBN, MBN2 = arms((("bn", 1), ("mbn", 1), ("mbn", 2)), "compile")
+BN_COMPILED, MBN_COMPILED, MBN2_COMPILED = arms((("bn", 1), ("mbn", 1), ("mbn", 2)), "compile")
 ON_CPU = (
     *EAGER,
     *(Arm("mbn", 2, gradient="batch"), BN_TEST, MBN_TEST),
@@ -36,7 +36,7 @@ def on_cpu() -> list[Job]:
     cases = {
         "r20-b128": (Case("resnet20", 128, n), ON_CPU),
         "r20-b8": (Case("resnet20", 8, 1), ON_CPU),
-        "r20-b128-one-thread": (Case("resnet20", 128, 1), (BASE, BN)),
+        "r20-b128-one-thread": (Case("resnet20", 128, 1), (BASE, BN_COMPILED)),
     }
     return [
         *(Job(name, 1800, partial(timed, *given)) for name, given in cases.items()),
