@@ -78,19 +78,19 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
             from mbn.training.run import add_precise_error
 
             result = add_precise_error(config, build, stop)
-        print(f"{record.summary(result)}\nThe run is finished; machine.again=true trains it again.")
+        print(f"{record.in_a_sentence(result)}\nThe run is finished; machine.again=true trains it again.")
     else:
         from mbn.training.run import train
 
         print(f"{configuration.run_name(config)}: {configuration.iterations(config)} iterations", flush=True)
         result = train(config, build, stop, load)
-        print(record.summary(result))
+        print(record.in_a_sentence(result))
     print(f"record: {path}\ncurves: tensorboard --logdir {results / 'runs'}")
 
 
 def sweep(overrides: list[str]) -> int:
     """Train the runs of a sweep; all are checked before the first begins."""
-    lines = configuration.sweep(overrides)
+    lines = configuration.sweep_lines(overrides)
     configs = [configuration.load(line) for line in lines]
     if configs[0].machine.together > 1:
         return sweep_together(lines, configs)
@@ -122,10 +122,10 @@ def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) 
         raise UserError("machine.again=true trains one run after another: leave machine.together out.", code=2)
     check_alike(configs)
     results = Path(configs[0].machine.results)
-    runs: list[missing_runs.Run] = []
-    alone: list[missing_runs.Run] = []
+    runs: list[missing_runs.PlannedRun] = []
+    alone: list[missing_runs.PlannedRun] = []
     for line, config in zip(lines, configs, strict=True):
-        member = missing_runs.Run(configuration.run_name(config), config, tuple(line))
+        member = missing_runs.PlannedRun(configuration.run_name(config), config, tuple(line))
         (alone if member.finished(results) or not fits(config) else runs).append(member)
     code = one_after_another([member.config for member in alone])
     with Lanes(run, together) as lanes:

@@ -43,7 +43,7 @@ def todo(sizes: Sizes) -> list[jobs.Job]:
     return [*first, *(job for job in measured if job.name in names), compiled]
 
 
-def advice(status: dict[str, str], outcomes: jobs.Outcomes, batches: tuple[int, ...]) -> dict[str, Any]:
+def advice(status: dict[str, str], outcomes: jobs.Findings, batches: tuple[int, ...]) -> dict[str, Any]:
     """The mode to train in, the number of lanes for each batch size, and the reason.
 
     eager if a comparison does not hold or was not made; graph only if compiling is also faster.

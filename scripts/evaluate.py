@@ -48,7 +48,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     import torch
 
     import models
-    from mbn.data.datasets import load
+    from mbn.data.datasets import load_data
     from mbn.measure.test_error import batch_size_for, evaluate
     from mbn.network_layers import from_config
     from mbn.training.execution import choose_device
@@ -67,7 +67,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
             f"classes: {why}."
         ) from None
     model = model.to(device).to(memory_format=torch.channels_last).eval()
-    data = load(config, device)
+    data = load_data(config, device)
     batches = (data.plain_train_batches if train else data.test_batches)(batch_size_for(config, device))
     with autocast(device, config.precision):
         measured = evaluate(model, batches)

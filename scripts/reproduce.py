@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mbn import grid
 from mbn.config import REPOSITORY, Config, cores, load
 from mbn.launch.estimate import Estimate, duration
-from mbn.launch.missing_runs import Run, runs
+from mbn.launch.missing_runs import PlannedRun, runs
 from mbn.records.import_records import gather
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
@@ -156,7 +156,7 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     return train(missing, results, jobs, settings, config, options)
 
 
-def hand_over(missing: list[Run], results: Path, settings: list[str], text: str) -> int:
+def hand_over(missing: list[PlannedRun], results: Path, settings: list[str], text: str) -> int:
     """Submit the runs to Slurm, and do not wait for them."""
     from mbn.launch.slurm import slurm_options, submit
 
@@ -167,7 +167,12 @@ def hand_over(missing: list[Run], results: Path, settings: list[str], text: str)
 
 
 def train(
-    missing: list[Run], results: Path, jobs: int, settings: list[str], config: Config, options: argparse.Namespace
+    missing: list[PlannedRun],
+    results: Path,
+    jobs: int,
+    settings: list[str],
+    config: Config,
+    options: argparse.Namespace,
 ) -> int:
     """Train the runs side by side on this machine."""
     from mbn.launch.pool import Pool, Process
@@ -180,7 +185,7 @@ def train(
 
             lanes = stack.enter_context(Lanes(script.run, jobs))
 
-        def start(run: Run, results: Path) -> Any:
+        def start(run: PlannedRun, results: Path) -> Any:
             if lanes is not None and fits(run.config):
                 return lanes(run, results)
             return Process(run, command(run, settings), results)
@@ -189,7 +194,7 @@ def train(
     return report(outcome, results, options.budget)
 
 
-def command(run: Run, settings: Sequence[str]) -> list[str]:
+def command(run: PlannedRun, settings: Sequence[str]) -> list[str]:
     """The command line that `--dry-run` shows, with this Python and this checkout's train.py."""
     return [sys.executable, str(REPOSITORY / "train.py"), *run.overrides, *settings]
 

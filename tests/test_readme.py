@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 import train
-from mbn.config import REPOSITORY, load, sweep
+from mbn.config import REPOSITORY, load, sweep_lines
 
 README = (REPOSITORY / "README.md").read_text()
 LINES = [
@@ -33,7 +33,7 @@ def test_the_readme_is_read_at_all():
 def test_a_train_command_is_a_run_or_a_sweep_of_runs(arguments):
     """Checked as train.py checks it; the quickstart itself is run by .ci/run."""
     if arguments[0] == "-m":
-        assert len([load(line) for line in sweep(arguments[1:])]) == 6
+        assert len([load(line) for line in sweep_lines(arguments[1:])]) == 6
     else:
         load(arguments)
 

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mbn.benchmark.jobs import Job, Outcome, left
+from mbn.benchmark.jobs import Finding, Job, left
 from mbn.benchmark.workload import PAIR, Arm, Case, Place, Training, arms
 from mbn.data.in_memory import Batch
 from mbn.norm import functional
@@ -25,19 +25,19 @@ T = TypeVar("T")
 # Takes a case, a place and a deadline; returns whether the comparison holds, and its numbers.
 Comparison = Callable[[Case, Place, float], tuple[bool, dict[str, Any]]]
 # Largest differences allowed, relative to a tensor's largest value.
-FLOAT32, RECORDED, COMPILED = 1e-4, 1e-4, 1e-3
+FLOAT32, RECORDED_WITHIN, COMPILED = 1e-4, 1e-4, 1e-3
 # The largest difference allowed in any one iteration of a whole network, see `compare`.
 ONCE = 0.3
 # Values smaller than this are compared as if they were this large: zero has no relative error.
 SMALLEST = 1e-4
 # Iterations before an Update only plays back: the unrecorded ones and the one that records.
-START = Recorded.AS_IT_IS + 1
+PLAYED_FROM = Recorded.AS_IT_IS + 1
 # Images in an epoch's last batch.
 LAST = 3
 
 
 @dataclass
-class Compared(Outcome):
+class Compared(Finding):
     """The numbers of each comparison; one that does not hold is also in `missing`."""
 
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -77,9 +77,9 @@ def jobs() -> list[Job]:
     return [
         job("layers", 20, in_float64, *layers, Arm("mbn", 2, gradient="batch")),
         job("bf16", 5, finite, *arms(PAIR[1:], "eager", "graph-eager", precision="bf16")),
-        job("graph", 30, recorded, *methods, Arm("mbn", 2, "graph-eager", "batch")),
+        job("graph", 30, compare_recorded, *methods, Arm("mbn", 2, "graph-eager", "batch")),
         job("deterministic", 20, same_again, *arms(PAIR, "eager", "graph-eager")),
-        job("compiled", 60, compiled, Arm("mbn", 2, "graph")),
+        job("compiled", 60, compare_compiled, Arm("mbn", 2, "graph")),
     ]
 
 
@@ -91,7 +91,7 @@ def in_time(values: Iterable[T], deadline: float) -> Iterator[T]:
         yield value
 
 
-class Layers(nn.Module):
+class TwoLayers(nn.Module):
     """A layer for each memory layout. No ReLU: rounding that moves its input across 0 makes a large difference."""
 
     def __init__(self, layers: Any, classes: int, **_: Any) -> None:
@@ -109,11 +109,11 @@ def in_float64(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[boo
 
     Once with torch's batch-norm kernels, and once with the formula that a compiler gets.
     """
-    twin = replace(place, device=torch.device("cpu"), build=lambda **given: Layers(**given).double())
+    twin = replace(place, device=torch.device("cpu"), build=lambda **given: TwoLayers(**given).double())
     native = functional.has_native_kernels
     found: dict[str, Any] = {}
     for way, own in {"kernels": native, "formula": lambda x: x.dtype == torch.float64 and native(x)}.items():
-        one, other = (new_training(case, arm, where) for where in (replace(place, build=Layers), twin))
+        one, other = (new_training(case, arm, where) for where in (replace(place, build=TwoLayers), twin))
         with mock.patch.object(functional, "has_native_kernels", own):
             apart = compare(one, other, in_time(random_batches([case.batch_size, LAST] * 3, place), deadline))
         found |= {way: apart["largest"], f"{way}, at": apart["at"]}
@@ -123,27 +123,27 @@ def in_float64(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[boo
 def finite(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Mixed precision stays finite."""
     training = new_training(case, arm, place)
-    train(training, in_time(random_batches([case.batch_size] * (START + 2), place), deadline))
+    train_on(training, in_time(random_batches([case.batch_size] * (PLAYED_FROM + 2), place), deadline))
     holds = all(bool(value.isfinite().all()) for value in tensors(training).values())
     return holds and training.in_mode, {"finite": holds, "in mode": training.in_mode}
 
 
-def recorded(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
+def compare_recorded(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Recorded iterations against eager ones from the same state; six are played back for each of two batch sizes."""
-    batches = random_batches([case.batch_size, LAST] * (START + 5), place)
+    batches = random_batches([case.batch_size, LAST] * (PLAYED_FROM + 5), place)
     played, eager = new_training(case, arm, place), new_training(case, replace(arm, mode="eager"), place)
     found = compare(played, eager, in_time(batches, deadline))
-    return close(found, RECORDED), found
+    return close(found, RECORDED_WITHIN), found
 
 
 def same_again(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Training twice gives the same bits, and so does resuming from a saved state."""
-    half = START + 2
+    half = PLAYED_FROM + 2
     batches = random_batches([case.batch_size] * 2 * half, place)
     ends = []
     for stops in (False, False, True):
         training = new_training(case, arm, place)
-        train(training, in_time(batches[:half], deadline))
+        train_on(training, in_time(batches[:half], deadline))
         if stops:
             state = copy.deepcopy((training.model.state_dict(), training.optimizer.state_dict()))
             training = new_training(case, arm, place)
@@ -151,17 +151,17 @@ def same_again(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[boo
             training.optimizer.load_state_dict(state[1])
             training.optimizer.param_groups[0]["lr"] = training.lr
         training.update.window.zero_()  # the first half's losses
-        train(training, in_time(batches[half:], deadline), first=half)
+        train_on(training, in_time(batches[half:], deadline), first=half)
         ends.append(copy.deepcopy(tensors(training)))
-    twice, resumed = (difference(end, ends[0])[0] == 0 for end in ends[1:])
+    twice, resumed = (largest_difference(end, ends[0])[0] == 0 for end in ends[1:])
     return twice and resumed and training.in_mode, {"twice": twice, "resumed": resumed, "in mode": training.in_mode}
 
 
-def compiled(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
+def compare_compiled(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Iterations compiled and recorded against recorded only, and the milliseconds of both."""
     if left(deadline) <= place.sizes.compiling:
         raise TimeoutError("no time left to compile")
-    batches = random_batches([case.batch_size] * (START + 14), place)
+    batches = random_batches([case.batch_size] * (PLAYED_FROM + 14), place)
     both = (arm, replace(arm, mode="graph-eager"))
     one, other = (new_training(case, each, place, batches[0]) for each in both)
     found = compare(one, other, in_time(batches, deadline))
@@ -183,15 +183,15 @@ def compare(one: Training, other: Training, batches: Iterable[Batch]) -> dict[st
     found: dict[int, list[float]] = {}
     for t, batch in enumerate(batches):
         for training in (one, other):
-            train(training, [batch], first=t)
+            train_on(training, [batch], first=t)
         own, wanted = tensors(one), tensors(other)
-        apart = difference(own, wanted)
+        apart = largest_difference(own, wanted)
         found.setdefault(len(batch[1]), []).append(apart[0])
         worst = max(worst, apart)
         with torch.no_grad():
             for name, value in wanted.items():
                 own[name].copy_(value)
-    played = [sorted(each[START - 1 :]) for each in found.values()]
+    played = [sorted(each[PLAYED_FROM - 1 :]) for each in found.values()]
     typical = max((each[2 * len(each) // 5] for each in played if each), default=math.nan)
     return {"typical": typical, "largest": worst[0], "at": worst[1], "in mode": one.in_mode}
 
@@ -215,7 +215,7 @@ def random_batches(sizes: list[int], place: Place) -> list[Batch]:
     ]
 
 
-def train(training: Training, batches: Iterable[Batch], first: int = 0) -> None:
+def train_on(training: Training, batches: Iterable[Batch], first: int = 0) -> None:
     """Train on batches; learning rate, lambda and BRN's bounds change at each. first: number of the first iteration."""
     for t, (images, labels) in enumerate(batches, first):
         training.lr.fill_([0.01, 0.02, 0.005][t % 3])
@@ -234,7 +234,7 @@ def tensors(training: Training) -> dict[str, Tensor]:
     return found
 
 
-def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
     """The largest difference between two tensors of one name, relative to the second's largest value, and that name."""
     assert found.keys() == wanted.keys()
     worst, where = 0.0, "none"

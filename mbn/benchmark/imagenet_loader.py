@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from mbn import config as configuration
-from mbn.benchmark.jobs import NO_TIME, Outcome, left
+from mbn.benchmark.jobs import NO_TIME, Finding, left
 from mbn.benchmark.timing import Timed, timed
 from mbn.benchmark.workload import BASE, PAIR, Case, Place, arms, random_arrays, settings
 from mbn.data import in_memory
 from mbn.data.image_folder import ImageFolders
 
 
-def resnet50(place: Place, deadline: float) -> Timed:
+def resnet50_speed(place: Place, deadline: float) -> Timed:
     """ResNet-50 on random images on the device: the images a second that a loader must deliver."""
     case = Case("resnet50", place.sizes.large_batch, configuration.cores(), "imagenet")
     config = settings(case, BASE, place.folder).dataset
@@ -27,7 +27,7 @@ def resnet50(place: Place, deadline: float) -> Timed:
 
 
 @dataclass
-class Loaded(Outcome):
+class Loaded(Finding):
     """Images a second that the loader delivers."""
 
     workers: int

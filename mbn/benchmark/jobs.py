@@ -34,7 +34,7 @@ def left(deadline: float) -> float:
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class Finding:
     """What a job has found. missing: what it could not find, each with the reason."""
 
     missing: dict[str, str] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Outcome:
             self.missing[name] = f"failed: {first_line(error)}"
 
 
-Outcomes = dict[str, Outcome]
+Findings = dict[str, Finding]
 
 
 class Job(NamedTuple):
@@ -64,7 +64,7 @@ class Job(NamedTuple):
 
     name: str
     limit: float
-    work: Callable[[Place, float], Outcome]
+    work: Callable[[Place, float], Finding]
 
 
 def free(device: torch.device) -> None:
@@ -89,7 +89,7 @@ def add_options(parser: argparse.ArgumentParser, limit: str) -> None:
 
 def run(
     jobs: list[Job], place: Place, limit: float, only: str = "*", skip: str = "", path: Path | None = None
-) -> tuple[dict[str, Any], Outcomes]:
+) -> tuple[dict[str, Any], Findings]:
     """Do the jobs within limit seconds. Returns a report, and what each job that was begun has found.
 
     After each job its result is printed, and the report written to path. only, skip: names or patterns, with commas.
@@ -112,7 +112,7 @@ def run(
         "cases": {},
     }
     print(f"{report['device']}, torch {torch.__version__}", flush=True)
-    outcomes: Outcomes = {}
+    outcomes: Findings = {}
     for job in jobs:
         start = time.monotonic()
         status = _one(job, place, end, outcomes) if job.name in asked else "skipped: not asked for"
@@ -128,11 +128,11 @@ def run(
     return report, outcomes
 
 
-def _one(job: Job, place: Place, end: float, outcomes: Outcomes) -> str:
+def _one(job: Job, place: Place, end: float, outcomes: Findings) -> str:
     """Do a job and put what it finds among the outcomes. Returns its status in words."""
     if left(end) <= 0:
         return NO_TIME
-    failed = Outcome()
+    failed = Finding()
     with failed.noted(job.name):
         outcomes[job.name] = job.work(place, min(end, time.monotonic() + job.limit))
     with failed.noted("memory"):  # a GPU that no longer answers must not end the report

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from mbn.benchmark.jobs import NO_TIME, Outcome
+from mbn.benchmark.jobs import NO_TIME, Finding
 from mbn.benchmark.side_by_side import SideBySide
 from mbn.benchmark.workload import Arm, Case, Place
 
@@ -17,7 +17,7 @@ Kernel = tuple[int, int, str]
 
 
 @dataclass
-class Profiled(Outcome):
+class Profiled(Finding):
     """The kernels of a case's iterations, of all lanes together.
 
     span: seconds from the start of the first kernel to the end of the last. busy: seconds in which at least one runs.

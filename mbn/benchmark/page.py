@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mbn.benchmark.jobs import Outcomes
+from mbn.benchmark.jobs import Findings
 from mbn.benchmark.side_by_side import Rates
 from mbn.benchmark.suites import BN_COMPILED, BN_TEST, MBN2_COMPILED, MBN_COMPILED, MBN_TEST
 from mbn.benchmark.timing import Timed
@@ -25,11 +25,11 @@ class Bar(NamedTuple):
     """A target. value: takes the measured number from the outcomes; NaN where it was not measured."""
 
     text: str
-    value: Callable[[Outcomes], float]
+    value: Callable[[Findings], float]
     limit: float
     at_least: bool = False
 
-    def row(self, outcomes: Outcomes) -> str:
+    def row(self, outcomes: Findings) -> str:
         value = self.value(outcomes)
         bound = f"at {'least' if self.at_least else 'most'} {self.limit:.2f}"
         if math.isnan(value):
@@ -38,14 +38,14 @@ class Bar(NamedTuple):
         return f"| {self.text} | {value:.3f} | {bound} | {'met' if met else '**missed**'} |"
 
 
-def seconds(pattern: str, arms: Iterable[Arm], outcomes: Outcomes) -> float:
+def seconds(pattern: str, arms: Iterable[Arm], outcomes: Findings) -> float:
     """Seconds an iteration (median over rounds) of the fastest arm, in all jobs whose names match."""
     found = (o for job, o in outcomes.items() if isinstance(o, Timed) and fnmatch(job, pattern))
     times = (statistics.median(o.seconds[arm.name]) for o in found for arm in arms if arm.name in o.seconds)
     return min(times, default=math.nan)
 
 
-def ratio(job: str, arms: Iterable[Arm], to: Arm, outcomes: Outcomes) -> float:
+def ratio(job: str, arms: Iterable[Arm], to: Arm, outcomes: Findings) -> float:
     """The fastest arm's seconds divided by those of arm `to` in the same job: median over rounds."""
     found = outcomes.get(job)
     if not isinstance(found, Timed):
@@ -54,21 +54,21 @@ def ratio(job: str, arms: Iterable[Arm], to: Arm, outcomes: Outcomes) -> float:
     return min((statistics.median(ratios) for ratios in given), default=math.nan)
 
 
-def peak(arm: Arm, to: Arm, outcomes: Outcomes) -> float:
+def peak(arm: Arm, to: Arm, outcomes: Findings) -> float:
     """The peak memory of an arm divided by that of arm `to`."""
     found = outcomes.get("r20-b128")
     memory = found.memory if isinstance(found, Timed) else {}
     return memory.get(arm.name, math.nan) / memory.get(to.name, math.nan)
 
 
-def gain(job: str, outcomes: Outcomes) -> float:
+def gain(job: str, outcomes: Findings) -> float:
     """The rate of the best number of lanes divided by the rate of one lane."""
     found = outcomes.get(job)
     rates = found.rates if isinstance(found, Rates) else {}
     return max(rates.values()) / rates[1] if len(rates) > 1 and 1 in rates else math.nan
 
 
-def by_one_thread(outcomes: Outcomes) -> float:
+def by_one_thread(outcomes: Findings) -> float:
     return 16 * seconds("r20-b8", [BN_COMPILED], outcomes) / seconds("r20-b128-one-thread", [BN_COMPILED], outcomes)
 
 
@@ -108,20 +108,20 @@ CPU_BARS = [
 ]
 
 
-def recorded(name: str, method: tuple[str, int], outcomes: Outcomes) -> float:
+def recorded(name: str, method: tuple[str, int], outcomes: Findings) -> float:
     """Seconds of a recorded iteration: compiled or not, whichever is faster."""
     return seconds(f"*{name}", [Arm(*method, mode) for mode in GRAPHS], outcomes)
 
 
-def milliseconds(method: tuple[str, int], outcomes: Outcomes) -> float:
+def milliseconds(method: tuple[str, int], outcomes: Findings) -> float:
     return 1e3 * recorded("r56-b128", method, outcomes)
 
 
-def to_plain(outcomes: Outcomes) -> float:
+def to_plain(outcomes: Findings) -> float:
     return recorded("r20-b128", PAIR[1], outcomes) / seconds("r20-b128", [PLAIN], outcomes)
 
 
-def to_bn(name: str, outcomes: Outcomes) -> float:
+def to_bn(name: str, outcomes: Findings) -> float:
     return recorded(name, PAIR[1], outcomes) / recorded(name, PAIR[0], outcomes)
 
 
@@ -151,7 +151,7 @@ def file_stem(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (device_name(device) + on).lower()).strip("-")
 
 
-def page(report: dict[str, Any], outcomes: Outcomes, bars: list[Bar]) -> str:
+def page(report: dict[str, Any], outcomes: Findings, bars: list[Bar]) -> str:
     """All results as markdown."""
     commit = (report["commit"] or "unknown")[:12]
     lines = [

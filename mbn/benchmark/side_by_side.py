@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mbn.benchmark.jobs import NO_TIME, Outcome, left
+from mbn.benchmark.jobs import NO_TIME, Finding, left
 from mbn.benchmark.workload import Arm, Case, Place, Workload, prepare, warm_up
 from mbn.launch.lanes import switching_often
 from mbn.system.cuda_graph import one_at_a_time, own_stream
@@ -80,7 +80,7 @@ def repeat_until(work: Workload, end: float) -> int:
 
 
 @dataclass
-class Rates(Outcome):
+class Rates(Finding):
     """Iterations a second of all runs together, by the number of runs."""
 
     case: Case

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from mbn.benchmark.imagenet_loader import loader, resnet50
+from mbn.benchmark.imagenet_loader import loader, resnet50_speed
 from mbn.benchmark.jobs import Job
 from mbn.benchmark.kernels import profiled
 from mbn.benchmark.side_by_side import lanes, processes
@@ -80,7 +80,7 @@ def on_cuda(sizes: Sizes) -> list[Job]:
         *times("compiled-", 60, arms(PAIR, "graph-eager", "graph")),
         *times("bf16-", 60, (RECORDED, *arms(PAIR, "graph-eager", "graph", precision="bf16"))),
         *many("compiled-lanes-", 60, "graph", sizes.compiled_lanes),
-        Job("resnet50", 30, resnet50),
+        Job("resnet50", 30, resnet50_speed),
         Job("loader", 30, loader),
         *profiles("profile-", 1, sizes.batches),
         *profiles("profile-lanes-", sizes.profile_lanes, (8,)),

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mbn.benchmark.jobs import NO_TIME, Outcome, free, left, new_peak
+from mbn.benchmark.jobs import NO_TIME, Finding, free, left, new_peak
 from mbn.benchmark.workload import BASE, PLAIN, RECORDED, Arm, Case, Place, Workload, prepare, warm_up
 from mbn.data import in_memory
 from mbn.system.cuda_graph import own_stream
 
 
 @dataclass
-class Timed(Outcome):
+class Timed(Finding):
     """Each arm's seconds an iteration in every round, its seconds to start, and its peak memory in bytes."""
 
     case: Case

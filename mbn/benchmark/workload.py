@@ -179,7 +179,7 @@ class Training(Workload):
 
     def __init__(self, case: Case, arm: Arm, place: Place, batches: Iterator[in_memory.Batch]) -> None:
         super().__init__(self._step, place.device)
-        self.model = network(case, arm, place)
+        self.model = new_network(case, arm, place)
         # Not 0.1: at batch 8 training may diverge, and NaNs have a different speed.
         self.lr = torch.tensor(0.01, device=place.device)
         self.optimizer = torch.optim.SGD(
@@ -215,7 +215,7 @@ def _composed(*overrides: str) -> configuration.Config:
     return configuration.load(list(overrides))
 
 
-def network(case: Case, arm: Arm, place: Place) -> nn.Module:
+def new_network(case: Case, arm: Arm, place: Place) -> nn.Module:
     """An arm's network on the device, always with the same parameters."""
     config = settings(case, arm, place.folder)
     torch.manual_seed(0)
@@ -231,7 +231,7 @@ def prepare(case: Case, arm: Arm, place: Place, dataset: in_memory.Data | None =
     dataset = dataset or place.dataset
     if not arm.evaluates:
         return Training(case, arm, place, dataset.train_batches(0, case.batch_size))
-    model, (images, _) = network(case, arm, place).eval(), next(dataset.test_batches(case.batch_size))
+    model, (images, _) = new_network(case, arm, place).eval(), next(dataset.test_batches(case.batch_size))
     return Workload(torch.no_grad()(lambda: model(images)), place.device)
 
 

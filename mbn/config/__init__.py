@@ -8,7 +8,7 @@ from mbn.config.loading import groups as groups
 from mbn.config.loading import load as load
 from mbn.config.loading import options as options
 from mbn.config.loading import resolved as resolved
-from mbn.config.loading import sweep as sweep
+from mbn.config.loading import sweep_lines as sweep_lines
 from mbn.config.registry import DATASETS as DATASETS
 from mbn.config.registry import NETWORKS as NETWORKS
 from mbn.config.registry import Dropout as Dropout

@@ -36,7 +36,7 @@ def load(overrides: list[str]) -> Config:
     return checked(compose(overrides))
 
 
-def sweep(overrides: list[str]) -> list[list[str]]:
+def sweep_lines(overrides: list[str]) -> list[list[str]]:
     """The command lines of a sweep: norm=bn,mbn seed=range(0,3) makes six. Errors: ConfigError."""
     from hydra.errors import HydraException
 

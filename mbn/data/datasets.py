@@ -14,7 +14,7 @@ from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_numbers
 from mbn.system.errors import UserError
 
 
-def load(config: Config, device: torch.device) -> Data:
+def load_data(config: Config, device: torch.device) -> Data:
     """Open the data set of a run; CIFAR and ImageNet in the folder machine.data.
 
     Errors: UserError if files are damaged, or missing and cannot be downloaded, or not as many as configured.

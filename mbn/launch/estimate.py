@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mbn.config import Config, ConfigError, iterations
-from mbn.launch.missing_runs import Run
+from mbn.launch.missing_runs import PlannedRun
 from mbn.records import record
 
 
@@ -36,7 +36,7 @@ class Estimate:
             return statistics.median(self._image[_network(config)]) * iterations(config) * config.batch_size
         return None
 
-    def sentence(self, missing: Sequence[Run], jobs: int) -> str:
+    def sentence(self, missing: Sequence[PlannedRun], jobs: int) -> str:
         """How long the missing runs take together, as far as it is known."""
         known = [s for s in (self.seconds(run.config) for run in missing) if s is not None]
         unknown = len(missing) - len(known)

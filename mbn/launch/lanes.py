@@ -15,7 +15,7 @@ import torch
 
 from mbn.config import DATASETS, Config, Dropout
 from mbn.data import datasets, in_memory
-from mbn.launch.missing_runs import Run
+from mbn.launch.missing_runs import PlannedRun
 from mbn.launch.pool import Child
 from mbn.system.cuda_graph import allow_many_streams, one_at_a_time
 from mbn.system.errors import UserError
@@ -83,7 +83,7 @@ class Lanes:
     def __exit__(self, *_: object) -> None:
         self.inside.close()
 
-    def __call__(self, run: Run, results: Path) -> "Lane":
+    def __call__(self, run: PlannedRun, results: Path) -> "Lane":
         machine = dataclasses.replace(run.config.machine, together=self.jobs)
         config = dataclasses.replace(run.config, machine=machine)
         log = run.folder(results) / "log.txt"
@@ -95,7 +95,7 @@ class Lane(Child):
     """A run in a thread."""
 
     def __init__(
-        self, run: Run, log: Path, train: Callable[[StopRequest], None], output: tuple["PerThread", ...]
+        self, run: PlannedRun, log: Path, train: Callable[[StopRequest], None], output: tuple["PerThread", ...]
     ) -> None:
         self.run, self.log, self.asked = run, log, False
         self.train, self.output = train, output
@@ -136,7 +136,7 @@ class Lane(Child):
         os._exit(75)
 
 
-def _end_process(run: Run, error: Exception, log: IO[str]) -> None:
+def _end_process(run: PlannedRun, error: Exception, log: IO[str]) -> None:
     """End the process: after an error of the device, no lane of this process can use it any more."""
     traceback.print_exception(error, file=log)
     log.flush()
@@ -153,7 +153,7 @@ def _say(text: str) -> None:
 
 
 class SharedData:
-    """`datasets.load` for many runs in one process: they share one copy of the images on the device."""
+    """`datasets.load_data` for many runs in one process: they share one copy of the images on the device."""
 
     def __init__(self) -> None:
         self.opened: dict[Any, in_memory.DeviceDataset] = {}
@@ -162,7 +162,7 @@ class SharedData:
         key = (repr(config.dataset), config.machine.data, str(device))
         with one_at_a_time:
             if key not in self.opened:
-                opened = datasets.load(config, device)
+                opened = datasets.load_data(config, device)
                 assert isinstance(opened, in_memory.DeviceDataset)
                 self.opened[key] = opened
         return self.opened[key].with_seed(config.seed)

@@ -17,14 +17,14 @@ NOT_IN_ALL = ("table3",)
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One training; overrides: its command line, without the settings of the machine."""
 
     name: str
     config: Config
     overrides: tuple[str, ...]
 
-    def on(self, common: Config) -> "Run":
+    def on(self, common: Config) -> "PlannedRun":
         """The same run with the machine and the evaluation of another configuration."""
         whole = dataclasses.replace(self.config, machine=common.machine, evaluate=common.evaluate)
         return dataclasses.replace(self, config=whole)
@@ -42,7 +42,7 @@ def runs(
     filters: Sequence[str] = (),
     scale: float = 1.0,
     folder: Path = grid.GRIDS,
-) -> list[Run]:
+) -> list[PlannedRun]:
     """All runs of these tables, each once: every cell with the first seed, then every cell with the next.
 
     filters: `key=value,value`; only runs whose configuration has one of the values, for every filter.
@@ -51,12 +51,12 @@ def runs(
     chosen = [(cell, cell.config(seed=0, scale=scale)) for cell in _cells(tables, folder)]
     if filters:
         chosen = _filtered(chosen, filters)
-    found: dict[str, Run] = {}
+    found: dict[str, PlannedRun] = {}
     for seed in seeds:
         for cell, config in chosen:
             seeded = dataclasses.replace(config, seed=seed)
             name = run_name(seeded)
-            found.setdefault(name, Run(name, seeded, tuple(cell.command(seed, scale))))
+            found.setdefault(name, PlannedRun(name, seeded, tuple(cell.command(seed, scale))))
     return list(found.values())
 
 

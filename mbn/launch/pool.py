@@ -15,7 +15,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from mbn.launch.missing_runs import Run
+from mbn.launch.missing_runs import PlannedRun
 from mbn.records import record
 from mbn.system import signals
 from mbn.system.errors import UserError
@@ -24,7 +24,7 @@ from mbn.system.files import LOCKED, is_locked
 # Seconds between two looks at the children.
 LOOK = 0.1
 # Seconds that a child needs to import torch. Before that there is nothing to save.
-START = 5.0
+START_SECONDS = 5.0
 
 
 class StopAll(signals.Stop):
@@ -63,7 +63,7 @@ class Outcome:
 class Child(Protocol):
     """A run that is being trained, as a process or a thread. asked: whether it was asked to stop."""
 
-    run: Run
+    run: PlannedRun
     log: Path
     asked: bool
 
@@ -83,7 +83,7 @@ class Child(Protocol):
 class Process(Child):
     """A run as a `train.py` of its own, whose output goes to log.txt in its folder. Errors: UserError."""
 
-    def __init__(self, run: Run, command: Sequence[str], results: Path) -> None:
+    def __init__(self, run: PlannedRun, command: Sequence[str], results: Path) -> None:
         self.run, self.log, self.asked = run, run.folder(results) / "log.txt", False
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -123,16 +123,16 @@ class Pool:
 
     def __init__(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[PlannedRun],
         results: Path,
         jobs: int,
-        start: Callable[[Run, Path], Child],
+        start: Callable[[PlannedRun, Path], Child],
         budget: float | None = None,
         margin: float = 60.0,
     ) -> None:
         self.results, self.jobs, self.start = results, jobs, start
         self.queue = deque(runs)
-        self.elsewhere: list[Run] = []  # held by another process
+        self.elsewhere: list[PlannedRun] = []  # held by another process
         self.children: list[Child] = []
         self.outcome = Outcome()
         self.deadline = None if budget is None else time.monotonic() + budget
@@ -169,7 +169,7 @@ class Pool:
                 self._ended(child, code)
         remaining = float("inf") if self.deadline is None else self.deadline - time.monotonic()
         unfinished = bool(self.queue or self.elsewhere or self.children)
-        if remaining < self.margin + START and not self.children:
+        if remaining < self.margin + START_SECONDS and not self.children:
             self.outcome.spent = unfinished
             return False
         if stop.code is not None or remaining < self.margin:
@@ -179,7 +179,7 @@ class Pool:
             if remaining < 0:
                 self.kill()
             return bool(self.children)
-        if remaining > self.margin + START:
+        if remaining > self.margin + START_SECONDS:
             self._start()
         return unfinished
 
@@ -218,7 +218,7 @@ class Pool:
                 reason = f"stopped from outside with exit code {code}"
             self._failed(run, reason, f" (log: {child.log})")
 
-    def _finished(self, run: Run, how: str = "") -> None:
+    def _finished(self, run: PlannedRun, how: str = "") -> None:
         try:
             result = record.read(record.path_of(self.results, run.name))
         except UserError as error:
@@ -228,7 +228,7 @@ class Pool:
         self.bar.update()
         self._say(f"{run.name}: test error {result['test_error']:.2f} %, {result['seconds']:.0f} s{how}")
 
-    def _failed(self, run: Run, reason: str, where: str = "") -> None:
+    def _failed(self, run: PlannedRun, reason: str, where: str = "") -> None:
         self.outcome.failed[run.name] = reason + where
         self.bar.update()
         self._say(f"{run.name}: failed: {reason}")

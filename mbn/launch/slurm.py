@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mbn.launch.missing_runs import Run
+from mbn.launch.missing_runs import PlannedRun
 from mbn.system.errors import UserError
 from mbn.system.files import LOCKED
 
@@ -18,7 +18,7 @@ from mbn.system.files import LOCKED
 TIMEOUTS = 1000
 
 
-class Job:
+class SlurmJob:
     """The function that submitit calls: runs a command line. Pickled by value: a job need not import this package."""
 
     process: subprocess.Popen
@@ -61,7 +61,7 @@ class Job:
         return DelayedSubmission(type(self)(self.command, self.log))
 
 
-def submit(runs: Sequence[tuple[Run, Sequence[str]]], results: Path, options: dict[str, str]) -> list[str]:
+def submit(runs: Sequence[tuple[PlannedRun, Sequence[str]]], results: Path, options: dict[str, str]) -> list[str]:
     """Submit runs with their commands to Slurm as one array, and return the job numbers. Errors: UserError."""
     try:
         import cloudpickle
@@ -73,7 +73,7 @@ def submit(runs: Sequence[tuple[Run, Sequence[str]]], results: Path, options: di
         executor = submitit.SlurmExecutor(results / "runs" / "jobs", max_num_timeout=TIMEOUTS)
         executor.update_parameters(additional_parameters=options)
         with executor.batch():
-            jobs = [executor.submit(Job(line, run.folder(results) / "log.txt")) for run, line in runs]
+            jobs = [executor.submit(SlurmJob(line, run.folder(results) / "log.txt")) for run, line in runs]
         return [job.job_id for job in jobs]
     except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"Slurm did not take the runs ({str(error).splitlines()[0]}).") from None

@@ -137,13 +137,13 @@ def memorized_batch_norm(
         dx = gamma / sigma^ * (dy - rho mean(dy) - rho xhat mean(dy xhat))
     """
     if has_native_kernels(x):
-        return _MemorizedBatchNorm.apply(x, m, v, W, weight, bias, eps)
+        return _PaperGradient.apply(x, m, v, W, weight, bias, eps)
     mu, s2 = batch_moments(x)
     mu_hat, s2_hat, _ = memorized_moments(mu, s2, values_per_channel(x), m, v, W)
     return affine_normalize(x, mu_hat, s2_hat, weight, bias, eps), mu.detach(), s2.detach()
 
 
-class _MemorizedBatchNorm(torch.autograd.Function):
+class _PaperGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, m, v, W, weight, bias, eps):
         mu, s2 = batch_moments(x)

@@ -14,8 +14,8 @@ AT_EPOCHS = (
 
 Row = dict[str, Any]
 # Images, losses and errors added up from the run's start to a row.
-Sums = tuple[float, float, float]
-START: Sums = (0, 0.0, 0.0)
+Totals = tuple[float, float, float]
+NOTHING_YET: Totals = (0, 0.0, 0.0)
 
 
 def curves(rows: Iterable[Row]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def curves(rows: Iterable[Row]) -> dict[str, Any]:
     content: dict[str, Any] = {
         key: [_five_digits(row[key]) for row in kept] for key in AT_EPOCHS if all(key in row for row in kept)
     }
-    steps = [_means(*pair) for pair in itertools.pairwise([START, *_thinned(_sums(rows))])]
+    steps = [_means(*pair) for pair in itertools.pairwise([NOTHING_YET, *_thinned(_sums(rows))])]
     training = {key: [_five_digits(step[i]) for step in steps] for i, key in enumerate(("images", "loss", "error"))}
     return content | {"training": training}
 
@@ -42,15 +42,15 @@ def last_epoch(rows: Iterable[Row], images: int) -> tuple[float, float]:
     They start at the last row that is at least so many images before the end. The run's last row would not do: its
     means are those of the last epoch, which may be cut short and have only a few hundred images.
     """
-    sums = [START, *_sums(rows)]
+    sums = [NOTHING_YET, *_sums(rows)]
     start = [s for s in sums if s[0] <= max(sums[-1][0] - images, 0)][-1]
     _, loss, error = _means(start, sums[-1])
     return round(loss, 9), round(error, 9)  # without the rounding errors of sums and differences
 
 
-def _sums(rows: Iterable[Row]) -> list[Sums]:
+def _sums(rows: Iterable[Row]) -> list[Totals]:
     sums = []
-    images, loss, error = before = START  # before: at the end of the last epoch
+    images, loss, error = before = NOTHING_YET  # before: at the end of the last epoch
     for row in rows:
         if row["kind"] == "epoch":  # its means are those of the whole epoch, not only of the part since the last row
             images, loss, error = before
@@ -62,7 +62,7 @@ def _sums(rows: Iterable[Row]) -> list[Sums]:
     return sums
 
 
-def _means(start: Sums, end: Sums) -> Sums:
+def _means(start: Totals, end: Totals) -> Totals:
     """The images seen at the end, and the mean loss and error of those since the start."""
     n = end[0] - start[0]
     return end[0], (end[1] - start[1]) / n, (end[2] - start[2]) / n

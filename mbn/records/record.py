@@ -107,7 +107,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
     return {key: record.get(key) for key in FIELDS}
 
 
-def summary(record: dict[str, Any]) -> str:
+def in_a_sentence(record: dict[str, Any]) -> str:
     """One line for the end of a run."""
     precise = record["test_error_precise"]
     return (

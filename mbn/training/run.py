@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mbn.config import Config, run_name, to_dict, to_yaml
-from mbn.data.datasets import load
+from mbn.data.datasets import load_data
 from mbn.data.in_memory import Batch, Data
 from mbn.measure.first_nonfinite import first_nonfinite
 from mbn.measure.precise_bn import set_precise_statistics
@@ -136,7 +136,7 @@ class Run:
             )
         if saved:
             self.state.restore(saved)
-        self.data = (open_data or load)(config, device)
+        self.data = (open_data or load_data)(config, device)
         self.saved = 0  # the iteration of the last checkpoint, and when it was written
         self.saved_at = time.monotonic()
 

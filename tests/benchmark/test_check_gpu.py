@@ -247,7 +247,7 @@ def test_lanes_are_the_fewest_near_the_best_rate(rates, lanes):
 
 def test_a_difference_is_relative_to_the_largest_value_and_nan_is_infinitely_far():
     wanted = {"a": torch.tensor([100.0, 0.0]), "b": torch.zeros(2)}
-    difference = equalities.difference
+    difference = equalities.largest_difference
     assert difference({"a": torch.tensor([100.0, 1.0]), "b": torch.zeros(2)}, wanted) == (0.01, "a")
     assert difference({"a": wanted["a"], "b": torch.full((2,), 1e-8)}, wanted) == (pytest.approx(1e-4), "b")
     assert difference(wanted, wanted) == (0.0, "none")

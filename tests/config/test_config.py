@@ -380,7 +380,7 @@ def test_cfg_shows_what_the_rest_of_the_command_sets(order, capsys):
 
 
 def test_a_sweep_is_all_combinations_in_order():
-    assert config.sweep(["norm=bn,mbn", "dataset=digits", "seed=range(0,3)", "norm.lam=[0.1],[0.9]"]) == [
+    assert config.sweep_lines(["norm=bn,mbn", "dataset=digits", "seed=range(0,3)", "norm.lam=[0.1],[0.9]"]) == [
         [f"norm={norm}", "dataset=digits", f"seed={seed}", f"norm.lam=[{lam}]"]
         for norm in ("bn", "mbn")
         for seed in (0, 1, 2)

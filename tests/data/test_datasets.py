@@ -45,7 +45,7 @@ def test_digits_are_scikit_learns_with_every_fifth_one_a_test_image():
     from sklearn.datasets import load_digits
 
     digits, config = load_digits(), configured("digits")
-    opened = datasets.load(config, CPU)
+    opened = datasets.load_data(config, CPU)
     test = np.arange(1797) % 5 == 0
     for images, labels, part in (
         (opened.train_images, opened.train_labels, ~test),
@@ -73,11 +73,11 @@ def test_other_numbers_than_the_configured_are_refused_with_advice_that_works(tr
     right = vars(config.dataset).copy()
     vars(config.dataset).update(wrong)
     with pytest.raises(UserError) as caught:
-        datasets.load(config, CPU)
+        datasets.load_data(config, CPU)
     advice = {key: int(value) for key, value in re.findall(r"dataset\.(\w+)=(\d+)", str(caught.value))}
     assert advice == {key: right[key] for key in wrong}
     vars(config.dataset).update(advice)
-    datasets.load(config, CPU)
+    datasets.load_data(config, CPU)
 
 
 # Downloads.
@@ -317,7 +317,7 @@ def test_real_cifar_is_read_as_it_was_published(name, classes):
     if not any(folder.glob(f"{name.replace('cifar', 'cifar-')}-*/*")):
         pytest.skip(f"{name} is not in {folder}: put it there, or set MBN_DATA")
     config = configured(name, folder)
-    opened = datasets.load(config, CPU)
+    opened = datasets.load_data(config, CPU)
     assert (opened.train_images.shape, opened.test_images.shape) == ((50000, 32, 32, 3), (10000, 32, 32, 3))
     assert (opened.train_images.dtype, opened.train_labels.dtype) == (torch.uint8, torch.int64)
     assert opened.train_labels.bincount().tolist() == [50000 // classes] * classes

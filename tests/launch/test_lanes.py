@@ -13,7 +13,7 @@ import torch
 from running import TIMES, TINY, Run, assert_same_bits, assert_same_run, run_here, without
 from torch import nn
 
-from mbn.config import REPOSITORY, sweep
+from mbn.config import REPOSITORY, sweep_lines
 from mbn.launch import lanes
 from mbn.system.errors import UserError
 from mbn.training.iteration import Update
@@ -66,7 +66,7 @@ def after(monkeypatch, iterations, action, name=""):
 def test_lanes_give_the_same_results_as_processes(here, left, recording, mode, norms):
     done = here("-m", *norms, f"machine.mode={mode}", "machine.together=4")
     assert (done.code, done.err) == (0, "")
-    lines = sweep(list(norms))
+    lines = sweep_lines(list(norms))
     assert len(re.findall(r"^digits/\S+: test error", done.out, re.MULTILINE)) == len(lines)
     for line in lines:
         one = (*line, f"machine.mode={mode}", "machine.together=4")

@@ -71,7 +71,7 @@ def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(
     (tmp_path / "records" / "broken.json").write_text("{")
     estimate = Estimate(tmp_path)
     known, like, other = (
-        missing_runs.Run("", load(["dataset=digits", "schedule.iterations=1000", *more]), ())
+        missing_runs.PlannedRun("", load(["dataset=digits", "schedule.iterations=1000", *more]), ())
         for more in (["batch_size=8"], ["norm=bn", "batch_size=16"], ["model=vgg16"])
     )
     assert estimate.seconds(known.config) == pytest.approx(200)

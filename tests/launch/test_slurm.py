@@ -27,7 +27,7 @@ def test_a_preempted_job_saves_and_goes_on(checkout, write_toy):
     executor = submitit.LocalExecutor(checkout.folder / "jobs")
     executor.update_parameters(timeout_min=5, signal_delay_s=0)
     log = checkout.results / "log.txt"
-    job = executor.submit(slurm.Job([sys.executable, str(checkout.folder / "train.py"), *overrides], log))
+    job = executor.submit(slurm.SlurmJob([sys.executable, str(checkout.folder / "train.py"), *overrides], log))
     wait_until(checkout.checkpoints)
     listed = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
     (task,) = [line.split()[0] for line in listed if f"submitit.core._submit {checkout.folder}" in line]
@@ -40,7 +40,7 @@ def test_a_preempted_job_saves_and_goes_on(checkout, write_toy):
 
 def test_a_job_whose_run_fails_has_failed(tmp_path):
     with pytest.raises(RuntimeError, match="exit code 3"):
-        slurm.Job(["sh", "-c", "echo no; exit 3"], tmp_path / "log")()
+        slurm.SlurmJob(["sh", "-c", "echo no; exit 3"], tmp_path / "log")()
     assert (tmp_path / "log").read_text() == "no\n"
 
 

@@ -10,7 +10,7 @@ from running import Tiny, cut, follow, send
 from test_gap import every_norm, images, trained
 from torch import nn
 
-from mbn.data.datasets import load
+from mbn.data.datasets import load_data
 from mbn.measure.precise_bn import set_precise_statistics
 from mbn.network_layers import from_config
 from mbn.norm.base import norm_layers
@@ -195,7 +195,7 @@ def test_a_signal_stops_the_measurement_and_the_same_command_goes_on(finished_be
 def test_the_precise_error_is_that_of_the_pooled_statistics(whole):
     """By hand: a model with the moments of the first epoch's batches, augmented as in training."""
     run = whole("norm=bn", PRECISE)
-    data = load(run.config, torch.device("cpu"))
+    data = load_data(run.config, torch.device("cpu"))
     model = Tiny(from_config(run.config), 10)
     model.load_state_dict(run.checkpoint()["model"])
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from running import Tiny
 
-from mbn.data.datasets import load
+from mbn.data.datasets import load_data
 from mbn.network_layers import from_config
 from mbn.training import checkpoint_file, report
 from mbn.training.iteration import Update
@@ -52,7 +52,7 @@ def test_the_result_is_that_of_the_final_weights_on_the_test_images(whole, norm)
     run = whole(f"norm={norm}")
     model = Tiny(from_config(run.config), 10)
     model.load_state_dict(run.checkpoint()["model"])
-    ((images, labels),) = load(run.config, torch.device("cpu")).test_batches(1000)
+    ((images, labels),) = load_data(run.config, torch.device("cpu")).test_batches(1000)
     with torch.no_grad():
         logits = model.eval()(images)
     result = run.record()
