@@ -56,11 +56,11 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> None:
     limit = (300 if cuda else 3600) if options.limit is None else options.limit
     stem = results / "benchmarks" / file_stem(device)
     path = None if options.quick else stem.with_suffix(".json")
-    report, outcomes = jobs.run(todo, place, limit, options.only, options.skip, path)
+    report, findings = jobs.run(todo, place, limit, options.only, options.skip, path)
     if options.quick:
-        print("\n".join(row for found in outcomes.values() for row in found.rows()))
+        print("\n".join(row for found in findings.values() for row in found.rows()))
         return
-    text = page(report, outcomes, CUDA_BARS if cuda else CPU_BARS)
+    text = page(report, findings, CUDA_BARS if cuda else CPU_BARS)
     write_atomically(stem.with_suffix(".md"), text.encode())
     print(text)
     print(f"wrote {stem}.json and .md")

@@ -43,7 +43,7 @@ def todo(sizes: Sizes) -> list[jobs.Job]:
     return [*first, *(job for job in measured if job.name in names), compiled]
 
 
-def advice(status: dict[str, str], outcomes: jobs.Findings, batches: tuple[int, ...]) -> dict[str, Any]:
+def advice(status: dict[str, str], findings: jobs.Findings, batches: tuple[int, ...]) -> dict[str, Any]:
     """The mode to train in, the number of lanes for each batch size, and the reason.
 
     eager if a comparison does not hold or was not made; graph only if compiling is also faster.
@@ -52,12 +52,12 @@ def advice(status: dict[str, str], outcomes: jobs.Findings, batches: tuple[int, 
     if wrong:
         return {"mode": "eager", "lanes": [1 for _ in batches], "why": f"not shown to be right: {', '.join(wrong)}"}
     mode, why = "graph-eager", "compiled: not checked, or failed"
-    found = outcomes.get("compiled")
+    found = findings.get("compiled")
     if isinstance(found, equalities.Compared) and not found.missing:
         (numbers,) = found.found.values()
         mode = "graph" if numbers["ms"] < numbers["ms_without"] else "graph-eager"
         why = "{ms:.3g} ms an iteration compiled, {ms_without:.3g} ms without".format(**numbers)
-    rates = [found for found in outcomes.values() if isinstance(found, Rates)]
+    rates = [found for found in findings.values() if isinstance(found, Rates)]
     return {"mode": mode, "lanes": [lanes_for(batch, rates) for batch in batches], "why": why}
 
 
@@ -83,9 +83,9 @@ def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build
         return 2
     place = Place(Path("data"), device, build, sizes, random=True)
     limit = 165 if options.limit is None else options.limit
-    report, outcomes = jobs.run(todo(sizes), place, limit, options.only, options.skip, options.out)
+    report, findings = jobs.run(todo(sizes), place, limit, options.only, options.skip, options.out)
     status = {name: case["status"] for name, case in report["cases"].items()}
-    use = report["advice"] = advice(status, outcomes, sizes.batches)
+    use = report["advice"] = advice(status, findings, sizes.batches)
     if options.out is not None:
         jobs.write_report(options.out, report)
     lanes = ", ".join(f"{n} for batch {batch}" for n, batch in zip(use["lanes"], sizes.batches, strict=True))

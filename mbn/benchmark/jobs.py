@@ -112,12 +112,12 @@ def run(
         "cases": {},
     }
     print(f"{report['device']}, torch {torch.__version__}", flush=True)
-    outcomes: Findings = {}
+    findings: Findings = {}
     for job in jobs:
         start = time.monotonic()
-        status = _one(job, place, end, outcomes) if job.name in asked else "skipped: not asked for"
+        status = _one(job, place, end, findings) if job.name in asked else "skipped: not asked for"
         took = time.monotonic() - start
-        found = outcomes.get(job.name)
+        found = findings.get(job.name)
         report["cases"][job.name] = {"status": status, "took": took, **(asdict(found) if found else {})}
         report["seconds"] = time.monotonic() - began
         if path is not None:
@@ -125,19 +125,19 @@ def run(
         print(f"{job.name} ({took:.1f} s): {found.line() if found else status}", flush=True)
         for name, why in found.missing.items() if found else ():
             print(f"  {name}: {why}", flush=True)
-    return report, outcomes
+    return report, findings
 
 
-def _one(job: Job, place: Place, end: float, outcomes: Findings) -> str:
-    """Do a job and put what it finds among the outcomes. Returns its status in words."""
+def _one(job: Job, place: Place, end: float, findings: Findings) -> str:
+    """Do a job and put what it finds among the findings. Returns its status in words."""
     if left(end) <= 0:
         return NO_TIME
     failed = Finding()
     with failed.noted(job.name):
-        outcomes[job.name] = job.work(place, min(end, time.monotonic() + job.limit))
+        findings[job.name] = job.work(place, min(end, time.monotonic() + job.limit))
     with failed.noted("memory"):  # a GPU that no longer answers must not end the report
         free(place.device)
-    missing = (outcomes.get(job.name) or failed).missing
+    missing = (findings.get(job.name) or failed).missing
     return next((why for why in missing.values() if why.startswith("failed")), "partly" if missing else "done")
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch.autograd import DeviceType
@@ -12,6 +13,7 @@ from mbn.benchmark.jobs import NO_TIME, Finding
 from mbn.benchmark.side_by_side import SideBySide
 from mbn.benchmark.workload import Arm, Case, Place
 
+T = TypeVar("T")
 # Start and end in nanoseconds, and name.
 Kernel = tuple[int, int, str]
 
@@ -71,22 +73,20 @@ def profiled(case: Case, arm: Arm, n: int, place: Place, deadline: float) -> Pro
         if not running.grow(n, deadline):
             result.missing["profile"] = NO_TIME
             return result
-        counts: list[int] = []
-        work = lambda: counts.append(running.iterate(place.sizes.profile_seconds)[0])  # noqa: E731
-        result.add_up(kernels(work, place.device))
-        result.iterations = counts[0]
+        (result.iterations, _), found = kernels(lambda: running.iterate(place.sizes.profile_seconds), place.device)
+        result.add_up(found)
     return result
 
 
-def kernels(work: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """Do the work under torch's profiler and return its kernels; on a CPU, its operations.
+def kernels(work: Callable[[], T], device: torch.device) -> tuple[T, list[Kernel]]:
+    """Do the work under torch's profiler, and return its result and its kernels; on a CPU, its operations.
 
     Errors: RuntimeError where the profiler sees nothing.
     """
     cuda = device.type == "cuda"
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
-        work()
+        result = work()
         if cuda:
             torch.cuda.synchronize(device)
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
@@ -97,4 +97,4 @@ def kernels(work: Callable[[], object], device: torch.device) -> list[Kernel]:
     )
     if not found:
         raise RuntimeError("the profiler saw no kernel")
-    return found
+    return result, found

@@ -22,15 +22,15 @@ from mbn.training.execution import GRAPHS
 
 
 class Bar(NamedTuple):
-    """A target. value: takes the measured number from the outcomes; NaN where it was not measured."""
+    """A target. value: takes the measured number from the findings; NaN where it was not measured."""
 
     text: str
     value: Callable[[Findings], float]
     limit: float
     at_least: bool = False
 
-    def row(self, outcomes: Findings) -> str:
-        value = self.value(outcomes)
+    def row(self, findings: Findings) -> str:
+        value = self.value(findings)
         bound = f"at {'least' if self.at_least else 'most'} {self.limit:.2f}"
         if math.isnan(value):
             return f"| {self.text} | - | {bound} | not measured |"
@@ -38,38 +38,38 @@ class Bar(NamedTuple):
         return f"| {self.text} | {value:.3f} | {bound} | {'met' if met else '**missed**'} |"
 
 
-def seconds(pattern: str, arms: Iterable[Arm], outcomes: Findings) -> float:
+def seconds(pattern: str, arms: Iterable[Arm], findings: Findings) -> float:
     """Seconds an iteration (median over rounds) of the fastest arm, in all jobs whose names match."""
-    found = (o for job, o in outcomes.items() if isinstance(o, Timed) and fnmatch(job, pattern))
+    found = (o for job, o in findings.items() if isinstance(o, Timed) and fnmatch(job, pattern))
     times = (statistics.median(o.seconds[arm.name]) for o in found for arm in arms if arm.name in o.seconds)
     return min(times, default=math.nan)
 
 
-def ratio(job: str, arms: Iterable[Arm], to: Arm, outcomes: Findings) -> float:
+def ratio(job: str, arms: Iterable[Arm], to: Arm, findings: Findings) -> float:
     """The fastest arm's seconds divided by those of arm `to` in the same job: median over rounds."""
-    found = outcomes.get(job)
+    found = findings.get(job)
     if not isinstance(found, Timed):
         return math.nan
     given = (found.ratios(arm.name, to.name) for arm in arms if {arm.name, to.name} <= found.seconds.keys())
     return min((statistics.median(ratios) for ratios in given), default=math.nan)
 
 
-def peak(arm: Arm, to: Arm, outcomes: Findings) -> float:
+def peak(arm: Arm, to: Arm, findings: Findings) -> float:
     """The peak memory of an arm divided by that of arm `to`."""
-    found = outcomes.get("r20-b128")
+    found = findings.get("r20-b128")
     memory = found.memory if isinstance(found, Timed) else {}
     return memory.get(arm.name, math.nan) / memory.get(to.name, math.nan)
 
 
-def gain(job: str, outcomes: Findings) -> float:
+def gain(job: str, findings: Findings) -> float:
     """The rate of the best number of lanes divided by the rate of one lane."""
-    found = outcomes.get(job)
+    found = findings.get(job)
     rates = found.rates if isinstance(found, Rates) else {}
     return max(rates.values()) / rates[1] if len(rates) > 1 and 1 in rates else math.nan
 
 
-def by_one_thread(outcomes: Findings) -> float:
-    return 16 * seconds("r20-b8", [BN_COMPILED], outcomes) / seconds("r20-b128-one-thread", [BN_COMPILED], outcomes)
+def by_one_thread(findings: Findings) -> float:
+    return 16 * seconds("r20-b8", [BN_COMPILED], findings) / seconds("r20-b128-one-thread", [BN_COMPILED], findings)
 
 
 EAGER1, EAGER2 = Arm("mbn"), Arm("mbn", 2)
@@ -108,21 +108,21 @@ CPU_BARS = [
 ]
 
 
-def recorded(name: str, method: tuple[str, int], outcomes: Findings) -> float:
+def recorded(name: str, method: tuple[str, int], findings: Findings) -> float:
     """Seconds of a recorded iteration: compiled or not, whichever is faster."""
-    return seconds(f"*{name}", [Arm(*method, mode) for mode in GRAPHS], outcomes)
+    return seconds(f"*{name}", [Arm(*method, mode) for mode in GRAPHS], findings)
 
 
-def milliseconds(method: tuple[str, int], outcomes: Findings) -> float:
-    return 1e3 * recorded("r56-b128", method, outcomes)
+def milliseconds(method: tuple[str, int], findings: Findings) -> float:
+    return 1e3 * recorded("r56-b128", method, findings)
 
 
-def to_plain(outcomes: Findings) -> float:
-    return recorded("r20-b128", PAIR[1], outcomes) / seconds("r20-b128", [PLAIN], outcomes)
+def to_plain(findings: Findings) -> float:
+    return recorded("r20-b128", PAIR[1], findings) / seconds("r20-b128", [PLAIN], findings)
 
 
-def to_bn(name: str, outcomes: Findings) -> float:
-    return recorded(name, PAIR[1], outcomes) / recorded(name, PAIR[0], outcomes)
+def to_bn(name: str, findings: Findings) -> float:
+    return recorded(name, PAIR[1], findings) / recorded(name, PAIR[0], findings)
 
 
 CUDA_BARS = [
@@ -151,7 +151,7 @@ def file_stem(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (device_name(device) + on).lower()).strip("-")
 
 
-def page(report: dict[str, Any], outcomes: Findings, bars: list[Bar]) -> str:
+def page(report: dict[str, Any], findings: Findings, bars: list[Bar]) -> str:
     """All results as markdown."""
     commit = (report["commit"] or "unknown")[:12]
     lines = [
@@ -170,16 +170,16 @@ def page(report: dict[str, Any], outcomes: Findings, bars: list[Bar]) -> str:
         "",
         "| bar | measured | bound | |",
         "|---|---|---|---|",
-        *(bar.row(outcomes) for bar in bars),
+        *(bar.row(findings) for bar in bars),
     ]
-    for name, outcome in outcomes.items():
+    for name, finding in findings.items():
         lines += [
             "",
             f"## {name}",
             "",
-            *outcome.rows(),
-            *(f"\n{what}: {why}." for what, why in outcome.missing.items()),
+            *finding.rows(),
+            *(f"\n{what}: {why}." for what, why in finding.missing.items()),
         ]
-    if rest := [f"- {name}: {case['status']}" for name, case in report["cases"].items() if name not in outcomes]:
+    if rest := [f"- {name}: {case['status']}" for name, case in report["cases"].items() if name not in findings]:
         lines += ["", "## Not measured", "", *rest]
     return "\n".join(lines) + "\n"

@@ -122,6 +122,7 @@ def processes(model: str, size: int, arm: Arm, n: int, place: Place, deadline: f
         with result.noted(f"{runs} at once"):
             together = context.Barrier(runs, timeout=left(deadline))
             with ProcessPoolExecutor(runs, context, initializer=_enter, initargs=(together,)) as pool:
+                # A copy of place has not opened the images, which would be sent to every process.
                 given = Case(model, size, n // runs), arm, replace(place)
                 futures = [pool.submit(throughput, *given) for _ in range(runs)]
                 result.rates[runs] = sum(future.result() for future in futures)

@@ -88,9 +88,8 @@ def _round(result: Timed, ready: dict[Arm, tuple[Workload, int]], place: Place, 
         with result.noted(arm.name):
             took[arm.name] = work.seconds(iterations)
             if arm == PLAIN:
-                time.sleep(
-                    place.sizes.round_seconds
-                )  # its workers fill their queues now, not while another arm is timed
+                # Its workers fill their queues now, not while another arm is timed.
+                time.sleep(place.sizes.round_seconds)
         if arm.name in result.missing:
             del ready[arm], work
             result.seconds.pop(arm.name, None)

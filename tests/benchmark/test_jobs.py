@@ -72,10 +72,10 @@ def test_all_jobs_of_a_gpu_are_done_and_written_one_by_one(tmp_path, monkeypatch
 
 
 def test_skipped_jobs_are_reported_with_the_reason(capsys, recording):
-    report, outcomes = run(only="lanes-*,loader", skip="*-bn,")
+    report, findings = run(only="lanes-*,loader", skip="*-bn,")
     status = {name: case["status"] for name, case in report["cases"].items()}
     assert status == dict.fromkeys(CUDA_JOBS, "skipped: not asked for") | {"lanes-r20-b8-mbn": "done", "loader": "done"}
-    assert "\n## Not measured\n\n- r20-b8: skipped: not asked for\n" in page(report, outcomes, [])
+    assert "\n## Not measured\n\n- r20-b8: skipped: not asked for\n" in page(report, findings, [])
     report, _ = run(limit=0, skip="loader")
     assert {case["status"] for name, case in report["cases"].items() if name != "loader"} == {NO_TIME}
     assert f"r20-b8 (0.0 s): {NO_TIME}\n" in capsys.readouterr().out
@@ -177,16 +177,16 @@ def test_the_page_has_every_number_and_says_which_bars_are_met():
 def test_the_bars_of_a_cpu():
     """In ms: every arm 100, the plain loop 50; batch 8 in the time of batch 128."""
     ms = dict.fromkeys((arm.name for arm in suites.ON_CPU), 100) | {PLAIN.name: 50}
-    outcomes = {name: timed(CASE, **ms) for name in ("r20-b128", "r20-b8", "r20-b128-one-thread")}
+    findings = {name: timed(CASE, **ms) for name in ("r20-b128", "r20-b8", "r20-b128-one-thread")}
     wanted = [("1.000", "met")] * 11
     wanted[3] = ("2.000", "**missed**")  # to the plain loop
     wanted[7] = ("16.000", "**missed**")  # one thread
-    assert [(value, verdict) for _, value, _, verdict in map(cells, CPU_BARS, repeat(outcomes))] == wanted
+    assert [(value, verdict) for _, value, _, verdict in map(cells, CPU_BARS, repeat(findings))] == wanted
     assert {verdict for *_, verdict in map(cells, CPU_BARS, repeat({}))} == {"not measured"}
 
 
-def cells(bar, outcomes):
-    return bar.row(outcomes).strip("| ").split(" | ")
+def cells(bar, findings):
+    return bar.row(findings).strip("| ").split(" | ")
 
 
 # The command.

@@ -117,7 +117,7 @@ def test_a_profile_is_of_one_iteration():
 
 def test_operations_stand_for_kernels_on_a_cpu():
     x = torch.ones(100, 100)
-    found = profiler(lambda: [x.mm(x) for _ in range(3)], CPU)
+    _, found = profiler(lambda: [x.mm(x) for _ in range(3)], CPU)
     assert [name for _, _, name in found].count("aten::mm") == 3
     assert all(start <= end for start, end, _ in found)
     with pytest.raises(RuntimeError, match="saw no kernel"):

