@@ -16,7 +16,7 @@ from mbn.system.errors import UserError
 CPU_THREAD_RATE = 5e10
 GPU_RATE = 1e13
 # Seconds. Compiling takes one to two minutes on a CPU and saves a fifth of the time with MBN, less with BN: it pays for
-# runs of more than about ten minutes.
+# runs of more than about ten minutes, and the guess below is rough.
 COMPILES_FROM = 900.0
 # On an H100 compiling takes 44 to 84 seconds, and pays after 15,000 to 37,000 iterations (ResNet-20 and ResNet-56, BN
 # and MBN, batch 8 and 128), sooner with a warm cache or with lanes.
