@@ -61,11 +61,11 @@ data_folder() {
 pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   local results="$work/results" names=() finished=() unfinished=()
   cd "$results"
-  mapfile -t names < <(find records runs -name '*.json' -o -name metrics.jsonl -o -name log.txt)
+  mapfile -t names < <(find records other_records runs -name '*.json' -o -name metrics.jsonl -o -name log.txt)
   [ "${#names[@]}" -eq 0 ] || tar czf "$1/results.tgz" "${names[@]}"
   while IFS= read -r path; do
     local run=${path#runs/}
-    if [ -f "records/${run%/checkpoint.pt}.json" ]; then finished+=("$path"); else unfinished+=("$path"); fi
+    if compgen -G "*records/${run%/checkpoint.pt}.json" >/dev/null; then finished+=("$path"); else unfinished+=("$path"); fi
   done < <(find runs -name checkpoint.pt)
   # Unfinished runs first: without their checkpoints they are lost. Then as many finished ones as there is room for.
   split_up "$1" unfinished 4 "${unfinished[@]}"
@@ -117,7 +117,7 @@ train)
   unpack "$load"
   data=$(data_folder)
   cd "$here"
-  mkdir -p "$work/results/runs" "$work/results/records"
+  mkdir -p "$work/results/runs" "$work/results/records" "$work/results/other_records"
   if [ -d results/unfinished ]; then cp -r results/unfinished/. "$work/results/runs/"; fi
   cp -r results/records/. "$work/results/records/"
   find "$work/results/records" -name '*.json' >"$work/known"
@@ -148,8 +148,8 @@ home)
       cat "$out/$name".?? | tar x --ignore-zeros -C "$unpacked" || echo "$name: not all checkpoints came home"
     fi
   done
-  if [ -d "$unpacked/records" ] && [ -n "$(find "$unpacked/records" -name '*.json')" ]; then
-    python3 scripts/reproduce.py --import "$unpacked/records" "machine.results='${RESULTS:-results}'"
+  if [ -n "$(find "$unpacked" -path '*records/*' -name '*.json')" ]; then
+    python3 scripts/reproduce.py --import "$unpacked" "machine.results='${RESULTS:-results}'"
   fi
   mkdir -p "${RESULTS:-results}/runs"
   if [ -d "$unpacked/runs" ]; then cp -rn "$unpacked/runs/." "${RESULTS:-results}/runs/"; fi

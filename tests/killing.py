@@ -309,7 +309,7 @@ def aim(place: str, at: int, draw: random.Random) -> None:
     elif place == "half a record":
         patch(record, "write_atomically", lambda f: half(f, ".json"))
     elif place == "record written":
-        patch(files, "_fsync_folder", lambda f: after(f, lambda folder: "records" in Path(folder).parts))
+        patch(files, "_fsync_folder", lambda f: after(f, lambda folder: "other_records" in Path(folder).parts))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class Run:
         self.name = config.run_name(self.config)
         self.folder = self.results / "runs" / self.name
         self.checkpoint_path = self.folder / "checkpoint.pt"
-        self.record_path = self.results / "records" / f"{self.name}.json"
+        self.record_path = record.path_of(self.results, self.name)
 
     def checkpoint(self):
         return checkpoint_file.read(self.checkpoint_path)

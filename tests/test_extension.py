@@ -93,7 +93,11 @@ class LN(Norm):
 """,
     ),
     ("mbn/config/registry.py", '    "resnet20": Network(', '    "tiny": Network(small="tiny.tiny"),\n'),
-    ("mbn/config/registry.py", '    "digits": Source(', '    "noise": Source("mbn.data.noise:noise"),\n'),
+    (
+        "mbn/config/registry.py",
+        '    "digits": Source(',
+        '    "noise": Source("mbn.data.noise:noise", in_tables=True),\n',
+    ),
 ]
 
 

@@ -58,15 +58,18 @@ class Source:
 
     path: names f(folder), which gives all images as `Arrays`, to be kept on the device. If streamed is true, it names a
     class such as `mbn.data.image_folder.ImageFolders`, whose processes read each image from its file.
+
+    in_tables: whether tables have it. Its records are then evidence, in results/records; git ignores those of others.
     """
 
     path: str
     streamed: bool = False
+    in_tables: bool = False
 
 
 DATASETS: dict[str, Source] = {
-    "cifar10": Source("mbn.data.datasets:cifar10"),
-    "cifar100": Source("mbn.data.datasets:cifar100"),
+    "cifar10": Source("mbn.data.datasets:cifar10", in_tables=True),
+    "cifar100": Source("mbn.data.datasets:cifar100", in_tables=True),
     "digits": Source("mbn.data.datasets:digits"),
-    "imagenet": Source("mbn.data.image_folder:ImageFolders", streamed=True),
+    "imagenet": Source("mbn.data.image_folder:ImageFolders", streamed=True, in_tables=True),
 }

@@ -27,7 +27,7 @@ class Gathered:
 
 
 def gather(source: Path, results: Path, allow_dirty: bool = False) -> Gathered:
-    """Check each record in a folder or archive, wherever it is in there, and copy it to results/records.
+    """Check each record in a folder or archive, wherever it is in there, and copy it to its place in results.
 
     A record is refused if `record.read` would refuse it, if changed or unknown code made it (unless allow_dirty), or if
     it differs from the one that is here already. Errors: UserError if source cannot be read.
@@ -67,7 +67,7 @@ def _take(path: Path, content: bytes | None, results: Path, allow_dirty: bool, g
 
 def _meant_as_record(path: Path, content: bytes) -> bool:
     """Whether a JSON file is meant as a record, and so is taken or refused. Other JSON files are skipped."""
-    if "records" in path.parts[:-1]:
+    if {"records", "other_records"} & set(path.parts[:-1]):
         return True
     try:
         parsed = json.loads(content)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mbn.config import Config, ConfigError, from_dict, run_name, to_dict
+from mbn.config import DATASETS, Config, ConfigError, from_dict, run_name, to_dict
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
@@ -23,7 +23,10 @@ NEEDED = ("name", "config", "test_error", "checksum")
 
 
 def path_of(results: Path, name: str) -> Path:
-    return results / "records" / f"{name}.json"
+    """Where the record of a run is: in records/, or in other_records/, which git ignores, if no table has its data."""
+    source = DATASETS.get(name.partition("/")[0])
+    folder = "records" if source is None or source.in_tables else "other_records"
+    return results / folder / f"{name}.json"
 
 
 def config_for_record(config: Config) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Checkout:
                 process.communicate()
 
     def records(self):
-        return sorted(self.results.rglob("records/**/*.json"))
+        return sorted(self.results.rglob("*records/**/*.json"))
 
     def checkpoints(self):
         return list(self.results.rglob("checkpoint.pt"))

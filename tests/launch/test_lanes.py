@@ -221,8 +221,8 @@ def test_a_device_error_ends_the_process_and_every_lane_can_be_resumed(tmp_path)
     assert ended.returncode == 1
     assert re.search(r"error: digits/\S+-s1-\S+: CUDA error: an illegal memory access.*the same command", ended.stderr)
     assert "Traceback" not in ended.stderr
-    assert not (tmp_path / "records").exists()
+    assert not (tmp_path / "other_records").exists()
     ended = call(False)
     assert ended.returncode == 0, ended.stderr
-    assert len(list((tmp_path / "records").rglob("*.json"))) == 3
+    assert len(list((tmp_path / "other_records").rglob("*.json"))) == 3
     assert any("resuming at iteration" in log.read_text() for log in tmp_path.rglob("log.txt"))

@@ -53,7 +53,7 @@ def test_runs_are_trained_brought_home_and_continued(rental, tmp_path):
     assert sum(name.endswith(".json") for name in names) == 2  # not those that the checkout brought along
     said = rental("home", out)
     assert "2 records imported" in said
-    taken = [record.read(path) for path in (tmp_path / "home" / "records").rglob("*.json")]
+    taken = [record.read(path) for path in (tmp_path / "home" / "other_records").rglob("*.json")]
     assert [r["iterations"] for r in taken] == [4, 4]
     assert all((tmp_path / "home" / "runs" / r["name"] / "metrics.jsonl").exists() for r in taken)
 

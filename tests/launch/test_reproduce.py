@@ -217,7 +217,7 @@ def test_results_may_be_in_a_folder_with_signs_in_its_name(checkout, tmp_path):
 
 def test_records_are_imported_and_those_refused_are_named(checkout, tmp_path):
     checkout.call("toy", "--seed", "0", f"machine.results={tmp_path / 'there'}")
-    for path in (tmp_path / "there" / "records").rglob("mbn*.json"):
+    for path in (tmp_path / "there" / "other_records").rglob("mbn*.json"):
         record.rewrite(path, dirty=True)
     out, error = checkout.call("--import", str(tmp_path / "there"), code=1)
     assert out == "1 records imported.\n"

@@ -75,7 +75,7 @@ def digits(tmp_path_factory):
 def trained(arguments, results):
     """What training leaves: the path of the checkpoint, and the record."""
     assert train.main([*arguments, f"machine.results={results}"]) == 0
-    (path,) = (results / "records").rglob("*.json")
+    (path,) = results.rglob("*records/**/*.json")
     (weights,) = (results / "runs").rglob("checkpoint.pt")
     return weights, record.read(path)
 

@@ -18,7 +18,7 @@ CELL = grid.read("table6").cells[0]
 
 
 def records(folder):
-    return sorted(folder.rglob("records/**/*.json"))
+    return sorted(folder.rglob("*records/**/*.json"))
 
 
 @pytest.fixture

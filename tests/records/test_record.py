@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import subprocess
 
 import pytest
 
@@ -59,7 +60,7 @@ def refusal(path):
 
 def test_a_record_is_read_as_it_was_written(tmp_path, content):
     written = record.write(tmp_path, content)
-    path = tmp_path / "records" / f"{content['name']}.json"
+    path = record.path_of(tmp_path, content["name"])
     assert record.read(path) == written
     assert list(written) == list(record.FIELDS)
     assert {key: written[key] for key in content} == content
@@ -148,3 +149,17 @@ def test_a_wrong_record_is_refused_even_with_a_right_checksum(path, change, says
 def test_a_file_that_is_no_record_is_refused_by_name(path, text):
     path.write_text(text)
     assert "json is not" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("cifar10/nin/bn", "records"), ("imagenet/nin/bn", "records"), ("digits/nin/bn", "other_records")],
+)
+def test_a_record_is_in_git_s_sight_if_tables_have_its_data_set(tmp_path, name, folder):
+    assert record.path_of(tmp_path, name) == tmp_path / folder / f"{name}.json"
+
+
+def test_git_ignores_the_records_of_other_data_sets():
+    ignored = subprocess.run(["git", "check-ignore", "-q", "results/other_records/x.json"], cwd=REPOSITORY).returncode
+    assert ignored == 0
+    assert subprocess.run(["git", "check-ignore", "-q", "results/records/x.json"], cwd=REPOSITORY).returncode == 1

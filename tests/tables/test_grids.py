@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mbn import grid
-from mbn.config import load
+from mbn.config import DATASETS, load
 from mbn.system.errors import UserError
 
 # The lines of the paper's tables as its text has them (tabs between columns).
@@ -157,3 +157,8 @@ def test_a_table_with_wrong_keys_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text(f"{(grid.GRIDS / 'table6.yaml').read_text()}\nnots: []\n")
     with pytest.raises(UserError, match="nots"):
         grid.read("mine", tmp_path)
+
+
+def test_the_registry_knows_which_data_sets_tables_have():
+    used = {cell.config(0).dataset.name for name in grid.names() for cell in grid.read(name).cells if cell.overrides}
+    assert used == {name for name, source in DATASETS.items() if source.in_tables}, "set in_tables in the registry"

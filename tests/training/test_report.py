@@ -131,4 +131,4 @@ def test_a_run_leaves_these_files_and_no_others(whole):
     files = {p.relative_to(run.results).as_posix() for p in run.results.rglob("*") if p.is_file()}
     events = next(run.folder.glob("events.*")).name
     names = ("checkpoint.pt", "checkpoint.previous.pt", "config.yaml", events, "lock", "metrics.jsonl")
-    assert files == {f"records/{run.name}.json", *(f"runs/{run.name}/{name}" for name in names)}
+    assert files == {f"other_records/{run.name}.json", *(f"runs/{run.name}/{name}" for name in names)}
