@@ -74,6 +74,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
     # Importing torch takes seconds: done only once the configuration is known to be right, and not for a finished run.
     if path.exists() and not config.machine.again:
         result = record.read(path)
+        warn_of_other_code(result)
         if precise and result["test_error_precise"] is None:
             from mbn.training.run import add_precise_error
 
@@ -82,10 +83,22 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
     else:
         from mbn.training.run import train
 
-        print(f"{configuration.run_name(config)}: {configuration.iterations(config)} iterations", flush=True)
         result = train(config, build, stop, load)
         print(record.in_a_sentence(result))
     print(f"record: {path}\ncurves: tensorboard --logdir {results / 'runs'}")
+
+
+def warn_of_other_code(result: dict[str, Any]) -> None:
+    """One line if other code made a record than would train the run now. Older records do not say."""
+    from mbn.records import provenance
+
+    if result["code"] not in (None, provenance.code()):
+        commit, dirty = provenance.commit_and_dirty()
+        now = provenance.described({"commit": commit, "dirty": dirty})
+        print(
+            f"warning: the code has changed since this run was trained ({provenance.described(result)}; now {now}).",
+            file=sys.stderr,
+        )
 
 
 def sweep(overrides: list[str]) -> int:

@@ -52,6 +52,7 @@ def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0,
         "threads": 2,
         "commit": "0123456789" * 4,
         "dirty": False,
+        "code": "0" * 64,
         "versions": {"torch": "2.11"},
         "curves": curves,
     }

@@ -73,7 +73,7 @@ class Optimizer:
 
 @dataclass
 class Evaluate:
-    batch_size: int | None = setting(None, "null: 1000 of CIFAR's images on a CPU, 5000 on a GPU", at_least(1))
+    batch_size: int | None = setting(None, "null: 125 of CIFAR's images on a CPU, 5000 on a GPU", at_least(1))
     precise: bool = setting(False, "also the test error with statistics recomputed over the training set (PreciseBN)")
 
 

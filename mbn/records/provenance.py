@@ -1,13 +1,22 @@
-"""Where a run's numbers come from: the commit, the versions of the libraries, the device."""
+"""Where a run's numbers come from: the commit, the code, the versions of the libraries, the device."""
 
+import ast
+import functools
+import hashlib
+import io
 import os
 import platform
 import subprocess
+import tokenize
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mbn import __version__
 from mbn.config import REPOSITORY
+
+# Parts of mbn that train nothing.
+NOT_TRAINING = ("benchmark", "launch", "tables", "grid.py")
 
 
 def commit_and_dirty() -> tuple[str | None, bool | None]:
@@ -29,6 +38,39 @@ def commit_and_dirty() -> tuple[str | None, bool | None]:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", "-C", str(REPOSITORY), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@functools.cache
+def code() -> str:
+    """SHA-256 of the code that trains: models/ and mbn/ without NOT_TRAINING, comments, docstrings and blank lines.
+
+    Read once in a process, near its start, because it stands for the code that was imported.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in ("mbn", "models") for p in (REPOSITORY / folder).rglob("*.py")):
+        name = path.relative_to(REPOSITORY)
+        if name.parts[1] not in NOT_TRAINING:
+            digest.update(f"{name.as_posix()}\n{statements(path.read_text())}\n".encode())
+    return digest.hexdigest()
+
+
+def statements(text: str) -> str:
+    """A module's lines without comments, docstrings and blank lines, the same under every version of Python."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            lines[first - 1 : last] = [""] * (last - first + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def described(made_by: Mapping[str, Any]) -> str:
+    """The commit of a record or a checkpoint, and whether there were changes. Example: 0123456 and changes."""
+    return (made_by["commit"] or "unknown")[:7] + " and changes" * bool(made_by["dirty"])
 
 
 def versions() -> dict[str, str]:

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mbn.config import DATASETS, Config, ConfigError, from_dict, run_name, to_dict
+from mbn.system.durations import duration
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
-# Version 1 had no field for its version.
-VERSION = 2
+# Version 1 had no field for its version; version 2 had no hash of the code.
+VERSION = 3
 FIELDS = (
     "version",
     *("name", "config", "test_error", "test_error_best", "train_error", "test_error_top5", "test_error_precise"),
     *("test_loss", "train_loss", "iterations", "images", "parameters", "seconds", "images_per_second"),
-    *("device", "mode", "threads", "commit", "dirty", "versions", "date", "curves", "checksum"),
+    *("device", "mode", "threads", "commit", "dirty", "code", "versions", "date", "curves", "checksum"),
 )
 # Fields that records of every version have. Any other field that an older record lacks is read as None.
 NEEDED = ("name", "config", "test_error", "checksum")
@@ -112,10 +113,10 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
 
 def in_a_sentence(record: dict[str, Any]) -> str:
     """One line for the end of a run."""
-    precise = record["test_error_precise"]
+    precise, iterations = record["test_error_precise"], record["iterations"]
     return (
         f"{record['name']}: test error {record['test_error']:.2f} % (best epoch {record['test_error_best']:.2f} %"
         + (f", with precise statistics {precise:.2f} %), " if precise is not None else "), ")
-        + f"training error {record['train_error']:.2f} %, {record['iterations']} iterations in "
-        f"{record['seconds']:.0f} s"
+        + f"training error {record['train_error']:.2f} %, {iterations:,} iteration{'s' * (iterations != 1)} in "
+        f"{duration(record['seconds'])}"
     )

@@ -2,8 +2,12 @@
 
 import os
 import signal
+import time
+from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+Item = TypeVar("Item")
 
 # Exit codes: 130 for Ctrl-C, as in shells; 75 (EX_TEMPFAIL) for a pre-emption, after which the same command resumes.
 CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
@@ -45,12 +49,30 @@ class Exit(Answered):
         os._exit(self.codes[name])
 
 
+# Seconds that a measurement may still take after a signal, to reach its end.
+PATIENCE = 5.0
+
+
+class StoppedError(Exception):
+    """A measurement that a request to stop has ended early."""
+
+
 class StopRequest:
     """Whether training is to stop: `code` is then the exit code, else None."""
 
     def __init__(self) -> None:
         super().__init__()
         self.code: int | None = None
+
+    def checked(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items. Errors: StoppedError PATIENCE seconds after a request to stop."""
+        asked = None
+        for item in items:
+            if self.code is not None:
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > PATIENCE:
+                    raise StoppedError
+            yield item
 
 
 class Stop(StopRequest, Answered):

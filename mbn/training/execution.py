@@ -107,12 +107,15 @@ def choose_mode(
 def pays_to_compile(config: Config, model: nn.Module, device: torch.device, threads: int) -> bool:
     if device.type == "cuda":
         return iterations(config) >= COMPILES_FROM_ITERATIONS
-    # A rough guess at the seconds in eager mode, from the count of operations; model is still on the CPU.
+    return eager_seconds(config, model, device, threads) >= COMPILES_FROM
+
+
+def eager_seconds(config: Config, model: nn.Module, device: torch.device, threads: int) -> float:
+    """A rough guess at the seconds of training in eager mode, from the count of operations; model is on the CPU."""
     rate = CPU_THREAD_RATE * threads if device.type == "cpu" else GPU_RATE
     images = iterations(config) * config.batch_size
     # A backward pass does the work of two forward passes.
-    work = images * operations(model, config.dataset.image_size) * (2 + config.forwards)
-    return work / rate >= COMPILES_FROM
+    return images * operations(model, config.dataset.image_size) * (2 + config.forwards) / rate
 
 
 def operations(model: nn.Module, image_size: int) -> int:

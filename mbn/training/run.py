@@ -4,21 +4,19 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from mbn.config import Config, run_name, to_dict, to_yaml
 from mbn.data.datasets import load_data
-from mbn.data.in_memory import Batch, Data
+from mbn.data.in_memory import Data
 from mbn.measure.first_nonfinite import first_nonfinite
 from mbn.measure.precise_bn import set_precise_statistics
-from mbn.measure.statistics_gap import Statistics
 from mbn.methods import METHODS
 from mbn.network_layers import Layers, from_config
 from mbn.records import provenance, record
@@ -26,11 +24,12 @@ from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import one_at_a_time, own_stream
 from mbn.system.errors import UserError
 from mbn.system.files import lock, remove_partials, write_atomically
-from mbn.system.signals import Stop, StopRequest
+from mbn.system.signals import Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
-from mbn.training.execution import GRAPHS, choose_device, choose_mode, choose_threads, set_arithmetic
+from mbn.training.execution import GRAPHS, choose_device, choose_mode, choose_threads, eager_seconds, set_arithmetic
 from mbn.training.iteration import READ_EVERY, Update, autocast
 from mbn.training.journal import Journal
+from mbn.training.progress import Pace, Progress, say_if_busy, say_where
 from mbn.training.schedule import scheduled
 from mbn.training.state import State, Sums, saved_state
 
@@ -80,12 +79,20 @@ def _signals(stop: StopRequest | None) -> contextlib.AbstractContextManager[Stop
 def _memory_is_enough(config: Config) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not _lacks_memory(error):
+            raise
         few = ", machine.together" if config.machine.together > 1 else ""
         raise UserError(
             f"the device's memory is not enough: try a smaller batch_size than {config.batch_size}{few}, or "
             "evaluate.batch_size; the same command goes on from the last checkpoint."
         ) from None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an error says that memory is lacking, on a GPU or on the CPU, where torch has no class for it."""
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def add_precise_error(config: Config, build: Build, stop: StopRequest | None = None) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def add_precise_error(config: Config, build: Build, stop: StopRequest | None = N
     """
     results, name = Path(config.machine.results), run_name(config)
     folder = results / "runs" / name
-    with lock(folder / "lock"):
+    with lock(folder / "lock"), _memory_is_enough(config):
         run = Run(config, build, folder)
         if run.state.iteration != run.state.length:
             raise UserError(
@@ -120,9 +127,12 @@ class Run:
         threads = choose_threads(machine.threads, earlier.get("threads"))
         torch.set_num_threads(threads)
         set_arithmetic(device, machine.tf32, machine.deterministic)
+        # Before anything is compiled: data that are missing are said at once.
+        self.data = (open_data or load_data)(config, device)
         torch.manual_seed(config.seed)
         model = build(from_config(config))
         mode = choose_mode(machine.mode, earlier.get("mode"), config, model, device, threads)
+        self.expected = eager_seconds(config, model, device, threads) if device.type == "cpu" else None
         self.state = State(config, model, device, threads)
         self.model = self.state.model
         self.method = METHODS[config.norm.name]
@@ -136,7 +146,6 @@ class Run:
             )
         if saved:
             self.state.restore(saved)
-        self.data = (open_data or load_data)(config, device)
         self.saved = 0  # the iteration of the last checkpoint, and when it was written
         self.saved_at = time.monotonic()
 
@@ -149,29 +158,37 @@ class Run:
     def train(self, stop: StopRequest, journal: Journal) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
         state, update = self.state, self.update
+        say_where(state, update.mode, self.expected)
+        if state.device.type == "cpu" and self.config.machine.threads is None:
+            say_if_busy(state.threads)
         batches = self.data.train_batches(state.iteration, self.config.batch_size)
         row_every = iterations_between_rows(state.per_epoch)
         state.model.train()
         state.clock.start()
         self.saved_at = time.monotonic()
-        with report.progress_bar(state) as bar:
+        with Progress(state) as progress:
+            if state.untested is not None:  # a signal came during the test that ends an epoch
+                self.set_schedule(state.iteration - 1)
+                self._end_epoch(stop, journal, progress, Pace(state))
+                self.save(journal)
+            rows = Pace(state)
             while state.iteration < state.length:
                 self.set_schedule(state.iteration)
                 images, labels = next(batches)
                 ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
-                training = report.statistics_of(state, images) if ends else {}
+                state.untested = report.statistics_of(state, images) if ends else None
                 update(images, labels)
                 state.iteration += 1
-                bar.update()
+                progress.bar.update()
                 row_due = state.iteration % state.per_epoch % row_every == 0 and not ends
-                if ends or row_due or update.pending == READ_EVERY:
+                if ends or row_due or update.pending == READ_EVERY or progress.line_is_due():
                     self.drain()
-                    report.show_sums(bar, state)
+                    progress.show()
                 if row_due:
-                    journal.write(report.row("train", state, state.row_sums))
+                    journal.write(report.row("train", state, state.row_sums, rows.look()))
                     state.row_sums = Sums()
                 if ends:
-                    self._end_epoch(training, journal, bar)
+                    self._end_epoch(stop, journal, progress, rows)
                 stopped = stop.code is not None and state.iteration < state.length
                 if self.save_is_due(ends) or (stopped and self.saved != state.iteration):
                     self.save(journal)
@@ -200,12 +217,22 @@ class Run:
             state.add(iteration, loss, errors)
         state.clock.count(training=True)
 
-    def _end_epoch(self, training: Statistics, journal: Journal, bar: tqdm) -> None:
-        row = report.epoch_row(self.state, self.data, training)
-        report.show_epoch(bar, self.state, row)
+    def _end_epoch(self, stop: StopRequest, journal: Journal, progress: Progress, rows: Pace) -> None:
+        """Test, write the epoch's row, show it. Errors: UserError where a signal ends the test, which is then saved."""
+        state, began = self.state, time.monotonic()
+        assert state.untested is not None
+        try:
+            row = report.epoch_row(state, self.data, state.untested, rows.look(), stop)
+        except StoppedError:
+            state.model.train()
+            self.save(journal)
+            raise self._stopped(stop) from None
+        state.untested = None
         journal.write(row)
-        self.state.row_sums, self.state.epoch_sums = Sums(), Sums()
-        self.state.clock.count(training=False)
+        progress.tested = time.monotonic() - began
+        progress.show_epoch(row)
+        state.row_sums, state.epoch_sums = Sums(), Sums()
+        state.clock.count(training=False)
 
     def save_is_due(self, epoch_ends: bool) -> bool:
         """Whether the run has ended, or the last checkpoint is old: at an epoch's end, over SAVES_APART seconds."""
@@ -228,8 +255,8 @@ class Run:
     def _stopped(self, stop: StopRequest) -> UserError:
         assert stop.code is not None
         return UserError(
-            f"stopped at iteration {self.state.iteration} of {self.state.length}, saved in {self.checkpoint_path}: the "
-            "same command goes on from there.",
+            f"stopped at iteration {self.state.iteration:,} of {self.state.length:,}, saved in {self.checkpoint_path}: "
+            "the same command goes on from there.",
             code=stop.code,
         )
 
@@ -248,23 +275,21 @@ class Run:
         The old statistics are put back afterwards. The images are augmented as in training, because the weights were
         trained with the statistics of augmented images. Plain images give others, and that changes the error by more
         than what is to be measured (ResNet-56, BN, batch 8: 18.1 % instead of 15.7 %).
+
+        Errors: UserError after a signal.
         """
         self.set_schedule(self.state.length - 1)  # lambda, r_max and d_max as at the end of training
-        batches = self._until(stop, self.data.train_batches(0, self.config.batch_size))
+        batches = stop.checked(self.data.train_batches(0, self.config.batch_size))
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        with autocast(self.state.device, self.config.precision):
-            epoch = islice(batches, self.state.per_epoch)
-            set_precise_statistics(self.model, epoch, self.update.mode in GRAPHS)
-        error = report.evaluation(self.state, self.data).error
+        try:
+            with autocast(self.state.device, self.config.precision):
+                epoch = islice(batches, self.state.per_epoch)
+                set_precise_statistics(self.model, epoch, self.update.mode in GRAPHS)
+            error = report.evaluation(self.state, self.data, stop).error
+        except StoppedError:
+            raise self._stopped(stop) from None
         self.model.load_state_dict(kept)
         return error
-
-    def _until(self, stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches. Errors: UserError once a signal has come."""
-        for batch in batches:
-            if stop.code is not None:
-                raise self._stopped(stop)
-            yield batch
 
     def finish(self, stop: StopRequest, journal: Journal) -> dict[str, Any]:
         """Write the record of a run that has reached its end, and return it. Errors: UserError after a signal."""
@@ -293,6 +318,7 @@ class Run:
             "threads": state.threads,
             "commit": state.commit,
             "dirty": state.dirty,
+            "code": state.code,
             "versions": provenance.versions(),
             "curves": curves(rows),
         }

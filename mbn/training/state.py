@@ -1,6 +1,7 @@
 """The state of a run: what training changes, what a checkpoint keeps of it, and how a checkpoint is restored."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mbn.config import Config, distinction, iterations, iterations_per_epoch, run_name, to_dict
-from mbn.measure.statistics_gap import uses_dropout
+from mbn.measure.statistics_gap import Statistics, uses_dropout
 from mbn.records import provenance, record
 from mbn.system.errors import UserError
 from mbn.training import checkpoint_file
@@ -64,7 +65,8 @@ class State:
     """Network, optimiser and counters of a run, the devices it has used and the version of the code.
 
     scheduled: the values that `mbn.training.schedule.scheduled` gave last. epoch_sums, row_sums: sums since the epoch
-    began, and since the last row of the journal.
+    began, and since the last row of the journal. untested: between the end of an epoch's training and its test, the
+    statistics of its last batch, which the epoch's row needs.
     """
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device, threads: int) -> None:
@@ -85,7 +87,9 @@ class State:
         self.epoch_sums, self.row_sums = Sums(), Sums()
         self.clock = Clock()
         self.journal_lines = 0
+        self.untested: Statistics | None = None
         self.commit, self.dirty = provenance.commit_and_dirty()
+        self.code = provenance.code()
         self.devices = devices_so_far(None, device)
         self.again = config.machine.again
         # Without dropout training draws no random numbers, so the first states are kept: other threads may change the
@@ -108,10 +112,22 @@ class State:
         self.journal_lines = saved["journal_lines"]
         self.devices = devices_so_far(saved, self.device)
         self.again = saved["anew"]
-        if saved["commit"] != self.commit or saved["dirty"]:
+        untested = saved.get("untested")
+        if untested is not None:
+            self.untested = {name: (mu.to(self.device), s.to(self.device)) for name, (mu, s) in untested.items()}
+        print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
+        # A checkpoint from before the code's hash was kept has its commit only.
+        changed = saved["code"] != self.code if "code" in saved else saved["commit"] != self.commit
+        if "code" in saved and changed:
+            print(
+                f"warning: the code has changed since this run began ({provenance.described(saved)}; now "
+                f"{provenance.described(vars(self))}); the record will say 'and changes'. To train all of it with one "
+                "code, use machine.again=true.",
+                file=sys.stderr,
+            )
+        if changed or saved["dirty"]:
             # Two versions of the code made one record: the commit alone would not give it.
             self.dirty = True
-        print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
 
     def content(self, mode: str, journal_lines: int) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -133,6 +149,8 @@ class State:
             "devices": self.devices,
             "commit": self.commit,
             "dirty": self.dirty,
+            "code": self.code,
+            "untested": self.untested,
             "anew": self.again,
         }
 
@@ -171,7 +189,7 @@ def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
     if saved["identity"] != distinction(config):
         raise UserError(f"{path} belongs to another configuration: move {folder} away and run the command again.")
     written = record.path_of(Path(config.machine.results), run_name(config)).exists()
-    finished = written and saved["iteration"] == saved["length"]
+    finished = written and saved["iteration"] == saved["length"] and saved.get("untested") is None
     if config.machine.again and (finished or not saved["anew"]):
         for file in folder.iterdir():
             if file.name not in ("lock", "log.txt"):  # these are in use

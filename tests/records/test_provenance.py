@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: commit and dirty, with git and without."""
+"""Where a run's numbers come from: commit and dirty, with git and without; the hash of the code."""
 
 import subprocess
 
@@ -60,3 +60,68 @@ def test_outside_any_repository_both_come_from_the_environment(tmp_path, monkeyp
     assert provenance.commit_and_dirty() == ("a" * 40, True)
     monkeypatch.delenv("MBN_COMMIT")
     assert provenance.commit_and_dirty() == (None, None)
+
+
+# The code.
+
+MODULE = """
+'''A module.'''
+X = 1  # one
+
+
+class A:
+    '''A class,
+    in two lines.'''
+
+    def f(self, a="# not a comment"):
+        '''A method.'''
+        return a
+
+
+def g():
+    '''Nothing else.'''
+"""
+BARE = 'X = 1\nclass A:\n    def f(self, a="# not a comment"):\n        return a\ndef g():'
+
+
+def test_comments_docstrings_and_blank_lines_do_not_count():
+    assert provenance.statements(MODULE) == BARE
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """A function that hashes the code of a small checkout, with a file changed or added."""
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+
+    def hashed(name=None, text=""):
+        for path in ("mbn/norm/base.py", "mbn/methods.py", "mbn/tables/page.py", "models/nin.py", "train.py"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text("a = 1\n")
+        if name:
+            (tmp_path / name).write_text(text)
+        return provenance.code.__wrapped__()
+
+    return hashed
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "counts"),
+    [
+        ("mbn/norm/base.py", "a = 2\n", True),
+        ("mbn/norm/base.py", "# why\n\na = 1  # how\n", False),
+        ("mbn/methods.py", "b = 1\n", True),
+        ("models/nin.py", "\n", True),
+        ("models/another.py", "a = 1\n", True),
+        ("mbn/tables/page.py", "a = 2\n", False),
+        ("train.py", "a = 2\n", False),
+        ("mbn/norm/README.md", "text", False),
+    ],
+)
+def test_the_code_that_trains_counts(code, name, text, counts):
+    before = code()
+    assert len(before) == 64
+    assert (code(name, text) != before) == counts
+
+
+def test_it_is_read_once_in_a_process():
+    assert provenance.code() is provenance.code()

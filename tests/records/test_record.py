@@ -64,7 +64,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path, content):
     assert record.read(path) == written
     assert list(written) == list(record.FIELDS)
     assert {key: written[key] for key in content} == content
-    assert written["version"] == 2
+    assert written["version"] == record.VERSION
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", written["date"])
     rewritten = record.rewrite(path, test_error_precise=3.0)
     assert rewritten == record.read(path)
@@ -110,18 +110,18 @@ def test_every_committed_record_is_valid(committed):
     assert record.path_of(REPOSITORY / "results", record.read(committed)["name"]) == committed
 
 
-@pytest.mark.parametrize("lacks", ["version", "threads", "curves"])
+@pytest.mark.parametrize("lacks", ["version", "threads", "curves", "code"])
 def test_what_an_older_record_lacks_reads_as_none(path, lacks):
     edit(path, lambda r: [r.pop(key, None) for key in ("version", lacks)], sign=True)
     read = record.read(path)
     assert set(read) == set(record.FIELDS)
     assert {key for key, value in read.items() if value is None} == {"version", lacks, "test_error_precise"}
-    assert record.rewrite(path, test_error_precise=1.0)["version"] == 2
-    assert record.read(path)[lacks] == (2 if lacks == "version" else None)
+    assert record.rewrite(path, test_error_precise=1.0)["version"] == record.VERSION
+    assert record.read(path)[lacks] == (record.VERSION if lacks == "version" else None)
 
 
 def test_a_field_of_a_later_version_is_none_in_todays_records(path, monkeypatch):
-    monkeypatch.setattr(record, "VERSION", 3)
+    monkeypatch.setattr(record, "VERSION", 4)
     monkeypatch.setattr(record, "FIELDS", (*record.FIELDS, "joules"))
     assert record.read(path)["joules"] is None
 
@@ -129,9 +129,9 @@ def test_a_field_of_a_later_version_is_none_in_todays_records(path, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda r: r.update(version=3, joules=1), "newer version.*joules"),
+        (lambda r: r.update(version=4, joules=1), "newer version.*joules"),
         (lambda r: r.update(comment="good"), "comment"),
-        (lambda r: r.update(version=3), "newer version.*3"),
+        (lambda r: r.update(version=4), "newer version.*4"),
         (lambda r: r.update(version="old"), "version old"),
         (lambda r: r.pop("test_loss"), "lacks test_loss"),
         (lambda r: (r.pop("version"), r.pop("test_error")), "lacks test_error"),

@@ -1,5 +1,6 @@
 """What a run reports: the rows of its journal, its record, TensorBoard's points."""
 
+import itertools
 import time
 
 import pytest
@@ -116,6 +117,18 @@ def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, monk
     state = left().checkpoint()
     assert state["training_seconds"] < 1
     assert left().record()["images_per_second"] > 1949
+    assert all(row["images_per_second"] > 256 for row in left().rows())
+
+
+def test_the_speed_in_a_row_is_that_since_the_row_before(here, left, monkeypatch):
+    """The first six iterations take 0.2 s longer: the average from the beginning on would stay below 1,500."""
+    original = Update.__call__
+    numbers = itertools.count()
+    monkeypatch.setattr(Update, "__call__", lambda *a: (time.sleep(0.2 * (next(numbers) < 6)), original(*a)))
+    here()
+    rows = [row["images_per_second"] for row in left().rows()]
+    assert max(rows[:5]) < 1280
+    assert rows[6] > 2000
 
 
 def test_the_size_of_evaluations_batches_changes_no_result(here, left, whole):

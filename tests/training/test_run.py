@@ -230,6 +230,30 @@ def test_a_second_forward_that_would_do_nothing_is_skipped_with_one_warning(here
     assert done.err.count("warning: norm=gn has no batch statistics") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 1),
+        (RuntimeError("CUDA error: out of memory"), 1),
+        (MemoryError(), 1),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 0),
+    ],
+    ids=lambda e: str(e)[:20],
+)
+def test_a_lack_of_memory_is_one_sentence_that_names_the_batch_size(here, monkeypatch, error, lacks):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(Update, "__call__", full)
+    if not lacks:
+        with pytest.raises(RuntimeError, match="mat1"):
+            here()
+        return
+    done = here()
+    assert done.code == 1
+    assert done.err.startswith("error: the device's memory is not enough: try a smaller batch_size than 256, or eval")
+
+
 # Sweeps.
 
 

@@ -9,6 +9,9 @@ import torch
 from running import PowerCutError, assert_same_bits, assert_same_run, cut, send, with_new_fields
 
 from mbn import config
+from mbn.data.in_memory import DeviceDataset
+from mbn.records import record
+from mbn.system import signals
 from mbn.training import checkpoint_file, run
 from mbn.training.state import devices_so_far
 
@@ -52,6 +55,78 @@ def test_a_power_cut_loses_what_came_after_the_last_checkpoint_and_no_bits(
     resumed = re.findall(r"resuming at iteration (\d) of 8", here().out)
     assert resumed == [str(saved(iteration))] * (saved(iteration) > 0)
     assert_same_run(left(), whole())
+
+
+@pytest.mark.parametrize("norm", ["mbn", "gn"])
+@pytest.mark.parametrize(("iteration", "batches"), [(6, 1), (6, 3), (8, 2)])
+def test_a_signal_in_a_test_is_answered_between_its_batches_and_the_test_is_taken_again(
+    here, left, whole, monkeypatch, norm, iteration, batches
+):
+    """Six batches of 60 images. At the end of the first epoch (iteration 6), or of the run."""
+    more = (f"norm={norm}", "evaluate.batch_size=60")
+    monkeypatch.setattr(signals, "PATIENCE", 0.0)
+    seen = []
+    plain = DeviceDataset._plain
+
+    def with_a_signal(self, *args):
+        for number, batch in enumerate(plain(self, *args), 1):
+            seen.append(number)
+            if len(seen) == batches + (6 if iteration == 8 else 0):
+                send("SIGTERM")()
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceDataset, "_plain", with_a_signal)
+        stopped = here(*more)
+    assert stopped.code == 75
+    assert f"stopped at iteration {iteration} of 8" in stopped.err
+    assert seen[-1] <= batches + 2
+    assert not left(*more).record_path.exists()
+    done = here(*more)
+    assert (done.code, f"resuming at iteration {iteration} of 8" in done.out) == (0, True)
+    assert_same_run(left(*more), whole(*more))
+
+
+def test_a_test_goes_on_for_some_seconds_after_a_signal_so_that_a_short_one_ends(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    stop = signals.StopRequest()
+    taken = []
+
+    def items():
+        for item in range(20):
+            taken.append(item)
+            stop.code = 75 if item >= 3 else None
+            now[0] += 1
+            yield item
+
+    with pytest.raises(signals.StoppedError):
+        list(stop.checked(items()))
+    assert taken == list(range(10))  # the signal came during item 3 and is seen before item 4
+    assert signals.PATIENCE == 5
+
+
+def test_training_again_that_was_stopped_in_its_last_test_goes_on(here, left, whole, monkeypatch):
+    """Its old record does not make it a finished run, which would start over."""
+    here()
+    monkeypatch.setattr(signals, "PATIENCE", -1.0)
+    plain = DeviceDataset._plain
+    seen = []
+
+    def with_a_signal(self, *args):
+        for batch in plain(self, *args):
+            seen.append(1)
+            if len(seen) == 8:
+                send("SIGTERM")()
+            yield batch
+
+    more = ("machine.again=true", "evaluate.batch_size=60")
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceDataset, "_plain", with_a_signal)
+        assert here(*more).code == 75
+    done = here(*more)
+    assert "resuming at iteration 8 of 8" in done.out
+    assert_same_bits(left().checkpoint()["model"], whole().checkpoint()["model"])
 
 
 @pytest.mark.parametrize(("more", "iteration"), [(EVERY, 4), ("schedule.iterations=14", 12)])
@@ -107,16 +182,52 @@ def test_what_auto_chose_is_kept_for_a_resume(here, left, after, monkeypatch):
     assert (result["device"][:5], result["mode"], result["threads"]) == ("cpu: ", "eager", 1)
 
 
-def test_a_change_of_machine_or_code_is_in_the_record(here, left, after, monkeypatch):
+def test_a_change_of_machine_or_code_is_said_and_in_the_record(here, left, after, monkeypatch):
     """Neither commit alone would give this result, so it counts as dirty."""
     after(3, send("SIGTERM"))
     here()
     monkeypatch.setattr("mbn.records.provenance.device_name", lambda device: "another CPU")
     monkeypatch.setattr(running, "COMMIT", "d" * 40)
-    assert "warning: the run began with 1 threads" in here("machine.threads=2").err
+    monkeypatch.setattr("mbn.records.provenance.code", lambda: "another")
+    said = here("machine.threads=2").err
+    assert "warning: the run began with 1 threads" in said
+    assert "warning: the code has changed since this run began (c0ffeec; now ddddddd)" in said
     result = left().record()
     assert re.fullmatch("cpu: .*, then another CPU", result["device"])
     assert (result["threads"], result["commit"], result["dirty"]) == (2, "d" * 40, True)
+
+
+def test_another_commit_with_the_same_code_is_no_change(here, left, after, monkeypatch):
+    after(3, send("SIGTERM"))
+    here()
+    monkeypatch.setattr(running, "COMMIT", "d" * 40)
+    assert here().err == ""
+    assert (left().record()["commit"], left().record()["dirty"]) == ("d" * 40, False)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_checkpoint_without_the_code_s_hash_goes_by_the_commit(here, left, after, monkeypatch, changed):
+    after(3, send("SIGTERM"))
+    here()
+    state = left().checkpoint()
+    del state["code"], state["untested"]
+    checkpoint_file.save(state, left().checkpoint_path)
+    if changed:
+        monkeypatch.setattr(running, "COMMIT", "d" * 40)
+    assert here().err == ""
+    assert left().record()["dirty"] == changed
+
+
+def test_the_result_of_other_code_is_shown_with_a_warning(here, left, monkeypatch):
+    here()
+    assert here().err == ""
+    monkeypatch.setattr("mbn.records.provenance.code", lambda: "another")
+    monkeypatch.setattr(running, "COMMIT", "d" * 40)
+    done = here()
+    assert done.err == "warning: the code has changed since this run was trained (c0ffeec; now ddddddd).\n"
+    assert "machine.again=true trains it again" in done.out
+    record.rewrite(left().record_path, code=None)  # an older record
+    assert here().err == ""
 
 
 @pytest.mark.parametrize(
