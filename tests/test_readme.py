@@ -26,7 +26,18 @@ SCRIPTS = [shlex.split(line)[1:] for line in LINES if line.startswith("python sc
 def test_the_readme_is_read_at_all():
     assert len(TRAIN) >= 8
     assert len(SCRIPTS) >= 5
-    assert len(README.splitlines()) < 240
+
+
+def test_ci_runs_what_the_readme_shows_first_in_its_order():
+    """All but the paper's run, which takes hours, and TensorBoard, which serves until it is stopped."""
+    first = re.search(r"## Try it.*?```bash\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    commands = [part.strip() for line in first for part in line.partition(" # ")[0].split("&&")]
+    shown = [c for c in commands if c.startswith(("pip", "python", "pytest"))]
+    shown.remove("python train.py dataset=cifar10 model=resnet56 norm=mbn")
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    ran = re.findall(r"^(pip install|python train\.py|python scripts|pytest)(.*)$", ci, re.MULTILINE)
+    ran = [(command + rest).replace(" -q --disable-pip-version-check", "") for command, rest in ran]
+    assert [command.replace(" --durations=15", "") for command in ran] == shown
 
 
 @pytest.mark.parametrize("arguments", TRAIN, ids=" ".join)
