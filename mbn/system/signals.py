@@ -50,7 +50,7 @@ class Exit(Answered):
 
 
 # Seconds that a measurement may still take after a signal, to reach its end.
-PATIENCE = 5.0
+PATIENCE = 2.0
 
 
 class StoppedError(Exception):
