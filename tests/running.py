@@ -87,6 +87,8 @@ TINY = ["dataset=digits", "batch_size=256", "schedule.iterations=8", "machine.th
 
 
 COMMIT = "c0ffee" * 6 + "c0ff"
+# A folder's name with all that Hydra, Python's formats and a shell could stumble over.
+UGLY = 'Große  =a,b (c) [d] {e} #5 100%s $HOME `f` it\'s "g" \\h\\'
 
 
 class Outcome(NamedTuple):

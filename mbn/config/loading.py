@@ -13,6 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from mbn.config.registry import DATASETS, NETWORKS
 from mbn.config.run_identity import to_yaml
 from mbn.config.schema import CONFIGS, REPOSITORY, Config, check
+from mbn.config.typed_paths import quoted
 from mbn.methods import METHODS
 from mbn.system.errors import ConfigError
 from mbn.system.setting_fields import leaves
@@ -59,7 +60,7 @@ def _parse(overrides: list[str]) -> list[Any]:
     parsed = []
     for text in overrides:
         try:
-            parsed += parser.parse_overrides([text])
+            parsed += parser.parse_overrides([quoted(text)])
         except HydraException:
             raise ConfigError(
                 f"cannot read {text!r}: write a setting as key=value, a list as key=[1,2], with quotes for the shell."
@@ -122,7 +123,7 @@ def _check_override(override: Any) -> None:
     if override.is_delete():
         raise ConfigError(f"{key} cannot be deleted: leave it out of the command for its default.")
     if override.is_add() and not override.is_force_add():
-        raise ConfigError(f"{key} exists already: write {line.lstrip('+')} without the plus sign.")
+        raise ConfigError(f"{key} exists already: set it without the plus sign.")
 
 
 @functools.cache

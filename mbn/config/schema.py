@@ -19,6 +19,9 @@ CONFIGS = REPOSITORY / "configs"
 MODES = ("auto", "eager", "compile", "graph", "graph-eager")
 
 
+FOLDER = Rule("the path of a folder", lambda path: path != "")
+
+
 def _three(wanted: str, least: float) -> Rule:
     return Rule(
         f"a list of 3 numbers, one per channel{wanted}",
@@ -79,8 +82,10 @@ class Evaluate:
 
 @dataclass
 class Machine:
-    data: str = setting(MISSING, "folder of the data sets (cifar-10-batches-py, ...); CIFAR is downloaded if missing")
-    results: str = setting(MISSING, "folder that gets runs/ and records/")
+    data: str = setting(
+        MISSING, "folder of the data sets (cifar-10-batches-py, ...); CIFAR is downloaded if missing", FOLDER
+    )
+    results: str = setting(MISSING, "folder that gets runs/ and records/", FOLDER)
     device: str = setting(
         "auto",
         "auto (CUDA, else CPU), cpu, cuda, cuda:1, mps",

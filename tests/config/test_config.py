@@ -111,7 +111,7 @@ WRONG_TYPES = {
     "a list of numbers": "norm.lam=0.5 norm.lam=[abc] norm.lam=[null] schedule.lr=0.1",
     "a whole number or null": "schedule.epochs=2.5",
     "true or false": "machine.again=maybe",
-    "a text": "machine.data=null",
+    "a text": "machine.device=null",
     "a group of settings": "optimizer=3",
 }
 IMPOSSIBLE = {
@@ -131,6 +131,7 @@ IMPOSSIBLE = {
     "from 0": "seed=-1",
     "1 or 2": "forwards=3 forwards=0",
     "paper or batch": "norm.gradient=both",
+    "the path of a folder": "machine.data='' machine.results=''",
     "auto, cpu, cuda, cuda:N or mps": "machine.device=gpu",
     "auto, eager, compile": "machine.mode=fast",
 }

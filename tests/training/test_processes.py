@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from running import COMMIT, Run, assert_same_run, outcome, start
+from running import COMMIT, UGLY, Run, assert_same_run, outcome, start
 from test_reproduce import wait_until
 
 from mbn.config import REPOSITORY
@@ -43,9 +43,10 @@ def train(run, signals):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A whole run and a stopped one, with the outcomes of their processes."""
+    """A whole run and a stopped one in a folder with an ugly name, with the outcomes of their processes."""
     signals = {"whole": [], "stopped": [signal.SIGKILL, signal.SIGTERM]}
-    runs = [Run(tmp_path_factory.mktemp(name) / "results", OVERRIDES) for name in signals]
+    folders = {"whole": "results", "stopped": UGLY}
+    runs = [Run(tmp_path_factory.mktemp(name) / folders[name], OVERRIDES) for name in signals]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(signals, zip(runs, pool.map(train, runs, signals.values()), strict=True), strict=True))
 
@@ -130,7 +131,7 @@ def test_weight_norms_and_gaps_of_each_layer_are_logged(whole):
 
 def test_nothing_is_written_beside_the_results(runs):
     for run, _ in runs.values():
-        assert [p.name for p in run.results.parent.iterdir()] == ["results"]
+        assert [p.name for p in run.results.parent.iterdir()] == [run.results.name]
     assert not list(runs["whole"][0].results.rglob("*.partial"))
 
 
