@@ -42,13 +42,13 @@ def sweep_lines(overrides: list[str]) -> list[list[str]]:
     from hydra.errors import HydraException
 
     choices = []
-    for override in _parse(overrides):
+    for text, override in zip(overrides, _parse(overrides), strict=True):
         key = override.get_key_element()
         try:
             values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
         except HydraException as error:
-            raise ConfigError(f"cannot sweep {override.input_line!r}: {_one_sentence(error)}") from None
-        choices.append([f"{key}={v}" for v in values] if values is not None else [str(override.input_line)])
+            raise ConfigError(f"cannot sweep {text!r}: {_one_sentence(error)}") from None
+        choices.append([f"{key}={v}" for v in values] if values is not None else [text])
     return [list(line) for line in itertools.product(*choices)]
 
 
@@ -60,7 +60,7 @@ def _parse(overrides: list[str]) -> list[Any]:
     parsed = []
     for text in overrides:
         try:
-            parsed += parser.parse_overrides([quoted(text)])
+            parsed.append(parser.parse_override(quoted(text)))
         except HydraException:
             raise ConfigError(
                 f"cannot read {text!r}: write a setting as key=value, a list as key=[1,2], with quotes for the shell."
