@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mbn import config as configuration
+from mbn.launch.missing_runs import PlannedRun
+from mbn.launch.sweep_table import sweep_table
 from mbn.methods import METHODS
 from mbn.system import signals
 from mbn.system.command_line import Parser, entry_point
@@ -89,49 +92,63 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
 
 def sweep(overrides: list[str]) -> int:
-    """Train the runs of a sweep; all are checked before the first begins."""
-    lines = configuration.sweep_lines(overrides)
-    configs = [configuration.load(line) for line in lines]
-    if configs[0].machine.together > 1:
-        return sweep_together(lines, configs)
-    return one_after_another(configs)
+    """Train the runs of a sweep, and print a table of them at the end; all are checked before the first begins."""
+    runs = []
+    for line in configuration.sweep_lines(overrides):
+        config = configuration.load(line)
+        runs.append(PlannedRun(configuration.run_name(config), config, tuple(line)))
+    machine = runs[0].config.machine
+    if machine.together > 1:
+        check_together([run.config for run in runs])
+    instead: dict[str, str] = {}  # by a run's name, what the table says in place of a result
+    try:
+        return (sweep_together if machine.together > 1 else one_after_another)(runs, instead)
+    finally:
+        print(f"\n{sweep_table(runs, Path(machine.results), instead)}", flush=True)
 
 
-def one_after_another(configs: list[configuration.Config]) -> int:
-    """Train run after run; one that fails does not stop the rest."""
+def one_after_another(runs: Sequence[PlannedRun], instead: dict[str, str]) -> int:
+    """Train run after run; one that fails does not stop the rest. instead: gets the reason of each that failed."""
     code = 0
-    for config in configs:
+    instead |= {one.name: "not trained again" for one in runs if one.config.machine.again}
+    for one in runs:
         try:
-            run(config)
+            run(one.config)
+            instead.pop(one.name, None)
         except UserError as error:
             if error.code in (75, 130):  # a signal stops them all
                 raise
-            print(f"error: {configuration.run_name(config)}: {error}", file=sys.stderr)
+            print(f"error: {one.name}: {error}", file=sys.stderr)
+            instead[one.name] = f"failed: {error}"
             code = 1
     return code
 
 
-def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) -> int:
-    """Train several runs of a sweep at a time in this process; before them, one after another, those that cannot be."""
-    from mbn.launch import missing_runs
-    from mbn.launch.lanes import Lanes, check_alike, fits
-    from mbn.launch.pool import Pool
+def check_together(configs: list[configuration.Config]) -> None:
+    """Check that runs can be trained at a time in this process. Errors: UserError."""
+    from mbn.launch.lanes import check_alike
 
-    together = configs[0].machine.together
     if any(config.machine.again for config in configs):
         raise UserError("machine.again=true trains one run after another: leave machine.together out.", code=2)
     check_alike(configs)
-    results = Path(configs[0].machine.results)
-    runs: list[missing_runs.PlannedRun] = []
-    alone: list[missing_runs.PlannedRun] = []
-    for line, config in zip(lines, configs, strict=True):
-        member = missing_runs.PlannedRun(configuration.run_name(config), config, tuple(line))
-        (alone if member.finished(results) or not fits(config) else runs).append(member)
-    code = one_after_another([member.config for member in alone])
+
+
+def sweep_together(runs: Sequence[PlannedRun], instead: dict[str, str]) -> int:
+    """Train several runs of a sweep at a time in this process; before them, one after another, those that cannot be.
+
+    instead: gets the reason of each run that failed.
+    """
+    from mbn.launch.lanes import Lanes, fits
+    from mbn.launch.pool import Pool
+
+    results, together = Path(runs[0].config.machine.results), runs[0].config.machine.together
+    alone = [one for one in runs if one.finished(results) or not fits(one.config)]
+    code = one_after_another(alone, instead)
     with Lanes(run, together) as lanes:
-        outcome = Pool(runs, results, together, lanes).work()
+        outcome = Pool([one for one in runs if one not in alone], results, together, lanes).work()
     for name, reason in outcome.failed.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
+        instead[name] = f"failed: {reason}"
     if outcome.left:
         left = len(outcome.left)
         print(f"error: stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)
