@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mbn.config.registry import DATASETS, NETWORKS
-from mbn.config.run_identity import to_yaml
 from mbn.config.schema import CONFIGS, REPOSITORY, Config, check
 from mbn.config.typed_paths import quoted
 from mbn.methods import METHODS
@@ -188,19 +187,6 @@ def from_dict(plain: dict[str, Any]) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
-
-
-def explained(composed: DictConfig) -> str:
-    """The settings as YAML, each with its line of explanation."""
-    settings = resolved(composed)
-    explanations = {key: spec.metadata["explanation"] for key, spec, _ in leaves(_schema_of(settings))}
-    lines, group = [], ""
-    for line in to_yaml(settings).splitlines():
-        key = line.partition(":")[0]
-        group = group if key.startswith(" ") else key
-        explanation = explanations.get(key if key == group else f"{group}.{key.strip()}")
-        lines.append(f"{line:<34}  # {explanation}" if explanation else line)
-    return "\n".join(lines)
 
 
 def _schema_of(plain: dict[str, Any]) -> Config:
