@@ -133,12 +133,14 @@ class Journal:
 
 
 def with_times(rows: Iterable[dict[str, Any]], ended: float) -> list[dict[str, Any]]:
-    """Rows with their times. One of an older journal has none, and gets that of the next row, or ended for the last."""
-    timed = []
-    for row in reversed(list(rows)):
-        ended = row.get("time", ended)
-        timed.append(row | {"time": ended})
-    return timed[::-1]
+    """Rows with their times. Those of an older journal have none, and get times at its mean speed up to the first row
+    that has one, or up to ended.
+    """
+    rows = list(rows)
+    ended = next((row["time"] for row in rows if "time" in row), ended)
+    last = [row for row in rows if "time" not in row][-1:]
+    per_image = 1 / max(last[0]["images_per_second"], 0.1) if last else 0.0
+    return [{"time": ended - per_image * (last[0]["images"] - row["images"]), **row} if last else row for row in rows]
 
 
 # What TensorBoard's file holds. torch's SummaryWriter is not used: it writes in a thread whose errors nobody can catch.

@@ -104,16 +104,17 @@ def test_points_keep_the_time_of_their_rows_after_a_resume(tmp_path, monkeypatch
     assert wall_times(tmp_path) == [*first, third]
 
 
-def test_points_of_an_older_journal_without_times_are_not_later_than_those_that_follow(tmp_path):
+def test_points_of_an_older_journal_without_times_are_as_far_apart_as_its_speed_says(tmp_path):
     journal = tmp_path / "metrics.jsonl"
-    journal.write_text("".join(json.dumps(row(i)) + "\n" for i in (1, 2)))
+    older = [row(i) | {"images_per_second": speed} for i, speed in ((1, 3.0), (2, 1.0), (3, 0.5))]
+    journal.write_text("".join(json.dumps(r) + "\n" for r in older))
     os.utime(journal, (5000, 5000))
-    write_rows(tmp_path, [row(3)], lines=2)
-    assert wall_times(tmp_path)[:2] == [5000, 5000]
-    third = wall_times(tmp_path)[2]
-    assert third > time.time() - 600
-    write_rows(tmp_path, [], lines=3)
-    assert wall_times(tmp_path) == [third] * 3
+    write_rows(tmp_path, [row(4)], lines=3)
+    *times, fourth = wall_times(tmp_path)
+    assert times == [4960, 4980, 5000]
+    assert fourth > time.time() - 600
+    write_rows(tmp_path, [], lines=4)
+    assert wall_times(tmp_path) == pytest.approx([fourth - 40, fourth - 20, fourth, fourth], abs=1e-3)
 
 
 def test_tensorboard_shows_error_and_loss_first_and_layers_last():
