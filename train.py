@@ -2,9 +2,11 @@
 """Train one network: `python train.py dataset=cifar10 model=resnet56 norm=mbn` is the paper's run."""
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Use this checkout's own code, even if another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -15,14 +17,31 @@ from mbn.system import signals
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
 
+if TYPE_CHECKING:
+    from mbn.launch.missing_runs import PlannedRun
+
 DESCRIPTION = """Train one network and write its record.
 
-  python train.py dataset=cifar10 model=resnet56 norm=mbn     the paper's run
-  python train.py experiment=quickstart                       two minutes on a CPU, no download
-  python train.py -m norm=bn,mbn seed=0,1,2                   a sweep, one run after another
-  python train.py -m seed=0,1,2,3 machine.together=4          on a GPU: four at a time
+  python train.py experiment=quickstart                     2 minutes on a CPU, no download
+  python train.py dataset=cifar10 model=resnet56 norm=mbn   the paper's run
+  python train.py norm=bn batch_size=8 schedule.epochs=20   any settings of those below
+  python train.py norm=brn --help                           this page, with the settings of brn
+  python train.py -m norm=bn,mbn seed=0,1,2                 a sweep: a run after the other
+  python train.py -m seed=0,1,2,3 machine.together=4        on a GPU: four at a time
 
-The same command again resumes an unfinished run, and shows the result of a finished one."""
+The same command again goes on with an unfinished run, and shows the result of a finished one."""
+
+RESULTS = """results, in machine.results:
+  records/NAME.json     the result of a run: what tables and figures are made from
+  runs/NAME/            its checkpoints, metrics.jsonl, and TensorBoard's file:
+                        tensorboard --logdir {runs}
+
+exit codes:
+  0    done
+  1    a run failed; the others of a sweep are trained all the same
+  2    a mistake in the command; nothing was trained
+  75   stopped by a signal, 130 by Ctrl-C: the same command goes on
+  76   another process trains this run"""
 
 
 @entry_point
@@ -35,15 +54,19 @@ def main(arguments: list[str]) -> int:
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings; all are listed below")
-    p.add_argument("-h", "--help", action="store_true", help="show this, with the settings of the rest of the command")
-    p.add_argument("-c", "--cfg", action="store_true", help="--cfg job: print the configuration and train nothing")
-    p.add_argument("-m", "--multirun", action="store_true", help="a sweep over a,b,c and range(0,3)")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings, listed below with their values")
+    p.add_argument(
+        "-h", "--help", action="store_true", help="show this, with the values that the rest of the command sets"
+    )
+    p.add_argument("-c", "--cfg", action="store_true", help="--cfg job: print the values alone, as YAML")
+    p.add_argument("-m", "--multirun", action="store_true", help="a sweep over a,b,c or range(0,3)")
     options = p.parse_intermixed_args(arguments)
     overrides = options.overrides
     if options.help:
+        config = configuration.load(overrides)
         choices = "".join(f"  {group}={'|'.join(configuration.options(group))}\n" for group in configuration.groups())
-        p.epilog = f"choices:\n{choices}\nsettings:\n{configuration.explained(configuration.compose(overrides))}"
+        results = RESULTS.format(runs=shlex.quote(f"{config.machine.results}/runs"))
+        p.epilog = f"choices:\n{choices}\nsettings:\n{configuration.settings_page(config)}\n\n{results}"
         p.print_help()
     elif options.cfg:
         composed = configuration.compose([o for o in overrides if o not in ("job", "all", "hydra")])
@@ -102,49 +125,66 @@ def warn_of_other_code(result: dict[str, Any]) -> None:
 
 
 def sweep(overrides: list[str]) -> int:
-    """Train the runs of a sweep; all are checked before the first begins."""
-    lines = configuration.sweep_lines(overrides)
-    configs = [configuration.load(line) for line in lines]
-    if configs[0].machine.together > 1:
-        return sweep_together(lines, configs)
-    return one_after_another(configs)
+    """Train the runs of a sweep, and print a table of them at the end; all are checked before the first begins."""
+    from mbn.launch.missing_runs import PlannedRun
+    from mbn.launch.sweep_table import sweep_table
+
+    runs = []
+    for line in configuration.sweep_lines(overrides):
+        config = configuration.load(line)
+        runs.append(PlannedRun(configuration.run_name(config), config, tuple(line)))
+    machine = runs[0].config.machine
+    if machine.together > 1:
+        check_together([run.config for run in runs])
+    instead: dict[str, str] = {}  # by a run's name, what the table says in place of a result
+    try:
+        return (sweep_together if machine.together > 1 else one_after_another)(runs, instead)
+    finally:
+        print(f"\n{sweep_table(runs, Path(machine.results), instead)}", flush=True)
 
 
-def one_after_another(configs: list[configuration.Config]) -> int:
-    """Train run after run; one that fails does not stop the rest."""
+def one_after_another(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> int:
+    """Train run after run; one that fails does not stop the rest. instead: gets the reason of each that failed."""
     code = 0
-    for config in configs:
+    instead |= {one.name: "not trained again" for one in runs if one.config.machine.again}
+    for one in runs:
         try:
-            run(config)
+            run(one.config)
+            instead.pop(one.name, None)
         except UserError as error:
             if error.code in (75, 130):  # a signal stops them all
                 raise
-            print(f"error: {configuration.run_name(config)}: {error}", file=sys.stderr)
+            print(f"error: {one.name}: {error}", file=sys.stderr)
+            instead[one.name] = f"failed: {error}"
             code = 1
     return code
 
 
-def sweep_together(lines: list[list[str]], configs: list[configuration.Config]) -> int:
-    """Train several runs of a sweep at a time in this process; before them, one after another, those that cannot be."""
-    from mbn.launch import missing_runs
-    from mbn.launch.lanes import Lanes, check_alike, fits
-    from mbn.launch.pool import Pool
+def check_together(configs: list[configuration.Config]) -> None:
+    """Check that runs can be trained at a time in this process. Errors: UserError."""
+    from mbn.launch.lanes import check_alike
 
-    together = configs[0].machine.together
     if any(config.machine.again for config in configs):
         raise UserError("machine.again=true trains one run after another: leave machine.together out.", code=2)
     check_alike(configs)
-    results = Path(configs[0].machine.results)
-    runs: list[missing_runs.PlannedRun] = []
-    alone: list[missing_runs.PlannedRun] = []
-    for line, config in zip(lines, configs, strict=True):
-        member = missing_runs.PlannedRun(configuration.run_name(config), config, tuple(line))
-        (alone if member.finished(results) or not fits(config) else runs).append(member)
-    code = one_after_another([member.config for member in alone])
+
+
+def sweep_together(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> int:
+    """Train several runs of a sweep at a time in this process; before them, one after another, those that cannot be.
+
+    instead: gets the reason of each run that failed.
+    """
+    from mbn.launch.lanes import Lanes, fits
+    from mbn.launch.pool import Pool
+
+    results, together = Path(runs[0].config.machine.results), runs[0].config.machine.together
+    alone = [one for one in runs if one.finished(results) or not fits(one.config)]
+    code = one_after_another(alone, instead)
     with Lanes(run, together) as lanes:
-        outcome = Pool(runs, results, together, lanes).work()
+        outcome = Pool([one for one in runs if one not in alone], results, together, lanes).work()
     for name, reason in outcome.failed.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
+        instead[name] = f"failed: {reason}"
     if outcome.left:
         left = len(outcome.left)
         print(f"error: stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)

@@ -30,7 +30,7 @@ class BN(Norm):
 class MBN(Norm):
     eps: float = setting(1e-5, "added to the variance", ABOVE_0)
     memory: int = setting(20, "k, batches remembered", at_least(1))
-    decay: float = setting(0.9, "eta: each newer batch multiplies a remembered batch's weight by it", SHARE)
+    decay: float = setting(0.9, "eta: each newer batch multiplies an older one's weight by it", SHARE)
     lam: list[float] = setting(
         MISSING,
         "lambda, the memory's weight: a value for each stage of the schedule, or one for all",

@@ -87,6 +87,8 @@ TINY = ["dataset=digits", "batch_size=256", "schedule.iterations=8", "machine.th
 
 
 COMMIT = "c0ffee" * 6 + "c0ff"
+# A folder's name with all that Hydra, Python's formats and a shell could stumble over.
+UGLY = 'Große  =a,b (c) [d] {e} #5 100%s $HOME `f` it\'s "g" \\h\\'
 
 
 class Outcome(NamedTuple):
@@ -138,7 +140,7 @@ class Run:
         return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-TIMES = {"seconds", "images_per_second", "date", "checksum"}
+TIMES = {"time", "seconds", "images_per_second", "date", "checksum"}
 
 
 def without(mapping, keys):
@@ -165,7 +167,7 @@ def assert_same_bits(a, b, path=""):
 
 def ended(run: Run):
     """All that a run ended with, timing aside."""
-    state, points = run.checkpoint(), without(run.points(), {"speed/images_per_second"})
+    state, points = run.checkpoint(), without(run.points(), {"throughput/images_per_second"})
     assert all(steps == sorted(set(steps)) for steps in ([s for s, _ in series] for series in points.values()))
     keys = ("name", "identity", "iteration", "length", "journal_lines", "model", "optimizer", "generators")
     rows = [without(row, TIMES) for row in run.rows()]

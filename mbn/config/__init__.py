@@ -2,7 +2,6 @@
 
 from mbn.config.loading import checked as checked
 from mbn.config.loading import compose as compose
-from mbn.config.loading import explained as explained
 from mbn.config.loading import from_dict as from_dict
 from mbn.config.loading import groups as groups
 from mbn.config.loading import load as load
@@ -29,4 +28,5 @@ from mbn.config.schema import Config as Config
 from mbn.config.schema import Dataset as Dataset
 from mbn.config.schema import Optimizer as Optimizer
 from mbn.config.schema import check as check
+from mbn.config.settings_page import settings_page as settings_page
 from mbn.system.errors import ConfigError as ConfigError

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from mbn.config.loading import load
+from mbn.config.typed_paths import PATHS
 from mbn.system.errors import UserError
 
 
 def data_and_results(settings: list[str]) -> tuple[Path, Path]:
     """machine.data and machine.results of a command line that sets nothing else. Errors: UserError, ConfigError."""
     for text in settings:
-        if text.partition("=")[0] not in ("machine.data", "machine.results"):
+        if text.partition("=")[0].lstrip("+") not in PATHS:
             raise UserError(f"cannot set {text} here: set only machine.data=DIR or machine.results=DIR.", code=2)
     machine = load(settings).machine
     return Path(machine.data), Path(machine.results)

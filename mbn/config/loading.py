@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mbn.config.registry import DATASETS, NETWORKS
-from mbn.config.run_identity import to_yaml
 from mbn.config.schema import CONFIGS, REPOSITORY, Config, check
+from mbn.config.typed_paths import quoted
 from mbn.methods import METHODS
 from mbn.system.errors import ConfigError
 from mbn.system.setting_fields import leaves
@@ -41,13 +41,13 @@ def sweep_lines(overrides: list[str]) -> list[list[str]]:
     from hydra.errors import HydraException
 
     choices = []
-    for override in _parse(overrides):
+    for text, override in zip(overrides, _parse(overrides), strict=True):
         key = override.get_key_element()
         try:
             values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
         except HydraException as error:
-            raise ConfigError(f"cannot sweep {override.input_line!r}: {_one_sentence(error)}") from None
-        choices.append([f"{key}={v}" for v in values] if values is not None else [str(override.input_line)])
+            raise ConfigError(f"cannot sweep {text!r}: {_one_sentence(error)}") from None
+        choices.append([f"{key}={v}" for v in values] if values is not None else [text])
     return [list(line) for line in itertools.product(*choices)]
 
 
@@ -59,7 +59,7 @@ def _parse(overrides: list[str]) -> list[Any]:
     parsed = []
     for text in overrides:
         try:
-            parsed += parser.parse_overrides([text])
+            parsed.append(parser.parse_override(quoted(text)))
         except HydraException:
             raise ConfigError(
                 f"cannot read {text!r}: write a setting as key=value, a list as key=[1,2], with quotes for the shell."
@@ -122,7 +122,7 @@ def _check_override(override: Any) -> None:
     if override.is_delete():
         raise ConfigError(f"{key} cannot be deleted: leave it out of the command for its default.")
     if override.is_add() and not override.is_force_add():
-        raise ConfigError(f"{key} exists already: write {line.lstrip('+')} without the plus sign.")
+        raise ConfigError(f"{key} exists already: set it without the plus sign.")
 
 
 @functools.cache
@@ -187,19 +187,6 @@ def from_dict(plain: dict[str, Any]) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
-
-
-def explained(composed: DictConfig) -> str:
-    """The settings as YAML, each with its line of explanation."""
-    settings = resolved(composed)
-    explanations = {key: spec.metadata["explanation"] for key, spec, _ in leaves(_schema_of(settings))}
-    lines, group = [], ""
-    for line in to_yaml(settings).splitlines():
-        key = line.partition(":")[0]
-        group = group if key.startswith(" ") else key
-        explanation = explanations.get(key if key == group else f"{group}.{key.strip()}")
-        lines.append(f"{line:<34}  # {explanation}" if explanation else line)
-    return "\n".join(lines)
 
 
 def _schema_of(plain: dict[str, Any]) -> Config:

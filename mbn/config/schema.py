@@ -19,6 +19,9 @@ CONFIGS = REPOSITORY / "configs"
 MODES = ("auto", "eager", "compile", "graph", "graph-eager")
 
 
+FOLDER = Rule("the path of a folder", lambda path: path != "")
+
+
 def _three(wanted: str, least: float) -> Rule:
     return Rule(
         f"a list of 3 numbers, one per channel{wanted}",
@@ -39,12 +42,18 @@ class Dataset:
     test_images: int = setting(MISSING, "number of test images", at_least(1))
     mean: list[float] = setting(MISSING, "subtracted from each channel", _three("", -math.inf))
     std: list[float] = setting(MISSING, "each channel is divided by it", _three(", each above 0", 0))
-    padding: int = setting(0, "black pixels around a training image before a random crop", at_least(0))
+    padding: int = setting(
+        0, "black pixels around a training image before a random crop; unused by imagenet, which resizes", at_least(0)
+    )
     flip: bool = setting(False, "whether half of the training images are mirrored")
 
 
 @dataclass
 class Schedule:
+    epochs: int | None = setting(None, "the length in epochs", at_least(1))
+    iterations: int | None = setting(None, "the length in iterations", at_least(1))
+    default_epochs: int = setting(200, "the length where neither epochs nor iterations is set", at_least(1))
+    scale: float = setting(1.0, "multiplies the length, however that is set", ABOVE_0)
     lr: list[float] = setting(
         MISSING,
         "learning rate: a value for each stage, or one for all",
@@ -59,43 +68,43 @@ class Schedule:
             lambda stones: all(a < b for a, b in zip([0.0, *stones], [*stones, 1.0], strict=True)),
         ),
     )
-    default_epochs: int = setting(200, "the length where neither epochs nor iterations is set", at_least(1))
-    epochs: int | None = setting(None, "the length in epochs", at_least(1))
-    iterations: int | None = setting(None, "the length in iterations", at_least(1))
-    scale: float = setting(1.0, "multiplies the length, however that is set", ABOVE_0)
 
 
 @dataclass
 class Optimizer:
-    momentum: float = setting(0.9, "SGD's, without Nesterov", BELOW_1)
+    momentum: float = setting(0.9, "without Nesterov", BELOW_1)
     weight_decay: float = setting(0.0, "on all parameters", Rule("at least 0", lambda value: 0 <= value < math.inf))
 
 
 @dataclass
 class Evaluate:
-    batch_size: int | None = setting(None, "null: 125 of CIFAR's images on a CPU, 5000 on a GPU", at_least(1))
     precise: bool = setting(False, "also the test error with statistics recomputed over the training set (PreciseBN)")
+    batch_size: int | None = setting(
+        None, "images tested at a time; null: 125 of CIFAR's on a CPU, 5000 on a GPU", at_least(1)
+    )
 
 
 @dataclass
 class Machine:
-    data: str = setting(MISSING, "folder of the data sets (cifar-10-batches-py, ...); CIFAR is downloaded if missing")
-    results: str = setting(MISSING, "folder that gets runs/ and records/")
+    data: str = setting(
+        MISSING, "folder of the data sets (cifar-10-batches-py, ...); CIFAR is downloaded if missing", FOLDER
+    )
+    results: str = setting(MISSING, "folder that gets records/ and runs/", FOLDER)
     device: str = setting(
         "auto",
         "auto (CUDA, else CPU), cpu, cuda, cuda:1, mps",
         Rule("auto, cpu, cuda, cuda:N or mps", lambda device: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device))),
     )
+    threads: int | None = setting(None, "CPU threads; null: torch's choice, or as the run began", at_least(1))
+    together: int = setting(1, "runs of a sweep (-m) trained at the same time in this process, for a GPU", at_least(1))
+    again: bool = setting(False, "true trains a finished run again")
     mode: str = setting("auto", f"{', '.join(MODES)}; auto: graphs on CUDA, long runs compiled", among(*MODES))
     deterministic: bool = setting(False, "only algorithms that give the same bits every time (on a GPU; slower there)")
     tf32: bool = setting(True, "on a GPU: products of float32 with 10-bit mantissas")
-    threads: int | None = setting(None, "CPU threads; null: torch's choice", at_least(1))
     workers: int | None = setting(None, "processes that decode ImageNet's images; null: one a core", at_least(0))
-    together: int = setting(1, "runs of a sweep (-m) trained at the same time in this process, for a GPU", at_least(1))
     checkpoint_seconds: float = setting(
         300, "seconds between two checkpoints within an epoch", Rule("above 0", lambda seconds: seconds > 0)
     )
-    again: bool = setting(False, "true trains a finished run again")
 
 
 @dataclass
@@ -110,11 +119,13 @@ class Config:
     norm: Norm = group(Norm)
     schedule: Schedule = group(Schedule, "learning rate and length")
     batch_size: int = setting(128, "images per iteration")
-    seed: int = setting(0, "of weights, order and augmentation", Rule("from 0 to 4294967295", lambda n: 0 <= n < 2**32))
-    precision: str = setting(
-        "fp32", "fp32, or bf16: mixed precision, with the statistics still in float32", among("fp32", "bf16")
+    seed: int = setting(
+        0, "of weights, order of images and augmentation", Rule("from 0 to 4294967295", lambda n: 0 <= n < 2**32)
     )
-    optimizer: Optimizer = group(Optimizer)
+    precision: str = setting(
+        "fp32", "fp32, or bf16: mixed precision, with statistics in float32", among("fp32", "bf16")
+    )
+    optimizer: Optimizer = group(Optimizer, "SGD")
     evaluate: Evaluate = group(Evaluate, "what is measured beside training; not part of a run's identity")
     machine: Machine = group(Machine, "where and how it runs; not part of a run's identity")
 

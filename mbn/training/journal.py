@@ -13,48 +13,50 @@ from typing import Any
 from mbn.system.errors import UserError
 from mbn.system.files import cannot_write, write_atomically
 
-# TensorBoard's name for each number of a row; the axis is images seen.
+# TensorBoard's name for each number of a row; the axis is images seen. Its pages show the names in the order of the
+# alphabet, in groups by what stands before the slash: error and loss come first, and the many series of layers last.
 TAGS = {
-    "train_loss": "train/loss",
-    "train_error": "train/error",
-    "test_loss": "test/loss",
-    "test_error": "test/error",
-    "test_error_top5": "test/error_top5",
-    "lr": "schedule/learning_rate",
+    "test_error": "error/test",
+    "train_error": "error/train",
+    "test_loss": "loss/test",
+    "train_loss": "loss/train",
     "lambda": "schedule/lambda",
-    "images_per_second": "speed/images_per_second",
-    "weight_norm": "weights/norm",
-    "gap_mean": "statistics_gap/mean",
-    "gap_std": "statistics_gap/log_std",
-    "dead_channels": "dead/channels",
-    "dead_layers": "dead/layers",
+    "lr": "schedule/learning_rate",
+    "gap_mean": "statistics/gap_mean",
+    "gap_std": "statistics/gap_log_std",
+    "weight_norm": "statistics/weight_norm",
+    "dead_channels": "statistics/dead_channels",
+    "dead_layers": "statistics/dead_layers",
+    "images_per_second": "throughput/images_per_second",
+    "test_error_top5": "top5/error_test",
 }
 # For numbers that each layer has.
 LAYER_TAGS = {
-    "weight_norms": "weight_norm/{}",
-    "gap_means": "layer_gap_mean/{}",
-    "gap_stds": "layer_gap_log_std/{}",
-    "layer_dead_channels": "layer_dead_channels/{}",
+    "layer_dead_channels": "within_layers/dead_channels/{}",
+    "gap_means": "within_layers/gap_mean/{}",
+    "gap_stds": "within_layers/gap_log_std/{}",
+    "weight_norms": "within_layers/weight_norm/{}",
 }
-# A curated first page: TensorBoard's custom scalars, whose names are regular expressions.
+# The Custom Scalars page, where curves that belong together share a chart. The names are regular expressions.
 LAYOUT = {
     "Training": {
-        "Error (%)": ["Multiline", ["train/error", "test/error$"]],
-        "Loss": ["Multiline", ["train/loss", "test/loss"]],
+        "Error (%)": ["Multiline", ["error/test", "error/train"]],
+        "Loss": ["Multiline", ["loss/test", "loss/train"]],
         "Learning rate": ["Multiline", ["schedule/learning_rate"]],
         "Lambda": ["Multiline", ["schedule/lambda"]],
     },
     "Normalisation": {
-        "Statistics gap": ["Multiline", ["statistics_gap/mean", "statistics_gap/log_std"]],
-        "Weight norm": ["Multiline", ["weights/norm"]],
-        "Dead channels, layers": ["Multiline", ["dead/channels", "dead/layers"]],
+        "Statistics gap": ["Multiline", ["statistics/gap_mean", "statistics/gap_log_std"]],
+        "Weight norm": ["Multiline", ["statistics/weight_norm"]],
+        "Dead channels, layers": ["Multiline", ["statistics/dead_channels", "statistics/dead_layers"]],
     },
-    "Speed": {"Images per second": ["Multiline", ["speed/images_per_second"]]},
+    "Speed": {"Images per second": ["Multiline", ["throughput/images_per_second"]]},
 }
 
 
 class Journal:
-    """Rows of numbers: `kind` is "train" within an epoch and "epoch" at the end of one, `images` the axis.
+    """Rows of numbers: `kind` is "train" within an epoch and "epoch" at the end of one, `images` the axis, `time` the
+    seconds since 1970 at which it was written.
 
     lines: how many lines a resumed run keeps. Lines after its checkpoint are cut off, complete or not. TensorBoard's
     file is then written again from the lines kept, so that no point is doubled or missing.
@@ -66,7 +68,8 @@ class Journal:
     def __init__(self, folder: Path, configuration: str, lines: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
         self.folder = folder
-        written = self.path.read_bytes() if self.path.exists() else b""
+        there = self.path.exists()
+        written, ended = (self.path.read_bytes(), self.path.stat().st_mtime) if there else (b"", time.time())
         # A complete row ends in a newline; a row that a crash cut short does not.
         kept = written.split(b"\n")[:-1][:lines]
         if len(kept) < lines:
@@ -80,10 +83,13 @@ class Journal:
         self.view: Path | None = folder / name
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self._show([*first_events(configuration), *(event for row in self.rows() for event in events(row))])
+        rows = with_times(self.rows(), ended)
+        began = rows[0]["time"] if rows else time.time()
+        self._show([*first_events(configuration, began), *(event for row in rows for event in events(row))])
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row to both files."""
+        """Append one row to both files, with the time."""
+        row = row | {"time": round(time.time(), 2)}
         line = json.dumps(row) + "\n"
         try:
             with self.path.open("a") as file:
@@ -126,36 +132,47 @@ class Journal:
             self.view = None
 
 
+def with_times(rows: Iterable[dict[str, Any]], ended: float) -> list[dict[str, Any]]:
+    """Rows with their times. Those of an older journal have none, and get times at its mean speed up to the first row
+    that has one, or up to ended.
+    """
+    rows = list(rows)
+    ended = next((row["time"] for row in rows if "time" in row), ended)
+    last = [row for row in rows if "time" not in row][-1:]
+    per_image = 1 / max(last[0]["images_per_second"], 0.1) if last else 0.0
+    return [{"time": ended - per_image * (last[0]["images"] - row["images"]), **row} if last else row for row in rows]
+
+
 # What TensorBoard's file holds. torch's SummaryWriter is not used: it writes in a thread whose errors nobody can catch.
 
 
-def first_events(configuration: str) -> list[bytes]:
-    """The file's version, the first page, and the configuration."""
+def first_events(configuration: str, began: float) -> list[bytes]:
+    """The file's version, the Custom Scalars page, and the configuration."""
     from torch.utils.tensorboard.summary import custom_scalars, text
 
     # As Markdown's code, so that TensorBoard keeps the lines.
     indented = "\n".join("    " + line for line in configuration.splitlines())
     return [
-        _event(file_version="brain.Event:2"),
-        _event(summary=custom_scalars(LAYOUT)),
-        _event(summary=text("configuration", indented)),
+        _event(began, file_version="brain.Event:2"),
+        _event(began, summary=custom_scalars(LAYOUT)),
+        _event(began, summary=text("configuration", indented)),
     ]
 
 
 def events(row: dict[str, Any]) -> list[bytes]:
-    """The points of a row of the journal."""
+    """The points of a row of the journal, at its time."""
     from torch.utils.tensorboard.summary import scalar
 
     points = {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
     for key, tag in LAYER_TAGS.items():
         points |= {tag.format(layer): value for layer, value in row.get(key, {}).items()}
-    return [_event(step=row["images"], summary=scalar(tag, value)) for tag, value in points.items()]
+    return [_event(row["time"], step=row["images"], summary=scalar(tag, value)) for tag, value in points.items()]
 
 
-def _event(**content: Any) -> bytes:
+def _event(time: float, **content: Any) -> bytes:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     buffer = io.BytesIO()
-    RecordWriter(buffer).write(Event(wall_time=time.time(), **content).SerializeToString())
+    RecordWriter(buffer).write(Event(wall_time=time, **content).SerializeToString())
     return buffer.getvalue()

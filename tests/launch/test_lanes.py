@@ -119,6 +119,8 @@ def test_one_lane_that_diverges_ends_alone(here, left, monkeypatch):
     assert re.search(r"^error: \S+: training diverged: the loss was nan", done.err, re.MULTILINE)
     assert left("schedule.lr=[0.1,0.01,0.001]").record_path.exists()
     assert not left("schedule.lr=[9,9,9]").record_path.exists()
+    assert re.search(r"^\[9,9,9\] .*  failed: training diverged", done.out, re.MULTILINE)
+    assert re.search(r"^\[0.1,0.01,0.001\] +\d+\.\d\d %", done.out, re.MULTILINE)
 
 
 def test_a_lack_of_memory_ends_one_lane_with_one_sentence(here, left, monkeypatch):
@@ -140,6 +142,7 @@ def test_a_signal_stops_all_with_checkpoints_and_the_same_command_goes_on(here, 
         stopped = here("-m", "norm=mbn", "seed=0,1,2", "machine.together=2")
     assert stopped.code == 75
     assert "runs are left, and the same command goes on with them" in stopped.err
+    assert re.search(r"^1 .*  unfinished$", stopped.out, re.MULTILINE)
     assert 0 < left("norm=mbn", "seed=1").checkpoint()["iteration"] < 20
     done = here("-m", "norm=mbn", "seed=0,1,2", "machine.together=2")
     assert done.code == 0
@@ -164,7 +167,7 @@ def test_a_finished_run_is_shown_and_again_is_refused(here):
     assert done.code == 0
     assert "The run is finished" in done.out
     again = here("-m", "norm=bn,gn", "machine.together=2", "machine.again=true")
-    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert (again.code, again.out, again.err.count("\n")) == (2, "", 1)
 
 
 def test_runs_with_dropout_or_loaders_are_no_lanes():

@@ -1,9 +1,12 @@
 """The journal of a run and TensorBoard's view of it."""
 
 import json
+import os
 import re
+import time
 
 import pytest
+from running import without
 from test_files import small_disk
 
 from mbn.system.errors import UserError
@@ -21,7 +24,8 @@ def write_rows(folder, rows, lines=0):
 
 
 def read_rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [without(r, {"time"}) for r in rows]
 
 
 def events(folder):
@@ -37,7 +41,7 @@ def test_the_journal_has_each_row_once_and_tensorboard_each_point(tmp_path):
     rows = [row(i) for i in range(1, 6)]
     write_rows(tmp_path, rows)
     assert read_rows(tmp_path) == rows
-    for key, tag in (("train_loss", "train/loss"), ("train_error", "train/error"), ("lr", "schedule/learning_rate")):
+    for key, tag in (("train_loss", "loss/train"), ("train_error", "error/train"), ("lr", "schedule/learning_rate")):
         points = [(e.step, e.value) for e in events(tmp_path).Scalars(tag)]
         assert [step for step, _ in points] == [10, 20, 30, 40, 50]
         assert [value for _, value in points] == pytest.approx([r[key] for r in rows])
@@ -49,7 +53,7 @@ def test_a_resumed_journal_drops_what_came_after_its_checkpoint(tmp_path):
         file.write('{"kind": "tr')  # killed while it wrote
     write_rows(tmp_path, [row(i) for i in range(4, 8)], lines=3)
     assert read_rows(tmp_path) == [row(i) for i in range(1, 8)]
-    assert [e.step for e in events(tmp_path).Scalars("train/loss")] == [10 * i for i in range(1, 8)]
+    assert [e.step for e in events(tmp_path).Scalars("loss/train")] == [10 * i for i in range(1, 8)]
 
 
 def test_a_crash_while_a_journal_is_cut_back_loses_none_of_its_rows(tmp_path):
@@ -69,7 +73,7 @@ def test_a_journal_without_rows_that_its_checkpoint_needs_is_an_error(tmp_path):
 
 
 def test_a_tensorboard_file_that_cannot_be_written_is_one_warning_and_loses_no_row(tmp_path, capsys):
-    rows = [row(i) for i in range(1, 6)]
+    rows = [row(i) for i in range(1, 5)]
     journal = Journal(tmp_path, "")
     with small_disk(journal.view.stat().st_size + 10):
         for r in rows:
@@ -79,7 +83,49 @@ def test_a_tensorboard_file_that_cannot_be_written_is_one_warning_and_loses_no_r
     assert err.count("\n") == err.count(f"warning: cannot write {path} (") == 1
     assert read_rows(tmp_path) == rows
     Journal(tmp_path, "", len(rows))
-    assert [e.step for e in events(tmp_path).Scalars("train/loss")] == [10, 20, 30, 40, 50]
+    assert [e.step for e in events(tmp_path).Scalars("loss/train")] == [10, 20, 30, 40]
+
+
+def wall_times(folder):
+    found = events(folder)
+    assert found.FirstEventTimestamp() == found.Scalars("loss/train")[0].wall_time
+    return [e.wall_time for e in found.Scalars("loss/train")]
+
+
+def test_points_keep_the_time_of_their_rows_after_a_resume(tmp_path, monkeypatch):
+    clock = iter(range(1000, 9000, 100))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    write_rows(tmp_path, [row(1), row(2)])
+    first = [json.loads(line)["time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert first[1] == first[0] + 100
+    write_rows(tmp_path, [row(3)], lines=2)
+    third = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["time"]
+    assert third > first[1]
+    assert wall_times(tmp_path) == [*first, third]
+
+
+def test_points_of_an_older_journal_without_times_are_as_far_apart_as_its_speed_says(tmp_path):
+    journal = tmp_path / "metrics.jsonl"
+    older = [row(i) | {"images_per_second": speed} for i, speed in ((1, 3.0), (2, 1.0), (3, 0.5))]
+    journal.write_text("".join(json.dumps(r) + "\n" for r in older))
+    os.utime(journal, (5000, 5000))
+    write_rows(tmp_path, [row(4)], lines=3)
+    *times, fourth = wall_times(tmp_path)
+    assert times == [4960, 4980, 5000]
+    assert fourth > time.time() - 600
+    write_rows(tmp_path, [], lines=4)
+    assert wall_times(tmp_path) == pytest.approx([fourth - 40, fourth - 20, fourth, fourth], abs=1e-3)
+
+
+def test_tensorboard_shows_error_and_loss_first_and_layers_last():
+    """Its pages are in the order of the alphabet."""
+    layers = [tag.format("conv1") for tag in LAYER_TAGS.values()]
+    order = sorted([*TAGS.values(), *layers])
+    assert order[:4] == ["error/test", "error/train", "loss/test", "loss/train"]
+    assert list(dict.fromkeys(tag.partition("/")[0] for tag in order))[2:] == [
+        *("schedule", "statistics", "throughput", "top5", "within_layers")
+    ]
+    assert set(order[-len(layers) :]) == set(layers)
 
 
 def test_the_configuration_is_shown_as_text_with_its_lines(tmp_path):
@@ -99,8 +145,8 @@ def test_the_curated_page_shows_only_what_is_written(tmp_path):
     written = [*TAGS.values(), *(tag.format("layer") for tag in LAYER_TAGS.values())]
     assert len(set(written)) == len(written)
     tags = set()
-    # They are regular expressions: test/error alone would show test/error_top5 too.
+    # They are regular expressions: one could show two tags.
     for pattern in [tag for c in layout.category for chart in c.chart for tag in chart.multiline.tag]:
         (tag,) = [tag for tag in written if re.search(pattern, tag)]
         tags.add(tag)
-    assert tags >= {"train/error", "test/error", "statistics_gap/mean", "weights/norm"}
+    assert tags >= {"error/train", "error/test", "statistics/gap_mean", "statistics/weight_norm"}

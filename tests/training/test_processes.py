@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from running import COMMIT, Run, assert_same_run, outcome, start
+from running import COMMIT, UGLY, Run, assert_same_run, outcome, start
 from test_reproduce import wait_until
 
 from mbn.config import REPOSITORY
@@ -43,9 +43,10 @@ def train(run, signals):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A whole run and a stopped one, with the outcomes of their processes."""
+    """A whole run and a stopped one in a folder with an ugly name, with the outcomes of their processes."""
     signals = {"whole": [], "stopped": [signal.SIGKILL, signal.SIGTERM]}
-    runs = [Run(tmp_path_factory.mktemp(name) / "results", OVERRIDES) for name in signals]
+    folders = {"whole": "results", "stopped": UGLY}
+    runs = [Run(tmp_path_factory.mktemp(name) / folders[name], OVERRIDES) for name in signals]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(signals, zip(runs, pool.map(train, runs, signals.values()), strict=True), strict=True))
 
@@ -96,9 +97,9 @@ def test_a_finished_command_run_again_says_so_without_importing_torch(whole, tmp
 
 
 SCALARS = {
-    *("train/loss", "train/error", "test/loss", "test/error", "schedule/learning_rate", "schedule/lambda"),
-    *("speed/images_per_second", "weights/norm", "statistics_gap/mean", "statistics_gap/log_std"),
-    *("dead/channels", "dead/layers"),
+    *("loss/train", "error/train", "loss/test", "error/test", "schedule/learning_rate", "schedule/lambda"),
+    *("throughput/images_per_second", "statistics/weight_norm", "statistics/gap_mean", "statistics/gap_log_std"),
+    *("statistics/dead_channels", "statistics/dead_layers"),
 }
 
 
@@ -106,7 +107,7 @@ SCALARS = {
 def test_tensorboard_shows_every_row_of_the_journal_once(runs, name):
     points, rows = runs[name][0].points(), runs[name][0].rows()
     assert set(points) >= SCALARS
-    for tag, key in (("train/loss", "train_loss"), ("schedule/lambda", "lambda"), ("test/error", "test_error")):
+    for tag, key in (("loss/train", "train_loss"), ("schedule/lambda", "lambda"), ("error/test", "test_error")):
         steps, values = zip(*points[tag], strict=True)
         assert list(steps) == [row["images"] for row in rows if key in row]
         assert list(values) == pytest.approx([row[key] for row in rows if key in row])
@@ -117,7 +118,7 @@ def test_weight_norms_and_gaps_of_each_layer_are_logged(whole):
     points = whole.points()
     mean, std, weights = (
         {tag.removeprefix(kind) for tag in points if tag.startswith(kind)}
-        for kind in ("layer_gap_mean/", "layer_gap_log_std/", "weight_norm/")
+        for kind in ("within_layers/gap_mean/", "within_layers/gap_log_std/", "within_layers/weight_norm/")
     )
     assert mean == std
     assert (len(mean), len(weights)) == (19, 20)
@@ -130,7 +131,7 @@ def test_weight_norms_and_gaps_of_each_layer_are_logged(whole):
 
 def test_nothing_is_written_beside_the_results(runs):
     for run, _ in runs.values():
-        assert [p.name for p in run.results.parent.iterdir()] == ["results"]
+        assert [p.name for p in run.results.parent.iterdir()] == [run.results.name]
     assert not list(runs["whole"][0].results.rglob("*.partial"))
 
 

@@ -101,7 +101,7 @@ def test_dead_channels_and_layers_are_counted(here, left, monkeypatch, channels,
     assert curves["dead_channels"] == [channels, channels]
     assert curves["dead_layers"] == [layers, layers]
     assert last["layer_dead_channels"] == ({"norm": channels} if channels else {})
-    assert sum(value for step, value in left().points()["dead/channels"]) == 2 * channels
+    assert sum(value for step, value in left().points()["statistics/dead_channels"]) == 2 * channels
 
 
 def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, monkeypatch):

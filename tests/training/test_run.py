@@ -257,12 +257,23 @@ def test_a_lack_of_memory_is_one_sentence_that_names_the_batch_size(here, monkey
 # Sweeps.
 
 
+def table(out):
+    """The words of each line of the table that ends a sweep."""
+    return [line.split() for line in out.partition("\n\n")[2].splitlines()]
+
+
 def test_a_sweep_runs_one_after_another(here, left):
     sweep = ("-m", "norm=bn,mbn", "seed=0,1")
-    assert here(*sweep).code == 0
+    done = here(*sweep)
+    assert done.code == 0
     for norm, seed in itertools.product(("bn", "mbn"), (0, 1)):
         assert left(f"norm={norm}", f"seed={seed}").record()["iterations"] == 8
-    assert here(*sweep).out.count("The run is finished") == 4
+    again = here(*sweep)
+    assert again.out.count("The run is finished") == 4
+    for out in (done.out, again.out):
+        lines = table(out)
+        assert len(lines) == 5 + 2 + 3
+        assert lines[4][:3] == ["mbn", "1", f"{left('norm=mbn', 'seed=1').record()['test_error']:.2f}"]
 
 
 def test_a_run_of_a_sweep_that_diverges_does_not_stop_the_others_but_is_no_success(here, left):
@@ -270,6 +281,9 @@ def test_a_run_of_a_sweep_that_diverges_does_not_stop_the_others_but_is_no_succe
     assert done.code == 1
     assert f"error: {left('schedule.lr=[1e30]').name}: training diverged" in done.err
     assert left("schedule.lr=[0.1]").record()["iterations"] == 8
+    _, failed, done_line = table(done.out)
+    assert (failed[0], failed[5:8]) == ("[1e+30]", ["failed:", "training", "diverged:"])
+    assert done_line[:2] == ["[0.1]", f"{left('schedule.lr=[0.1]').record()['test_error']:.2f}"]
 
 
 def test_a_run_of_a_sweep_that_another_process_is_training_does_not_stop_the_others(here, left):
@@ -282,7 +296,19 @@ def test_a_run_of_a_sweep_that_another_process_is_training_does_not_stop_the_oth
 
 def test_a_signal_stops_a_sweep(here, left, after):
     after(10, send("SIGTERM"))  # in the second run
-    assert here("-m", "seed=0,1,2").code == 75
+    done = here("-m", "seed=0,1,2")
+    assert done.code == 75
+    _, first, second, third, *_ = table(done.out)
+    assert first[:3] == ["0", f"{left('seed=0').record()['test_error']:.2f}", "%"]
+    assert (second[0], second[5:], third[0], third[5:]) == ("1", ["unfinished"], "2", ["not", "begun"])
     assert left("seed=0").record_path.exists()
     assert left("seed=1").checkpoint()["iteration"] == 2
     assert not left("seed=2").folder.exists()
+
+
+def test_a_sweep_that_is_trained_again_and_stopped_shows_no_earlier_result(here, after):
+    assert here("-m", "seed=0,1").code == 0
+    after(4, send("SIGTERM"))
+    done = here("-m", "seed=0,1", "machine.again=true")
+    assert done.code == 75
+    assert done.out.count("  not trained again\n") == 2

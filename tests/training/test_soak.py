@@ -22,7 +22,7 @@ def complete(run, samples):
     rows = run.rows()
     wrong = [] if [row["iteration"] for row in rows] == due else [f"{len(rows)} rows, not {len(due)}"]
     points = run.points()
-    for tag, key in (("train/loss", "train_loss"), ("test/error", "test_error"), ("schedule/lambda", "lambda")):
+    for tag, key in (("loss/train", "train_loss"), ("error/test", "test_error"), ("schedule/lambda", "lambda")):
         if [s for s, _ in points[tag]] != [row["images"] for row in rows if key in row]:
             wrong.append(f"{tag} is not complete")
     if run.record()["iterations"] != length:
