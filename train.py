@@ -108,7 +108,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
         result = train(config, build, stop, load)
         print(record.in_a_sentence(result))
-    print(f"record: {path}\ncurves: tensorboard --logdir {results / 'runs'}")
+    print(f"record: {path}\ncurves: tensorboard --logdir {shlex.quote(str(results / 'runs'))}")
 
 
 def warn_of_other_code(result: dict[str, Any]) -> None:

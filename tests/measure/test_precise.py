@@ -184,6 +184,7 @@ def test_a_signal_stops_the_measurement_and_the_same_command_goes_on(finished_be
 
     with monkeypatch.context() as patch:
         patch.setattr("mbn.training.run.set_precise_statistics", signalled)
+        patch.setattr("mbn.system.signals.PATIENCE", -1.0)
         stopped = here(PRECISE)
     assert stopped.code == 75
     assert "stopped at iteration 8" in stopped.err
