@@ -70,7 +70,7 @@ def test_it_holds_the_layers_and_needs_torch_alone(wheel):
     layers = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "mbn" / "norm").glob("*.py")}
     assert files == {"mbn/__init__.py", "mbn/py.typed", *layers}
     needs = [need for need in re.findall("^Requires-Dist: (.*)$", about, re.MULTILINE) if "extra ==" not in need]
-    assert needs == ["torch>=2.11"]
+    assert needs == ["torch>=2.6"]
     assert f"\nVersion: {mbn.__version__}\n" in about
 
 
