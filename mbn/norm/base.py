@@ -85,8 +85,8 @@ class BatchStatisticsNorm(nn.Module):
         remember = self.phase == ("first", "second")[self.forwards - 1]
         if self.phase != "held" and self.forwards == 2:
             self._forgotten = not remember
-            # Only what runs eagerly: compiled code would be compiled again for each new version.
-            if not (remember or self.forward_versions or torch.compiler.is_compiling()) and torch.is_grad_enabled():
+            # is_compiling comes first: code that was compiled with a version would be compiled again for the next one.
+            if not (torch.compiler.is_compiling() or remember or self.forward_versions) and torch.is_grad_enabled():
                 self.forward_versions = self.versions()
         return self.normalize_training(x, remember)
 

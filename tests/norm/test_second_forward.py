@@ -252,7 +252,9 @@ def test_the_warning_points_to_the_call(no_warning_yet):
 
 
 @layers
-@pytest.mark.parametrize("order", ["forward step zero second", "zero forward step second", "forward step second zero"])
+@pytest.mark.parametrize(
+    "order", ["forward step zero second", "zero forward step second", "zero forward step second step"]
+)
 def test_a_second_forward_after_the_step_does_not_warn(layer, order, no_warning_yet):
     """The loop's two micro-batches are accumulated gradients: two first forwards, one step, two second forwards."""
     assert said(lambda: loop(small(layer), order)) == []
@@ -314,16 +316,16 @@ def test_nothing_is_noted_under_a_transform_or_of_inference_tensors():
 
 
 @layers
-def test_what_is_noted_is_in_no_state_dict_and_a_compiled_forward_notes_nothing(layer):
+def test_what_is_noted_is_in_no_state_dict_and_compiled_forwards_neither_note_nor_read_it(layer):
     torch._dynamo.reset()
     model, x = small(layer), torch.randn(4, 3)
     keys = model.state_dict().keys()
-    model(x)
-    assert model[1].forward_versions
-    assert model.state_dict().keys() == keys
-    twin = small(layer)
-    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
-    loop(twin, "forward step zero second", iterations=1, forward=compiled)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loop(model, "forward step zero second", iterations=1, forward=compiled)
+    assert model[1].forward_versions == model[1].second_versions == ()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        loop(twin, "forward second step zero forward step zero second", iterations=5, forward=compiled)
-    assert twin[1].forward_versions == twin[1].second_versions == ()
+        for _ in range(5):  # an epoch's last, smaller batch is often not compiled
+            loop(model, "forward step zero second", iterations=1, forward=compiled)
+            model(x).sum().backward()
+            assert model[1].forward_versions
+    assert model.state_dict().keys() == keys
