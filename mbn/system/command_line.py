@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
@@ -17,6 +18,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors. Errors: UserError."""
 
     def error(self, message: str) -> NoReturn:
+        folder = re.match(r"unrecognized arguments: (?:.* )?--(data|results)\b", message)
+        if folder and any(not action.option_strings for action in self._actions):  # it takes settings
+            name = folder[1]
+            raise UserError(
+                f"there is no option --{name}: machine.{name}=DIR, without dashes, names the folder.", code=2
+            )
         raise UserError(f"{message}; --help shows how it is used.", code=2)
 
 

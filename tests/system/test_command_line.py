@@ -47,3 +47,23 @@ def test_a_wrong_option_is_a_sentence():
     with pytest.raises(UserError, match=r"--nonsense; --help shows how it is used\.") as caught:
         Parser().parse_args(["--nonsense"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", ["--data DIR", "--data=DIR", "norm=bn --seeds 3 --data DIR", "--results ./x"])
+def test_a_folder_given_as_an_option_is_a_sentence_that_names_the_setting(arguments):
+    parser = Parser()
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--seeds", type=int)
+    name = "data" if "data" in arguments else "results"
+    with pytest.raises(UserError, match=rf"^there is no option --{name}: machine\.{name}=DIR[^.]*\.$") as caught:
+        parser.parse_intermixed_args(arguments.split())
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", ["--database x", "--seeds"])
+def test_a_program_without_settings_and_other_options_are_not_sent_there(arguments):
+    with_settings = Parser()
+    with_settings.add_argument("settings", nargs="*")
+    for parser, line in ((Parser(), "--data x"), (with_settings, arguments)):
+        with pytest.raises(UserError, match="--help shows how it is used"):
+            parser.parse_intermixed_args(line.split())
