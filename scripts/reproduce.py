@@ -139,6 +139,8 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
         settings = [f"machine.threads={config.machine.threads}", *settings]
     seeds = range(options.seeds) if options.seed is None else [options.seed]
     results = Path(config.machine.results)
+    if not results.is_dir():
+        print(f"{results} is a new folder: no run has its record there yet.", file=sys.stderr)
     meant = runs(tables, seeds, filters, options.scale, options.grids)
     missing = [run.on(config) for run in meant if not run.finished(results)]
     expected = Estimate(results).sentence(missing, min(jobs, len(missing)))
