@@ -28,14 +28,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorate main: errors that a user can mend become one sentence on stderr. Returns the exit code, 0 for None."""
+    """Decorate main: what a user can mend, and a stop, is one sentence on stderr. Returns the exit code, 0 for None."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(error.shown(), file=sys.stderr)
             return error.code
         except BrokenPipeError:  # `--dry-run | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,7 +46,7 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
             print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:  # before training handles signals itself
-            print("error: stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
+            print("stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
             return 130
 
     return run

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 
 import jpegs
 import numpy as np
@@ -51,7 +52,10 @@ def refusal(capsys):
     """A function that runs the script and returns its error, which is one sentence."""
 
     def run(*arguments):
-        assert script.main([str(a) for a in arguments]) in (1, 2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # an error would look like a wrong file
+            assert script.main([str(a) for a in arguments]) in (1, 2)
+        assert caught == []
         out, err = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(r"error: [^\n]{1,490}\.\n", err)

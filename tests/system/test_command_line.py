@@ -6,15 +6,23 @@ import pytest
 
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import ConfigError, UserError
+from mbn.system.files import LOCKED
 
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (ConfigError("seed must be 3."), 2, "seed must be 3."),
-        (UserError("it failed."), 1, "it failed."),
+        (ConfigError("seed must be 3."), 2, "error: seed must be 3."),
+        (UserError("it failed."), 1, "error: it failed."),
+        (UserError("it is being trained.", code=LOCKED), LOCKED, "error: it is being trained."),
+        (
+            OSError(errno.ENOSPC, "No space left", "file"),
+            1,
+            "error: cannot write file (No space left): free some space",
+        ),
+        # A stop is no error.
         (UserError("stopped.", code=75), 75, "stopped."),
-        (OSError(errno.ENOSPC, "No space left", "file"), 1, "cannot write file (No space left): free some space"),
+        (UserError("stopped.", code=130), 130, "stopped."),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
     ],
 )
@@ -26,7 +34,7 @@ def test_an_error_that_a_user_can_mend_is_a_sentence_and_an_exit_code(error, cod
     assert main() == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"error: {said}")
+    assert err.startswith(said)
     assert err.endswith(".\n")
     assert err.count("\n") == 1
 
