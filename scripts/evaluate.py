@@ -121,7 +121,9 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         try:
             content = checkpoint_file.read(path)
         except checkpoint_file.DamagedError as error:
-            raise UserError(f"{error}: use {checkpoint_file.previous(path)}, or train again.") from None
+            before = checkpoint_file.previous(path)
+            use = f"use {before}, or " if before.exists() else ""
+            raise UserError(f"{error}: {use}train again.") from None
         return content["model"], configuration.identity(configuration.from_dict(json.loads(content["config"])))
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
