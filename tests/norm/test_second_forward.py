@@ -301,6 +301,26 @@ def test_a_layer_of_which_nothing_is_known_does_not_warn(case, no_warning_yet):
     assert said(lambda: loop(model, "forward second step zero", forward=forward)) == []
 
 
+def test_parameters_that_stand_in_during_a_forward_are_not_taken_for_the_layers_own(no_warning_yet):
+    """As those that sharded training gathers. These have been written as often as the own ones will be by the step."""
+    model = small(MemorizedBatchNorm1d)
+
+    @torch.no_grad()
+    def gathered(p):
+        full = nn.Parameter(p.clone())
+        for _ in range(p._version + 1):
+            full.mul_(1)
+        return full
+
+    def forward(x):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)  # as if gradients had been scattered
+        return torch.func.functional_call(model, {name: gathered(p) for name, p in model.named_parameters()}, (x,))
+
+    assert said(lambda: loop(model, "forward step zero second", forward=forward)) == []
+
+
 def test_nothing_is_noted_under_a_transform_or_of_inference_tensors():
     model = nn.Sequential(nn.Linear(3, 3), BatchNorm1d(3, forwards=2))
     parameters, x = dict(model.named_parameters()), torch.randn(2, 4, 3)
