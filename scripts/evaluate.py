@@ -10,6 +10,7 @@ python scripts/evaluate.py checkpoint.pt --export model.safetensors
 import json
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mbn import config as configuration
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
+from mbn.system.files import write_atomically
 
 
 @entry_point
@@ -55,7 +57,9 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     from mbn.training.iteration import autocast
 
     state, described = read_weights(path)
-    config = configuration.load(command_line(described, overrides) if described else overrides)
+    lines = command_line(described, overrides) if described else overrides
+    # The batch size is training's, and evaluation may have fewer training images.
+    config = configuration.load([*lines, "batch_size=1"])
     device = choose_device(config.machine.device, None)
     model = models.build(layers=from_config(config), **configuration.network(config))
     try:
@@ -77,24 +81,18 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
         f"top-5 error {measured.error_top5:.2f} %"
     )
     if export is not None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         identity = configuration.identity(config)
         if described:  # the run in which it was trained, with the data set that was tested
             identity = {**described, "dataset": identity["dataset"]}
-        try:
-            save_file(weights, export, metadata={"config": json.dumps(identity)})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write {export} ({error}): name a file that can be written.") from None
+        write_atomically(export, save(weights, {"config": json.dumps(identity)}))
         print(f"wrote {export}")
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A file's state_dict, and the configuration of its run where it is one of ours. Runs no code from the file."""
-    import pickle
-
     import torch
 
     from mbn.training import checkpoint_file
@@ -111,22 +109,27 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         except SafetensorError as error:
             raise UserError(f"{path} is not a file of weights ({error}).") from None
         return tensors, json.loads(described) if described else None
+    none = UserError(f"{path} holds no state_dict of tensors: torch.save(model.state_dict(), FILE) writes one.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        why = (str(error).splitlines() or ["it ends early"])[0]
-        raise UserError(f"{path} is not a file of weights ({why}).") from None
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): make it readable.") from None
+    except Exception:  # a wrong file can raise anything, and torch's message advises to load it unsafely
+        raise none from None
     if isinstance(content, dict) and "model" in content and "config" in content:
         try:
             content = checkpoint_file.read(path)
         except checkpoint_file.DamagedError as error:
-            raise UserError(f"{error}: use {checkpoint_file.previous(path)}, or train again.") from None
+            before = checkpoint_file.previous(path)
+            use = f"use {before}, or " if before.exists() else ""
+            raise UserError(f"{error}: {use}train again.") from None
         return content["model"], configuration.identity(configuration.from_dict(json.loads(content["config"])))
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path} is not a file of weights (it holds no state_dict of tensors).")
+        raise none
     return content, None
 
 

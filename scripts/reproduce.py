@@ -131,6 +131,8 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
         raise UserError("--slurm needs --launcher slurm.", code=2)
     if options.budget is not None and options.launcher == "slurm":
         raise UserError("--budget is for runs that wait here: with Slurm give time= to --slurm.", code=2)
+    if not Path(config.machine.results).is_dir():
+        print(f"{config.machine.results} is a new folder: no run has its record there yet.", file=sys.stderr)
     # On a CPU it is faster to train one run on each core than one run after another on all cores. A cluster's job has
     # its processors to itself.
     jobs = 1 if options.launcher == "slurm" else options.jobs or (1 if accelerated(config) else cores())

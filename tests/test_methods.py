@@ -55,8 +55,8 @@ class Training:
     def __init__(self, settings, seed=0):
         torch.manual_seed(seed)
         self.model = build(settings)
-        # Wide bounds, so that it matters whether batch renormalisation's averages are kept.
-        set_renorm(self.model, 3.0, 5.0)
+        if settings.norm.name == "brn":  # wide bounds, so that it matters whether its averages are kept
+            set_renorm(self.model, 3.0, 5.0)
         # Small enough for normalisation propagation, which at 0.1 diverges within a few batches of noise.
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=torch.tensor(0.01), momentum=0.9, weight_decay=1e-4, fused=True

@@ -18,7 +18,7 @@ EVERY = [("cifar", name) for name in CIFAR] + [("imagenet", name) for name in IM
 
 
 def build(kind, name, layers=None, classes=10, **settings):
-    builder = NETWORKS[name].builder(64 if kind == "cifar" else 65)
+    builder = NETWORKS[name].builder(32 if kind == "cifar" else 65)
     return models.build(builder, layers or bn(1), classes, **settings)
 
 
@@ -49,6 +49,19 @@ def parameters(model):
 @pytest.mark.parametrize("layers", [bn(1), mbn(2, 0.1)], ids=["bn", "mbn"])
 def test_number_of_parameters(kind, name, classes, expected, layers):
     assert parameters(on_meta(kind, name, classes=classes, layers=layers)) == expected
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_the_registry_names_the_images_that_a_small_network_can_take(name):
+    model = on_meta("cifar", name).eval()
+
+    def takes(side):
+        try:
+            return model(torch.zeros(1, 3, side, side, device="meta")).shape == (1, 10)
+        except RuntimeError:
+            return False
+
+    assert [side for side in range(1, 65) if takes(side)] == list(NETWORKS[name].sides)
 
 
 class MarkedConv(nn.Conv2d):

@@ -16,6 +16,8 @@ from mbn.benchmark.jobs import Finding, Job, left
 from mbn.benchmark.workload import PAIR, Arm, Case, Place, Training, arms
 from mbn.data.in_memory import Batch
 from mbn.norm import functional
+from mbn.norm.base import norm_layers
+from mbn.norm.convert import norm_of
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
 from mbn.system.cuda_graph import Recorded, own_stream
@@ -217,10 +219,13 @@ def random_batches(sizes: list[int], place: Place) -> list[Batch]:
 
 def train_on(training: Training, batches: Iterable[Batch], first: int = 0) -> None:
     """Train on batches; learning rate, lambda and BRN's bounds change at each. first: number of the first iteration."""
+    norms = {norm_of(layer) for layer in norm_layers(training.model)}
     for t, (images, labels) in enumerate(batches, first):
         training.lr.fill_([0.01, 0.02, 0.005][t % 3])
-        set_lambda(training.model, [0.1, 0.5, 0.9][t % 3])
-        set_renorm(training.model, [1.1, 1.5, 3.0][t % 3], [0.1, 0.5, 2.0][t % 3])
+        if "mbn" in norms:
+            set_lambda(training.model, [0.1, 0.5, 0.9][t % 3])
+        if "brn" in norms:
+            set_renorm(training.model, [1.1, 1.5, 3.0][t % 3], [0.1, 0.5, 2.0][t % 3])
         like = next(training.model.parameters())
         training.update(images.to(like), labels.to(like.device))
 

@@ -220,7 +220,8 @@ def new_network(case: Case, arm: Arm, place: Place) -> nn.Module:
     config = settings(case, arm, place.folder)
     torch.manual_seed(0)
     model = place.build(layers=from_config(config), **configuration.network(config))
-    set_lambda(model, 0.9)
+    if arm.norm == "mbn":
+        set_lambda(model, 0.9)
     return model.to(place.device).to(memory_format=torch.channels_last)
 
 

@@ -24,23 +24,26 @@ class Dropout(Model):
 class Network:
     """A network. small, large: its builders in `models` for images of up to 64 pixels a side, and for larger ones.
 
-    None: it has no such builder. residual: whether it has shortcuts.
+    None: it has no such builder. residual: whether it has shortcuts. sides: the images that small can take.
     """
 
     small: str | None = None
     large: str | None = None
     settings: type[Model] = Model
     residual: bool = False
+    sides: range = range(1, 65)
 
     def builder(self, image_size: int) -> str | None:
-        return self.small if image_size <= 64 else self.large
+        if image_size > 64:
+            return self.large
+        return self.small if image_size in self.sides else None
 
 
 NETWORKS: dict[str, Network] = {
     "resnet20": Network(small="resnet_cifar.resnet20", residual=True),
     "resnet56": Network(small="resnet_cifar.resnet56", residual=True),
-    "vgg16": Network(small="vgg.VGG16CIFAR", large="vgg.VGG16ImageNet"),
-    "nin": Network(small="nin.NIN", settings=Dropout),
+    "vgg16": Network(small="vgg.VGG16CIFAR", large="vgg.VGG16ImageNet", sides=range(32, 64)),
+    "nin": Network(small="nin.NIN", settings=Dropout, sides=range(32, 64)),
     "resnet18": Network(large="resnet_imagenet.resnet18", residual=True),
     "resnet34": Network(large="resnet_imagenet.resnet34", residual=True),
     "resnet50": Network(large="resnet_imagenet.resnet50", residual=True),

@@ -152,7 +152,7 @@ def _rules_of_several(config: Config) -> Iterator[tuple[str, bool, str, Any]]:
     """The rules that look at more than one setting: key, whether it holds, what is wanted, value."""
     dataset, model, norm = config.dataset, config.model.name, config.norm.name
     possible = networks(dataset.image_size)
-    wanted = f"one of {', '.join(possible)} for the images of dataset={dataset.name}"
+    wanted = f"one of {', '.join(possible)} for images of {dataset.image_size} pixels a side (dataset={dataset.name})"
     yield "model", model in possible, wanted, model
     plain = [name for name, network in NETWORKS.items() if not network.residual]
     why_not = METHODS[norm].not_residual

@@ -112,7 +112,7 @@ class Lane(Child):
                 self.train(self.signal)
                 self.result = 0
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(error.shown(), file=sys.stderr)
                 self.result = error.code
             except torch.AcceleratorError as error:
                 _end_process(self.run, error, log)
@@ -132,7 +132,7 @@ class Lane(Child):
 
     def kill(self) -> None:
         """End the process: a thread cannot be ended alone."""
-        _say("error: stopped at once: the same command goes on from the last checkpoints.")
+        _say("stopped at once: the same command goes on from the last checkpoints.")
         os._exit(75)
 
 

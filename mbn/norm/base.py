@@ -29,6 +29,10 @@ class BatchStatisticsNorm(nn.Module):
     # The settings that `convert` passes on, in the order of the signature.
     settings: tuple[str, ...] = ()
 
+    # `versions()` at the first training forward since the last `second_forward`, and at that call; empty if unknown.
+    forward_versions: tuple[tuple[int, int], ...] = ()
+    second_versions: tuple[tuple[int, int], ...] = ()
+
     running_mean: Tensor
 
     def __init__(self, num_features: int, eps: float, affine: bool, forwards: int) -> None:
@@ -81,6 +85,9 @@ class BatchStatisticsNorm(nn.Module):
         remember = self.phase == ("first", "second")[self.forwards - 1]
         if self.phase != "held" and self.forwards == 2:
             self._forgotten = not remember
+            # is_compiling comes first: code that was compiled with a version would be compiled again for the next one.
+            if not (torch.compiler.is_compiling() or remember or self.forward_versions) and torch.is_grad_enabled():
+                self.forward_versions = self.versions()
         return self.normalize_training(x, remember)
 
     def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -88,6 +95,18 @@ class BatchStatisticsNorm(nn.Module):
         dtype = statistics_dtype(x.dtype)
         weight, bias = self.weight, self.bias
         return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """Which tensors gamma and beta are, and how often each was written, as autograd counts it: their versions.
+
+        Only of parameters: what stands in for one (under torch.func, or a parametrization) says nothing about the
+        optimiser's step. Inference tensors have no version.
+        """
+        return tuple(
+            (id(p), p._version)
+            for p in (self.weight, self.bias)
+            if isinstance(p, nn.Parameter) and not p.is_inference()
+        )
 
     def train(self, mode: bool = True):
         if not mode and self._forgotten:

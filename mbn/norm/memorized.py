@@ -1,5 +1,7 @@
 """Memorized batch normalisation: MemorizedBatchNorm1d, 2d and 3d."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -219,8 +221,11 @@ class MemorizedBatchNorm3d(_MemorizedBatchNorm):
 def set_lambda(module: nn.Module, value: float) -> None:
     """Set lambda, in [0, 1], of every MemorizedBatchNorm inside module; the memories are kept.
 
-    The paper's schedule: 0.1, then 0.5 and 0.9 from 40 % and 60 % of training. ValueError outside [0, 1].
+    The paper's schedule: 0.1, then 0.5 and 0.9 from 40 % and 60 % of training. Warns where module has no such layer.
+    ValueError outside [0, 1].
     """
-    for layer in norm_layers(module):
-        if isinstance(layer, _MemorizedBatchNorm):
-            layer.lam = value
+    layers = [layer for layer in norm_layers(module) if isinstance(layer, _MemorizedBatchNorm)]
+    if not layers:
+        warnings.warn("set_lambda found no MemorizedBatchNorm: call convert(model) before it", stacklevel=2)
+    for layer in layers:
+        layer.lam = value

@@ -1,5 +1,7 @@
 """Batch renormalisation: BatchRenorm1d, 2d and 3d."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -155,11 +157,16 @@ def _check_bounds(r_max: float, d_max: float) -> None:
 
 
 def set_renorm(module: nn.Module, r_max: float, d_max: float) -> None:
-    """Set r_max >= 1 and d_max >= 0 of every BatchRenorm inside module. ValueError outside these."""
+    """Set r_max >= 1 and d_max >= 0 of every BatchRenorm inside module.
+
+    Warns where module has no such layer. ValueError outside these bounds.
+    """
     _check_bounds(r_max, d_max)
     layers = [layer for layer in norm_layers(module) if isinstance(layer, _BatchRenorm)]
     for layer in layers:
         layer.r_max, layer.d_max = float(r_max), float(d_max)
-    if layers:  # three kernel launches in all, and no copy from the host: the schedule changes them at every iteration
+    if not layers:
+        warnings.warn('set_renorm found no BatchRenorm: call convert(model, norm="brn") before it', stacklevel=2)
+    else:  # three kernel launches in all, and no copy from the host: the schedule changes them at every iteration
         layers[0].set_bounds(r_max, d_max)
         torch._foreach_copy_([layer.bounds for layer in layers], [layers[0].bounds] * len(layers))

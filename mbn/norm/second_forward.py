@@ -1,6 +1,8 @@
 """Which forward pass remembers: the second forward propagation, and forwards that change nothing."""
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from .base import BatchStatisticsNorm, norm_layers
+from .convert import norm_of
 
 
 @contextlib.contextmanager
@@ -37,6 +40,12 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forwards=2 takes the batch into its memory or moving averages, one entry per call. Layers in eval mode (frozen
     ones) remember nothing.
 
+    Warns, once in a process, where the call stands before `optimizer.step()`: no parameter of these layers has changed
+    since the training forward, but some changed between the last second_forward and this training forward. So it warns
+    from the second iteration on, and is silent where nothing changes at all (a learning rate of 0, a step that a
+    GradScaler skips, parameters that the optimizer does not have). It knows of changes by autograd's version counters:
+    it sees nothing of compiled forwards, and of optimizers that go past these counters, as those with fused=True do.
+
     Errors: RuntimeError where module is in eval mode, or has no layer with forwards=2.
 
     Source: Guo et al., AAAI 2018, Algorithm 1, lines 10 to 12.
@@ -45,7 +54,40 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("second_forward needs the module in training mode: call module.train() first")
     layers = norm_layers(module)
     if not any(layer.forwards == 2 for layer in layers):
-        raise RuntimeError("second_forward found no layer with forwards=2: convert(module, forwards=2) makes them")
+        raise RuntimeError(_no_layer_of_two_forwards(layers))
+    if not torch.compiler.is_compiling():
+        _check_order(layers)
     torch.clear_autocast_cache()  # it may hold the weights from before the step
     with torch.no_grad(), phase(layers, "second"):
         return module(*args, **kwargs)
+
+
+def _no_layer_of_two_forwards(layers: list[BatchStatisticsNorm]) -> str:
+    if not layers:
+        return "second_forward found none of our layers: put them in with convert(model) before training"
+    return (
+        f"second_forward found no layer with forwards=2; {type(layers[0]).__name__} with forwards=1 remembers in the "
+        f'first forward: convert(model, norm="{norm_of(layers[0])}", forwards=2) before training makes layers for two'
+    )
+
+
+def _check_order(layers: list[BatchStatisticsNorm]) -> None:
+    """Warn if the optimiser's step comes after `second_forward`; note the versions of now for the next call."""
+    known = [layer for layer in layers if layer.forward_versions]
+    now = [layer.versions() for layer in known]
+    changed_before = any(layer.second_versions not in ((), layer.forward_versions) for layer in known)
+    changed_since = now != [layer.forward_versions for layer in known]
+    for layer, versions in zip(known, now, strict=True):
+        layer.forward_versions, layer.second_versions = (), versions
+    if changed_before and not changed_since:
+        _warn_too_early()
+
+
+@functools.cache
+def _warn_too_early() -> None:
+    """Warn only once in a process: a training loop makes the same mistake in every iteration."""
+    warnings.warn(
+        "second_forward comes before the optimizer's step: no parameter of its layers has changed since the training "
+        "forward, so the batch is remembered under the old weights; call second_forward after optimizer.step()",
+        stacklevel=4,
+    )

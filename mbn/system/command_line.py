@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
@@ -17,18 +18,24 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors. Errors: UserError."""
 
     def error(self, message: str) -> NoReturn:
+        folder = re.match(r"unrecognized arguments: (?:.* )?--(data|results)\b", message)
+        if folder and any(not action.option_strings for action in self._actions):  # it takes settings
+            name = folder[1]
+            raise UserError(
+                f"there is no option --{name}: machine.{name}=DIR, without dashes, names the folder.", code=2
+            )
         raise UserError(f"{message}; --help shows how it is used.", code=2)
 
 
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorate main: errors that a user can mend become one sentence on stderr. Returns the exit code, 0 for None."""
+    """Decorate main: what a user can mend, and a stop, is one sentence on stderr. Returns the exit code, 0 for None."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(error.shown(), file=sys.stderr)
             return error.code
         except BrokenPipeError:  # `--dry-run | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,7 +46,7 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
             print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:  # before training handles signals itself
-            print("error: stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
+            print("stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
             return 130
 
     return run

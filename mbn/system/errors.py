@@ -1,5 +1,7 @@
 """Errors a user can cause or mend: shown as one sentence, without a traceback."""
 
+from mbn.system.signals import CODES
+
 
 class UserError(Exception):
     """The message is one sentence that says what to do. `code` is the exit code."""
@@ -7,6 +9,10 @@ class UserError(Exception):
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
         self.code = code
+
+    def shown(self) -> str:
+        """The line that a person sees. A stop by a signal lost nothing, so it is not called an error."""
+        return str(self) if self.code in CODES.values() else f"error: {self}"
 
 
 class ConfigError(UserError):

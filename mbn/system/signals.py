@@ -45,7 +45,7 @@ class Exit(Answered):
 
     def _answer(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        os.write(2, f"error: stopped by {name} outside training: the same command goes on from there.\n".encode())
+        os.write(2, f"stopped by {name} outside training: the same command goes on from there.\n".encode())
         os._exit(self.codes[name])
 
 

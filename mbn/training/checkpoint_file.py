@@ -70,7 +70,9 @@ def newest(path: Path) -> dict[str, Any] | None:
         except DamagedError as error:
             aside = damaged(generation)
             generation.replace(aside)
-            print(f"warning: {error}, and now {aside.name}; going back one checkpoint.", file=sys.stderr)
+            more = generation == path and previous(path).exists()
+            then = "going back one checkpoint" if more else "no checkpoint is left, so training starts over"
+            print(f"warning: {error}, and now {aside.name}; {then}.", file=sys.stderr)
         except OSError as error:
             raise UserError(
                 f"cannot read {generation} ({error.strerror}): make it readable and run the command again, or "

@@ -1,6 +1,7 @@
 """How a run executes: on which device, with how many threads and which arithmetic; eager, compiled, or recorded."""
 
 import functools
+import logging
 import os
 import sys
 
@@ -142,9 +143,15 @@ def operations(model: nn.Module, image_size: int) -> int:
 @functools.cache
 def compiler_fault(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None: tried once in a process, on one small function."""
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_of_use)
     try:
         with cuda_graph.one_at_a_time:
             torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a missing or broken compiler can raise anything
         return cuda_graph.first_line(error)
     return None
+
+
+def _is_of_use(message: logging.LogRecord) -> bool:
+    """Whether a message of torch's is to be shown; on a machine with nvcc and no GPU the compiler logs this one."""
+    return not message.getMessage().startswith("No CUDA runtime is found")

@@ -167,6 +167,13 @@ def test_a_batch_larger_than_the_chosen_data_set_is_refused():
     assert "1437 training images of digits" in refusal("dataset=digits", "batch_size=1438")
 
 
+@pytest.mark.parametrize("side", [28, 64])
+@pytest.mark.parametrize("model", ["nin", "vgg16"])
+def test_images_that_a_network_cannot_take_are_refused_with_networks_that_can(model, side):
+    message = refusal("dataset=digits", f"dataset.image_size={side}", f"model={model}")
+    assert f"resnet20, resnet56 for images of {side} pixels a side (dataset=digits), not '{model}'" in message
+
+
 def test_both_epochs_and_iterations_are_refused():
     message = refusal("schedule.epochs=3", "schedule.iterations=300")
     assert "schedule.epochs and schedule.iterations" in message

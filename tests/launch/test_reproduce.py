@@ -55,6 +55,13 @@ def running(results):
 # What it prints.
 
 
+def test_results_that_are_not_there_are_said_to_be_new_and_not_made(here, tmp_path):
+    for folder, new in ((tmp_path, False), (tmp_path / "typo", True)):
+        code, _, err = here("table6", "--dry-run", f"machine.results={folder}")
+        assert (code, f"{folder} is a new folder" in err) == (0, new)
+    assert not list(tmp_path.iterdir())
+
+
 def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
     results = f"machine.results={tmp_path}"
     lines = dry("table5", results, "--seeds", "2", "evaluate.precise=true", "--scale", "0.1")

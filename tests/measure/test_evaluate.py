@@ -1,13 +1,16 @@
 """scripts/evaluate.py: our checkpoints and other people's weights are tested again, and exported for others."""
 
 import contextlib
+import errno
 import json
 import pickle
 import re
 import subprocess
 import sys
+import warnings
 
 import jpegs
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -49,10 +52,14 @@ def refusal(capsys):
     """A function that runs the script and returns its error, which is one sentence."""
 
     def run(*arguments):
-        assert script.main([str(a) for a in arguments]) in (1, 2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # an error would look like a wrong file
+            assert script.main([str(a) for a in arguments]) in (1, 2)
+        assert caught == []
         out, err = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(r"error: [^\n]{1,490}\.\n", err)
+        assert "weights_only" not in err  # torch's advice to run what is in the file
         return err
 
     return run
@@ -181,7 +188,7 @@ def theirs(tmp_path_factory):
 
 def options(tree, *overrides):
     return [
-        *("model=resnet18", "dataset=imagenet", "norm=bn", "dataset.image_size=96", *jpegs.NUMBERS, "batch_size=1"),
+        *("model=resnet18", "dataset=imagenet", "norm=bn", "dataset.image_size=96", *jpegs.NUMBERS),
         *(f"machine.data={tree}", "machine.workers=0", "machine.device=cpu", *overrides),
     ]
 
@@ -331,6 +338,24 @@ def missing(path):
     pass
 
 
+def a_pickle(path):
+    path.write_bytes(pickle.dumps({"conv1.weight": [0.0]}, protocol=4))
+
+
+def a_module(path):
+    torch.save(nn.Linear(2, 2), path)
+
+
+def an_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def damaged(path):
+    """Bytes at which torch.load raises none of the errors that it names."""
+    path.write_bytes(b"\x80\x02\x85.")
+
+
 def a_number(path):
     torch.save({"conv1.weight": 3, "epoch": 5}, path)
 
@@ -340,7 +365,10 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:1500])
 
 
-@pytest.mark.parametrize("content", [missing, text, empty, zeros, a_list, a_tensor, a_number, cut_short])
+NO_WEIGHTS = [missing, text, empty, zeros, a_list, a_tensor, a_number, cut_short, a_pickle, a_module, an_array, damaged]
+
+
+@pytest.mark.parametrize("content", NO_WEIGHTS)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_that_holds_no_weights_is_one_sentence(content, suffix, tmp_path, tree, refusal):
     path = tmp_path / f"weights{suffix}"
@@ -352,14 +380,31 @@ def test_a_damaged_checkpoint_of_ours_is_one_sentence_that_names_the_one_before(
     path = tmp_path / "checkpoint.pt"
     content = digits[0].read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # in its checksum
-    message = refusal(path)
-    assert str(path) in message
-    assert "checkpoint.previous.pt" in message
+    assert refusal(path) == f"error: {path} is damaged: its checksum is wrong: train again.\n"
+    before = tmp_path / "checkpoint.previous.pt"
+    before.touch()
+    assert refusal(path).endswith(f"its checksum is wrong: use {before}, or train again.\n")
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(digits, refusal, monkeypatch):
+    def load(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", load)
+    assert "make it readable" in refusal(digits[0])
 
 
 def test_an_export_that_cannot_be_written_is_one_sentence(digits, tmp_path, capsys):
+    (tmp_path / "no").touch()
     assert script.main([str(digits[0]), "--export", str(tmp_path / "no" / "model.safetensors")]) == 1
-    assert re.fullmatch(r"error: [^\n]*\.\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: cannot write [^\n]*\.\n", capsys.readouterr().err)
+
+
+def test_an_export_has_the_mode_of_other_files(digits, tmp_path, measure):
+    exported, other = tmp_path / "weights" / "model.safetensors", tmp_path / "other"
+    measure(digits[0], "--export", exported)
+    other.touch()
+    assert exported.stat().st_mode == other.stat().st_mode
 
 
 # mbn.measure.test_error itself.

@@ -22,7 +22,8 @@ PRECISE = "evaluate.precise=true"
 def remembering(norm):
     """A network and its references with bounds that clip some of r and d and not others; 11 images, one far away."""
     model, references = trained(norm)
-    set_renorm(model, 1.5, 0.5)
+    if norm == "brn":
+        set_renorm(model, 1.5, 0.5)
     for layer in references:
         layer.r_max, layer.d_max = 1.5, 0.5
     (x,) = images(11)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from mbn import second_forward
-from mbn.norm.convert import NORMS
+from mbn import second_forward, set_lambda, set_renorm
+from mbn.norm.base import norm_layers
+from mbn.norm.convert import NORMS, norm_of
 
 # Settings with which a layer's output depends on what it remembers.
 KINDS = {
@@ -64,6 +65,15 @@ def renew(layer):
     """Give gamma and beta new values, as an optimiser's step does."""
     for p in layer.parameters():
         p.copy_(torch.randn(p.shape) + 1.5)
+
+
+def set_changing(module, lam, r_max, d_max):
+    """Set lambda, or r_max and d_max, of the layers that have them."""
+    norms = {norm_of(layer) for layer in norm_layers(module)}
+    if "mbn" in norms:
+        set_lambda(module, lam)
+    if "brn" in norms:
+        set_renorm(module, r_max, d_max)
 
 
 def network(kind, **settings):

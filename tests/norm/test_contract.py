@@ -19,6 +19,7 @@ from layer_kinds import (
     reference_of,
     remember,
     renew,
+    set_changing,
     snapshot,
     trained,
     unchanged,
@@ -286,6 +287,22 @@ def test_scheduled_values_reach_every_layer_but_no_state_dict(kind, put, setting
 
 
 @pytest.mark.parametrize(
+    ("put", "values", "own", "other", "words"),
+    [
+        (set_lambda, (0.5,), "mbn paper", "brn", "set_lambda found no MemorizedBatchNorm: call convert"),
+        (set_renorm, (2.0, 1.0), "brn", "mbn paper", "set_renorm found no BatchRenorm: call convert"),
+    ],
+)
+def test_scheduled_values_without_a_layer_to_take_them_warn_once_a_call(put, values, own, other, words):
+    for model in (nn.BatchNorm1d(3), network(other)):
+        for _ in range(2):
+            with pytest.warns(UserWarning, match=words) as caught:
+                put(model, *values)
+            assert [w.filename for w in caught] == [__file__]
+    put(nn.Sequential(network(other), make(own)), *values)  # no warning
+
+
+@pytest.mark.parametrize(
     ("shape", "words"),
     [
         ((4, 3), "4D input, not 2D"),
@@ -325,8 +342,7 @@ def test_a_compiled_net_trains_as_an_eager_one_and_is_compiled_once(kind, forwar
         with torch._dynamo.config.patch(error_on_recompile=t > 0):
             results = []
             for net, module in ((eager, eager), (compiled, twin)):
-                set_lambda(net, lam)
-                set_renorm(net, 1 + lam, 2 * lam)
+                set_changing(net, lam, 1 + lam, 2 * lam)
                 y = net(x)
                 module.zero_grad()
                 y.backward(dl_dy)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -191,16 +192,37 @@ def test_missing_parameters_stay_missing_and_missing_statistics_start_at_0_and_1
     assert all(leaf.grad.isfinite().all() for leaf in (x, *new.parameters()))
 
 
+# For each norm a setting that is not the default.
+SET = {"mbn": {"memory": 7, "lam": 0.3}, "brn": {"momentum": 0.2, "forwards": 2}, "bn": {"momentum": 0.2}}
+
+
 @norms
 def test_layers_that_are_ours_already_and_other_layers_are_left_alone(norm):
     others = [nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, affine=True), nn.LayerNorm(5), nn.Conv2d(3, 3, 1)]
-    model = train(convert(nn.Sequential(*others, network()), norm))
+    model = train(convert(nn.Sequential(*others, network()), norm, **SET[norm]))
     layers, before = list(model.modules()), snapshot(model)
-    for again in NORMS:
-        convert(model, again)
+    convert(model, norm)
+    convert(model, norm, **SET[norm])
     assert all(a is b for a, b in zip(layers, model.modules(), strict=True))
     assert all(a is b for a, b in zip(model, others, strict=False))
     assert unchanged(before, model)
+
+
+@norms
+def test_the_rest_of_a_network_that_is_partly_ours_is_converted(norm):
+    model = network()
+    convert(model[2], norm, **SET[norm])
+    ours = model[2][2]
+    convert(model, norm)
+    assert model[2][2] is ours
+    assert [type(layer) for layer in norm_layers(model)] == [NORMS[norm][1], NORMS[norm][1], NORMS[norm][0]]
+
+
+def test_a_network_may_have_layers_of_two_norms_part_by_part():
+    model = network()
+    convert(model[2], "brn")
+    model[5] = convert(model[5], "bn")
+    assert [type(layer).__name__ for layer in norm_layers(model)] == ["BatchRenorm2d", "BatchNorm1d"]
 
 
 # What is refused.
@@ -224,6 +246,34 @@ class BatchNormReLU(nn.BatchNorm2d):
         (nn.ReLU(), "brn", {"affine": False}, TypeError, "'affine'; theirs are momentum, r_max, d_max, forwards$"),
         (nn.ReLU(), "bn", {"eps": 1e-3}, TypeError, "'eps'; theirs are momentum, forwards$"),
         (nn.ReLU(), "bn", {"num_features": 2}, TypeError, "'num_features'; theirs are momentum, forwards$"),
+        *(
+            (
+                convert(nn.BatchNorm2d(3), has),
+                norm,
+                {},
+                ValueError,
+                rf"layer 1\.0 is a {PREFIX[has]}2d .*='{has}' .*norm='{norm}'",
+            )
+            for has, norm in itertools.permutations(NORMS, 2)
+        ),
+        *(
+            (
+                convert(nn.BatchNorm2d(3), norm),
+                norm,
+                {name: value},
+                ValueError,
+                rf"layer 1\.0 is .* not {value!r}: {mend}",
+            )
+            for norm, name, value, mend in (
+                ("mbn", "memory", 40, r"convert\(to_batch_norm\(model\), norm='mbn', memory=40\)"),
+                ("mbn", "gradient", "batch", r"convert\(to_batch_norm"),
+                ("mbn", "forwards", 1, r"convert\(to_batch_norm"),
+                ("mbn", "lam", 0.5, "set_lambda"),
+                ("brn", "r_max", 2.0, "set_renorm"),
+                ("brn", "forwards", 2, r"convert\(to_batch_norm"),
+                ("bn", "momentum", 0.2, r"convert\(to_batch_norm"),
+            )
+        ),
         (nn.ReLU(), "mbn", {"memory": 0}, ValueError, "memory"),
         (nn.ReLU(), "brn", {"r_max": 0.5}, ValueError, "r_max"),
         (nn.ReLU(), "bn", {"momentum": 2}, ValueError, "momentum"),
@@ -239,6 +289,20 @@ def test_what_cannot_be_converted_is_refused_in_one_sentence_and_nothing_is_chan
     assert "\n" not in str(caught.value)
     assert ". " not in str(caught.value)
     assert all(a is b for a, b in zip(layers, model.modules(), strict=True))
+
+
+def test_a_module_that_is_a_layer_of_ours_is_refused_too():
+    with pytest.raises(ValueError, match="the module is a MemorizedBatchNorm2d already, with memory=20 and not 40"):
+        convert(MemorizedBatchNorm2d(3), memory=40)
+
+
+@norms
+def test_a_network_without_a_batch_norm_warns_at_every_call(norm):
+    model = nn.Sequential(nn.Linear(3, 3), nn.GroupNorm(1, 3))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"convert found no nn\.BatchNorm1d, 2d or 3d") as caught:
+            assert convert(model, norm) is model
+        assert [w.filename for w in caught] == [__file__]
 
 
 def test_a_lazy_batch_norm_can_be_converted_once_it_has_run():

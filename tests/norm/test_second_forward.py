@@ -1,5 +1,6 @@
 """Double forward propagation: which forward pass remembers, with which weights, and the warning if none did."""
 
+import contextlib
 import copy
 import warnings
 
@@ -11,7 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import mbn.norm.base as base
-from mbn import BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d, held, second_forward
+import mbn.norm.second_forward as home
+from mbn import BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d, convert, held, second_forward
 from mbn.norm.base import BatchStatisticsNorm, norm_layers
 
 layers = pytest.mark.parametrize("layer", [BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d])
@@ -20,9 +22,11 @@ layers = pytest.mark.parametrize("layer", [BatchNorm1d, BatchRenorm1d, Memorized
 @pytest.fixture
 def no_warning_yet():
     """A process that has not warned yet, for the tests after this one too."""
-    base._warn_forgotten.cache_clear()
+    for once in (base._warn_forgotten, home._warn_too_early):
+        once.cache_clear()
     yield
-    base._warn_forgotten.cache_clear()
+    for once in (base._warn_forgotten, home._warn_too_early):
+        once.cache_clear()
 
 
 @kinds
@@ -114,13 +118,17 @@ def test_second_forward_sees_the_new_weights_inside_one_autocast():
     ("model", "words"),
     [
         (MemorizedBatchNorm1d(3).eval(), r"call module\.train\(\) first"),
-        *((m, "forwards=2") for m in (nn.Linear(3, 3), nn.BatchNorm1d(3), MemorizedBatchNorm1d(3, forwards=1))),
+        *((m, r"put them in with convert\(model\) before") for m in (nn.Linear(3, 3), nn.BatchNorm1d(3))),
+        (MemorizedBatchNorm1d(3, forwards=1), r'convert\(model, norm="mbn", forwards=2\) before training'),
+        (convert(nn.BatchNorm1d(3), norm="brn"), r'convert\(model, norm="brn", forwards=2\) before training'),
+        (convert(nn.BatchNorm1d(3), norm="bn"), r'convert\(model, norm="bn", forwards=2\) before training'),
     ],
 )
 def test_second_forward_refuses_eval_mode_and_a_model_without_a_layer_of_two_forwards(model, words):
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match=words) as caught:
         second_forward(model, torch.randn(4, 3))
+    assert ". " not in str(caught.value)
     assert unchanged(before, model)
 
 
@@ -196,3 +204,148 @@ def test_a_warning_made_an_error_is_raised_again_next_time(no_warning_yet):
             warnings.simplefilter("error")
             with pytest.raises(UserWarning, match="second_forward"):
                 model.eval()
+
+
+# The call's place in the iteration.
+
+
+def said(loop):
+    """The warnings of a training loop."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop()
+    return [str(w.message) for w in caught]
+
+
+def loop(model, order, iterations=3, optimizer=None, forward=None):
+    """Train, with the parts of an iteration in this order."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [torch.randn(4, 3) for _ in range(2)]
+    parts = {
+        "forward": lambda: sum((forward or model)(x).square().sum() for x in batches).backward(),
+        "step": optimizer.step,
+        "zero": optimizer.zero_grad,
+        "second": lambda: [second_forward(model, x) for x in batches],
+    }
+    for _ in range(iterations):
+        for part in order.split():
+            parts[part]()
+
+
+def small(layer):
+    return nn.Sequential(nn.Linear(3, 3), layer(3, forwards=2), nn.Linear(3, 3), layer(3, forwards=2))
+
+
+@layers
+@pytest.mark.parametrize("order", ["forward second step zero", "zero forward second step"])
+def test_a_second_forward_before_the_step_warns_once_in_a_process(layer, order, no_warning_yet):
+    model = small(layer)
+    (message,) = said(lambda: loop(model, order))
+    assert message.endswith("call second_forward after optimizer.step()")
+    assert said(lambda: loop(model, order)) == []
+
+
+def test_the_warning_points_to_the_call(no_warning_yet):
+    with pytest.warns(UserWarning, match="before the optimizer's step") as caught:
+        loop(small(MemorizedBatchNorm1d), "forward second step zero")
+    assert caught[0].filename == __file__
+
+
+@layers
+@pytest.mark.parametrize(
+    "order", ["forward step zero second", "zero forward step second", "zero forward step second step"]
+)
+def test_a_second_forward_after_the_step_does_not_warn(layer, order, no_warning_yet):
+    """The loop's two micro-batches are accumulated gradients: two first forwards, one step, two second forwards."""
+    assert said(lambda: loop(small(layer), order)) == []
+
+
+class Skipped(torch.optim.SGD):
+    """Every second step is skipped, as a GradScaler does where a gradient is not finite."""
+
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+        if self.steps % 2:
+            super().step()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, Skipped])
+@pytest.mark.parametrize("how", [{}, {"fused": True}, {"foreach": True}])
+def test_right_loops_do_not_warn_whatever_the_optimizer_does(optimizer, how, no_warning_yet):
+    for trained in ((0, 1, 2, 3), (0, 2)):  # with the layers' own parameters, and without
+        model = small(MemorizedBatchNorm1d)
+        parameters = [p for i in trained for p in model[i].parameters()]
+        assert said(lambda: loop(model, "forward step zero second", 5, optimizer(parameters, lr=0.0, **how))) == []  # noqa: B023
+
+
+def test_a_forward_between_the_step_and_the_second_forward_does_not_count(no_warning_yet):
+    """As the discriminator's in the generator's step."""
+    assert said(lambda: loop(small(MemorizedBatchNorm1d), "forward step zero forward second")) == []
+
+
+@pytest.mark.parametrize("case", ["plain", "no_grad", "held"])
+def test_a_layer_of_which_nothing_is_known_does_not_warn(case, no_warning_yet):
+    model = small(MemorizedBatchNorm1d)
+    if case == "plain":
+        model = nn.Sequential(nn.Linear(3, 3), MemorizedBatchNorm1d(3, affine=False))
+
+    def forward(x):
+        if case == "no_grad":
+            with torch.no_grad():
+                model(x)
+        with contextlib.nullcontext() if case == "plain" else held(model):
+            return model(x)
+
+    assert said(lambda: loop(model, "forward second step zero", forward=forward)) == []
+
+
+def test_parameters_that_stand_in_during_a_forward_are_not_taken_for_the_layers_own(no_warning_yet):
+    """As those that sharded training gathers. These have been written as often as the own ones will be by the step."""
+    model = small(MemorizedBatchNorm1d)
+
+    @torch.no_grad()
+    def gathered(p):
+        full = nn.Parameter(p.clone())
+        for _ in range(p._version + 1):
+            full.mul_(1)
+        return full
+
+    def forward(x):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)  # as if gradients had been scattered
+        return torch.func.functional_call(model, {name: gathered(p) for name, p in model.named_parameters()}, (x,))
+
+    assert said(lambda: loop(model, "forward step zero second", forward=forward)) == []
+
+
+def test_nothing_is_noted_under_a_transform_or_of_inference_tensors():
+    model = nn.Sequential(nn.Linear(3, 3), BatchNorm1d(3, forwards=2))
+    parameters, x = dict(model.named_parameters()), torch.randn(2, 4, 3)
+    loss = lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()  # noqa: E731
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    assert model[1].forward_versions == ()
+    with torch.inference_mode():
+        layer = MemorizedBatchNorm1d(3)
+        layer(x[0])
+        second_forward(layer, x[0])
+    with pytest.raises(RuntimeError, match="cannot be saved for backward"):  # torch's own error, not one of versions
+        layer(x[0])
+
+
+@layers
+def test_what_is_noted_is_in_no_state_dict_and_compiled_forwards_neither_note_nor_read_it(layer):
+    torch._dynamo.reset()
+    model, x = small(layer), torch.randn(4, 3)
+    keys = model.state_dict().keys()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loop(model, "forward step zero second", iterations=1, forward=compiled)
+    assert model[1].forward_versions == model[1].second_versions == ()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(5):  # an epoch's last, smaller batch is often not compiled
+            loop(model, "forward step zero second", iterations=1, forward=compiled)
+            model(x).sum().backward()
+            assert model[1].forward_versions
+    assert model.state_dict().keys() == keys

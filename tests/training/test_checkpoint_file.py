@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import pickle
+import re
 
 import pytest
 import torch
@@ -56,6 +57,13 @@ def test_no_checkpoint_is_none(tmp_path):
 
 
 # Damage.
+
+
+def test_a_damaged_checkpoint_without_one_before_it_says_that_training_starts_over(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"nonsense")
+    assert checkpoint_file.newest(path) is None
+    assert re.fullmatch(r"warning: .*; no checkpoint is left, so training starts over\.\n", capsys.readouterr().err)
 
 
 @pytest.fixture
@@ -112,6 +120,9 @@ def test_without_any_whole_checkpoint_the_run_starts_over(here, left, whole, two
     for path in (two, checkpoint_file.previous(two)):
         path.write_bytes(b"nonsense")
     done = here()
-    assert done.err.count("warning") == 2
+    back, over = done.err.splitlines()
+    assert back.startswith(f"warning: {two} is damaged")
+    assert back.endswith("; going back one checkpoint.")
+    assert over.endswith("no checkpoint is left, so training starts over.")
     assert "resuming" not in done.out
     assert_same_run(left(), whole())

@@ -1,6 +1,7 @@
 """On which device, with how many threads and in which mode a run is executed."""
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -181,3 +182,15 @@ def test_deterministic_gives_the_same_bits_twice_and_neither_it_nor_tf32_is_part
     assert one.record()["config"]["machine"]["tf32"] is False
     run_here(capsys, monkeypatch, *TINY, f"machine.results={tmp_path / 'third'}")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_compiler_does_not_say_that_there_is_no_gpu(caplog):
+    from torch.utils import cpp_extension  # imports slowly
+
+    assert 'logger.warning("No CUDA runtime is found' in inspect.getsource(cpp_extension)
+    assert COMPILER_FAULT(CPU) is None
+    for text in ("No CUDA runtime is found, using CUDA_HOME='%s'", "no compiler in %s"):
+        cpp_extension.logger.warning(text, "/usr/local/cuda")
+    assert [r.getMessage() for r in caplog.records if r.name == cpp_extension.__name__] == [
+        "no compiler in /usr/local/cuda"
+    ]

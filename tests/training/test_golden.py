@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layer_kinds import set_changing
 from running import Tiny
 
 from mbn import network_layers
-from mbn.norm.memorized import set_lambda
-from mbn.norm.renorm import set_renorm
 from mbn.training.iteration import Update
 from mbn.training.schedule import renorm_bounds, value_at
 
@@ -57,8 +56,8 @@ def losses(method, perturbation=0.0):
     labels = torch.from_numpy(draw.randint(0, 10, (8, 48)))
     measured = []
     for t in range(ITERATIONS):
-        set_lambda(model, value_at([0.1, 0.5, 0.9], [0.4, 0.6], t, ITERATIONS))
-        set_renorm(model, *renorm_bounds(t, ITERATIONS))
+        lam = value_at([0.1, 0.5, 0.9], [0.4, 0.6], t, ITERATIONS)
+        set_changing(model, lam, *renorm_bounds(t, ITERATIONS))
         update(images[t % 8], labels[t % 8])
         measured += [loss for loss, _ in update.drain()]
     return measured

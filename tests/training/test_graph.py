@@ -6,14 +6,14 @@ import itertools
 import pytest
 import torch
 from fake_cuda_graph import record
+from layer_kinds import set_changing
 from test_iteration import METHODS, batch, prepare, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbn.network_layers import bn, brn, gn, mbn, normprop
 from mbn.norm import memorized
 from mbn.norm.base import norm_layers
-from mbn.norm.memorized import set_lambda
-from mbn.norm.renorm import _BatchRenorm, set_renorm
+from mbn.norm.renorm import _BatchRenorm
 from mbn.norm.second_forward import second_forward
 from mbn.system import cuda_graph
 from mbn.training.iteration import Update
@@ -34,8 +34,7 @@ def train(layers, forwards, mode, dtype, given):
     for t, (images, labels) in enumerate(given):
         phase = 3 * t // len(given)
         lr.fill_([0.05, 0.02, 0.01][phase])
-        set_lambda(model, [0.1, 0.5, 0.9][phase])
-        set_renorm(model, [1.0, 2.0, 3.0][phase] + t / 100, [0.0, 0.5, 5.0][phase])
+        set_changing(model, [0.1, 0.5, 0.9][phase], [1.0, 2.0, 3.0][phase] + t / 100, [0.0, 0.5, 5.0][phase])
         update(images, labels)
     return update, (state(model), update.optimizer.state_dict()["state"], update.drain(), update.watch.norms)
 

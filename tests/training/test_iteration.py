@@ -6,15 +6,13 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_kinds import reference_of
+from layer_kinds import reference_of, set_changing
 from running import Small, follow
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbn.network_layers import bn, brn, gn, mbn
 from mbn.norm.base import norm_layers
-from mbn.norm.memorized import set_lambda
-from mbn.norm.renorm import set_renorm
 from mbn.training import iteration as update_module
 from mbn.training.iteration import READ_EVERY, Update
 
@@ -176,8 +174,7 @@ def test_compiled_iterations_equal_eager_ones(method, monkeypatch):
             for t, (images, labels) in enumerate(batches):
                 phase = 3 * t // iterations
                 lr.fill_([0.01, 0.005, 0.001][phase])
-                set_lambda(model, [0.1, 0.5, 0.9][phase])
-                set_renorm(model, [1.0, 2.0, 3.0][phase], [0.0, 0.5, 5.0][phase])
+                set_changing(model, [0.1, 0.5, 0.9][phase], [1.0, 2.0, 3.0][phase], [0.0, 0.5, 5.0][phase])
                 with torch._dynamo.config.patch(error_on_recompile=t > 0):
                     update(images, labels)
             results.append((state(model), update.drain()))

@@ -59,7 +59,7 @@ def whole(runs):
 def test_a_run_that_was_killed_and_signalled_ends_with_the_bits_of_an_uninterrupted_one(runs, whole):
     run, outcomes = runs["stopped"]
     assert [o.code for o in outcomes] == [-signal.SIGKILL, 75, 0], outcomes
-    stopped = re.search(r"^error: stopped at iteration (\d+) of 26, saved in ", outcomes[1].err, re.MULTILINE)
+    stopped = re.search(r"^stopped at iteration (\d+) of 26, saved in ", outcomes[1].err, re.MULTILINE)
     resumed = [re.findall(r"resuming at iteration (\d+) of 26", o.out) for o in outcomes]
     assert resumed[0] == []
     assert 0 < int(resumed[1][0]) < int(resumed[2][0]) == int(stopped[1])

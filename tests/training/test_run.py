@@ -60,7 +60,7 @@ def test_a_signal_before_training_has_begun_exits_at_once(name):
         f"train.run = lambda config: os.kill(os.getpid(), signal.{name}) or print('went on')\n"
         "train.main([])\n"
     )
-    said = f"error: stopped by {name} outside training: the same command goes on from there.\n"
+    said = f"stopped by {name} outside training: the same command goes on from there.\n"
     assert python(code) == (SIGNALS[name], "", said)
 
 
