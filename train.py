@@ -106,6 +106,8 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
     else:
         from mbn.training.run import train
 
+        if not results.exists():
+            print(f"{results} is a new folder: the results go there.", flush=True)
         result = train(config, build, stop, load)
         print(record.in_a_sentence(result))
     print(f"record: {path}\ncurves: tensorboard --logdir {shlex.quote(str(results / 'runs'))}")
@@ -187,7 +189,7 @@ def sweep_together(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> int
         instead[name] = f"failed: {reason}"
     if outcome.left:
         left = len(outcome.left)
-        print(f"error: stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)
+        print(f"stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)
     return outcome.code if outcome.code is not None else 1 if outcome.failed else code
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
-from mbn.system.errors import UserError
+from mbn.system.errors import UserError, lacks_memory
 from mbn.system.files import cannot_write, is_full
 
 P = ParamSpec("P")
@@ -44,6 +44,14 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
             if not is_full(error):
                 raise
             print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
+            return 1
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            print(
+                "error: this machine's memory is not enough: try a smaller batch_size or evaluate.batch_size.",
+                file=sys.stderr,
+            )
             return 1
         except KeyboardInterrupt:  # before training handles signals itself
             print("stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)

@@ -15,6 +15,12 @@ class UserError(Exception):
         return str(self) if self.code in CODES.values() else f"error: {self}"
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that memory is lacking, on a GPU or on the CPU, where torch has no class for it."""
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
 class ConfigError(UserError):
     """A configuration that cannot be run; the message says what would be right."""
 

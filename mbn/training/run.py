@@ -22,7 +22,7 @@ from mbn.network_layers import Layers, from_config
 from mbn.records import provenance, record
 from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import one_at_a_time, own_stream
-from mbn.system.errors import UserError
+from mbn.system.errors import UserError, lacks_memory
 from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.signals import Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
@@ -80,19 +80,13 @@ def _memory_is_enough(config: Config) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _lacks_memory(error):
+        if not lacks_memory(error):
             raise
         few = ", machine.together" if config.machine.together > 1 else ""
         raise UserError(
             f"the device's memory is not enough: try a smaller batch_size than {config.batch_size}{few}, or "
             "evaluate.batch_size; the same command goes on from the last checkpoint."
         ) from None
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """Whether an error says that memory is lacking, on a GPU or on the CPU, where torch has no class for it."""
-    texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def add_precise_error(config: Config, build: Build, stop: StopRequest | None = None) -> dict[str, Any]:

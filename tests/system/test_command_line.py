@@ -39,6 +39,17 @@ def test_an_error_that_a_user_can_mend_is_a_sentence_and_an_exit_code(error, cod
     assert err.count("\n") == 1
 
 
+def test_a_lack_of_memory_is_one_sentence(capsys):
+    @entry_point
+    def main():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    assert main() == 1
+    assert capsys.readouterr().err == (
+        "error: this machine's memory is not enough: try a smaller batch_size or evaluate.batch_size.\n"
+    )
+
+
 def test_other_errors_show_where_they_arose_and_no_code_is_success():
     @entry_point
     def main(error):
@@ -46,7 +57,7 @@ def test_other_errors_show_where_they_arose_and_no_code_is_success():
             raise error
 
     assert main(None) == 0
-    for error in (OSError(errno.ENOENT, "No such file"), ValueError("x")):
+    for error in (OSError(errno.ENOENT, "No such file"), ValueError("x"), RuntimeError("shapes")):
         with pytest.raises(type(error)):
             main(error)
 

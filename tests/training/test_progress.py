@@ -88,12 +88,19 @@ def test_parts_of_epochs_are_short(epochs, text):
 
 def test_the_first_line_says_where_a_run_trains_and_for_how_long(here, whole):
     done = here("machine.mode=eager")
-    assert re.match(
-        rf"{re.escape(whole().name)}: 8 iterations on cpu: .*, mode eager, 1 thread, commit c0ffeec, about \d+ s "
+    assert re.search(
+        rf"^{re.escape(whole().name)}: 8 iterations on cpu: .*, mode eager, 1 thread, commit c0ffeec, about \d+ s "
         r"\(a rough guess\)\n",
         done.out,
+        re.MULTILINE,
     )
     assert done.err == ""
+
+
+def test_a_new_folder_for_results_is_said_once(here, left):
+    """It may be a slip of the pen."""
+    assert f"{left().results} is a new folder" in here().out
+    assert "new folder" not in here("seed=1").out
 
 
 def test_the_guess_is_by_the_operations_on_a_thread():
