@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from mbn.grid import Cell, Grid
 from mbn.launch.estimate import Estimate, duration
 
-EXPLAINED = """\
-Cells, row by row: how many seeds have a record, . for none, - where nothing is run.
-Time left: one run at a time, at the speed of the records; unknown: no record has such a network."""
+CELLS = "Cells, row by row: how many seeds have a record, . for none, - where nothing is run."
+TIME_LEFT = "Time left: one run at a time, at the speed of the records; unknown: no record has such a network."
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def status_text(tables: Sequence[Progress]) -> str:
     lines.append(["all, each once", *_counts(together(table.whole for table in tables)), ""])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = ["  ".join(f"{part:{width}}" for part, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*(line.rstrip() for line in shown), "", EXPLAINED])
+    return "\n".join([*(line.rstrip() for line in shown), "", CELLS, TIME_LEFT])
 
 
 def _counts(runs: Runs) -> list[str]:
