@@ -97,5 +97,6 @@ def _sign(runs: Runs) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """1,068 h, and less than ten hours as `duration` has them."""
-    return duration(seconds) if seconds < 36000 else f"{seconds / 3600:,.0f} h"
+    """1,068 h, 8.5 h, and less than two hours as `duration` has them."""
+    hours = seconds / 3600
+    return duration(seconds) if hours < 2 else f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"

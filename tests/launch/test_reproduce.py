@@ -121,7 +121,7 @@ def test_the_status_is_a_line_for_each_table(here, tmp_path):
         ["all, each once", "3 of", "44", "76 h, 22 unknown"],
     ]
     assert lines("table4", "--seed", "4")[0] == ["table4", "1 of", "10", "30 h", ".1 .. .. .. .."]
-    assert lines("table4", "--seeds", "1", "--scale", "0.1")[0][1:] == ["1 of", "10", "3 h 0 min", ".. 1. .. .. .."]
+    assert lines("table4", "--seeds", "1", "--scale", "0.1")[0][1:] == ["1 of", "10", "3.0 h", ".. 1. .. .. .."]
     assert [line[0] for line in lines()] == [*grid.names(), "all, each once"]
     assert [line[0] for line in lines("all")] == [n for n in grid.names() if n != "table3"] + ["all, each once"]
     assert sorted(tmp_path.rglob("*")) == before

@@ -41,7 +41,10 @@ def pictures(figures: dict[str, Figure | None], scale: float = 1.0) -> dict[str,
             if figure is None:
                 continue
             if scale != 1:
-                figure.suptitle(f"{scale:g} of the paper's length", fontsize=7, x=0.01, ha="left", style="italic")
+                # In the overview, which is not laid out by matplotlib, it stands in the free corner.
+                place = {} if figure.get_layout_engine() else {"y": 1 - 0.04 / figure.get_figheight(), "va": "top"}
+                text = f"Every run has {scale:g} of its length"
+                figure.suptitle(text, fontsize=7, x=0.985, ha="right", style="italic", **place)
             for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
                 file = io.BytesIO()
                 figure.savefig(file, format=kind, metadata=metadata)

@@ -20,7 +20,7 @@ OURS, HOLDS_HERE = "#0072B2", "#E3EFF7"
 ON_WHITE = {"facecolor": "white", "linewidth": 0, "pad": 0.8}
 # In inches: a line's height, the space above and below all lines, and where columns begin or (the last two) end.
 LINE, ABOVE, BELOW = 0.165, 0.34, 0.72
-LABELS, PLOT, PLOT_ENDS, PAPER, HERE = 0.1, 2.58, 4.88, 5.32, PAGE - 0.1
+LABELS, PLOT, PLOT_ENDS, PAPER, HERE = 0.1, 2.58, 4.78, 5.2, PAGE - 0.1
 
 # A heading, a place, or several places of one claim that have nothing to show yet.
 Line = str | Place | list[Place]
@@ -82,11 +82,12 @@ def _place(panel: Axes, y: int, place: Place) -> None:
         panel.axhline(y, color="#DDDDDD", linewidth=0.7, zorder=1)
         _text(panel, HERE, y, "not run", ha="right", color=PALE)
     if place.paper is not None:
-        _mark(panel, y, place.paper, "D", GREY, filled=False)
+        _mark(panel, y, place.paper, "D", GREY, filled=False, alone=not place.has_run)
         _text(panel, PAPER, y, signs(f"{place.paper:+.2f}"), ha="right", color=GREY)
     if found.mean is not None:
-        _interval(panel, y, found.low, found.high)
-        _mark(panel, y, found.mean, "o", OURS, filled=place.verdict.outcome != OPEN)
+        bar = _interval(panel, y, found.low, found.high)
+        alone = place.paper is None and not bar
+        _mark(panel, y, found.mean, "o", OURS, filled=place.verdict.outcome != OPEN, alone=alone)
         _text(panel, HERE, y, signs(str(found)), ha="right", color=OURS)
 
 
@@ -113,26 +114,28 @@ def _shade(panel: Axes, y: int, place: Place) -> None:
     panel.add_patch(Rectangle((low, y - 0.5), high - low, 1, color=HOLDS_HERE, linewidth=0, zorder=0.5))
 
 
-def _mark(panel: Axes, y: int, x: float, marker: str, colour: str, filled: bool) -> None:
-    """A mark at x; beyond the limit an arrow at the edge, and the number beside it."""
+def _mark(panel: Axes, y: int, x: float, marker: str, colour: str, filled: bool, alone: bool) -> None:
+    """A mark at x; beyond the limit an arrow at the edge, and beside it the number, where the mark is alone."""
     look: Any = {"color": colour, "markerfacecolor": colour if filled else "white", "markersize": 4.5, "clip_on": False}
     if abs(x) <= LIMIT:
         panel.plot([x], [y], marker=marker, zorder=3, **look)
         return
-    side = 1 if x > 0 else -1
-    panel.plot([side * LIMIT], [y], marker=">" if x > 0 else "<", zorder=3, **look)
-    text = signs(f"{x:+.2f}")
-    panel.text(side * (LIMIT - 0.3), y, text, ha="right" if x > 0 else "left", va="center", fontsize=7, color=colour)
+    side, arrow, ha = (1, ">", "right") if x > 0 else (-1, "<", "left")
+    panel.plot([side * LIMIT], [y], marker=arrow, zorder=3, **look)
+    if alone:
+        text = signs(f"{x:+.2f}")
+        panel.text(side * (LIMIT - 0.3), y, text, ha=ha, va="center", fontsize=7, color=colour)
 
 
-def _interval(panel: Axes, y: int, low: float | None, high: float | None) -> None:
-    """A bar from low to high; an end beyond the limit is an arrow."""
-    if low is None or high is None:
-        return
+def _interval(panel: Axes, y: int, low: float | None, high: float | None) -> bool:
+    """A bar from low to high, an end beyond the limit an arrow; whether a part of it lies within the limits."""
+    if low is None or high is None or high < -LIMIT or low > LIMIT:
+        return False
     panel.plot([max(low, -LIMIT), min(high, LIMIT)], [y, y], color=OURS, linewidth=1.3, zorder=2.5)
     for beyond, at, marker in ((low < -LIMIT, -LIMIT, "<"), (high > LIMIT, LIMIT, ">")):
         if beyond:
             panel.plot([at], [y], marker=marker, color=OURS, markersize=4.5, clip_on=False)
+    return True
 
 
 def _text(panel: Axes, inches: float, y: float, text: str, ha: str = "left", **style: Any) -> None:

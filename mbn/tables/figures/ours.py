@@ -11,7 +11,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from mbn.methods import METHODS
 from mbn.tables.cells import Table
 from mbn.tables.figures.style import (
-    COLUMN,
     GREY,
     PAGE,
     Lines,
@@ -26,8 +25,8 @@ from mbn.tables.figures.style import (
 
 # Of an error that is so many times the median of its batch size only an arrow and the number are shown.
 FAR = 1.5
-# Methods stand beside each other at one batch size, so many octaves apart.
-APART = 0.12
+# Methods stand beside each other at one batch size, in a band so many octaves wide.
+BAND = 0.3
 
 
 def batch_size(tables: Sequence[Table], paper: Table) -> Figure | None:
@@ -39,8 +38,8 @@ def batch_size(tables: Sequence[Table], paper: Table) -> Figure | None:
     if not drawn:
         return None
     sizes = [sorted({x for _, points in ours + theirs for x, _ in points}) for _, ours, theirs in drawn]
-    width = PAGE if sum(map(len, sizes)) > len(drawn[0][0].grid.rows) else COLUMN
-    figure, panels = make_panels(len(drawn), width, 3.0, sharey=True, width_ratios=[len(some) + 0.5 for some in sizes])
+    widths = [len(some) + 0.5 for some in sizes]
+    figure, panels = make_panels(len(drawn), PAGE, 3.0, sharey=True, width_ratios=widths)
     lines = [_beside(ours) + theirs for _, ours, theirs in drawn]
     for panel, (table, *_), of_panel, some in zip(panels, drawn, lines, sizes, strict=True):
         plot(panel, of_panel, sparse=True)
@@ -51,7 +50,7 @@ def batch_size(tables: Sequence[Table], paper: Table) -> Figure | None:
         panel.set(title=table.grid.title.rpartition(", ")[2], xlabel="batch size")
     _without_far_points(panels, lines)
     panels[0].set_ylabel("test error (%)")
-    return with_legend(figure, panels)
+    return with_legend(figure, panels, columns=5)
 
 
 def _by_size(table: Table) -> Lines:
@@ -71,8 +70,9 @@ def _printed(paper: Table, table: Table) -> Lines:
     for column in paper.grid.columns:
         cells = [paper.grid.cell(row, column) for row in paper.grid.rows]
         numbers = [(float(c.config(0).batch_size), c.paper.get("test_error")) for c in cells if c.name(0) in runs]
-        marker = METHODS[cells[0].config(0).norm.name].marker
-        style = styled(f"{column}, paper", GREY, marker, "-" if column == "MBN" else "--", filled=False, width=0.9)
+        config = cells[0].config(0)
+        line, marker = "-" if config.forwards == 2 else "--", METHODS[config.norm.name].marker
+        style = styled(f"{column}, paper", GREY, marker, line, filled=False, width=0.9)
         lines.append((style, [(size, [float(number)]) for size, number in numbers if number is not None]))
     return lines
 
@@ -80,7 +80,7 @@ def _printed(paper: Table, table: Table) -> Lines:
 def _beside(lines: Lines) -> Lines:
     """The lines that have points, moved a little: at one batch size they stand beside each other."""
     drawn = [(style, points) for style, points in lines if points]
-    shift = [2 ** ((i - (len(drawn) - 1) / 2) * APART) for i in range(len(drawn))]
+    shift = [2 ** (BAND * ((i + 0.5) / len(drawn) - 0.5)) for i in range(len(drawn))]
     return [(style, [(x * s, ys) for x, ys in points]) for (style, points), s in zip(drawn, shift, strict=True)]
 
 
@@ -96,23 +96,23 @@ def _without_far_points(panels: Sequence[Axes], lines: Sequence[Lines]) -> None:
     for _, _, x, mean in found:
         at_size.setdefault(round(log2(x)), []).append(mean)
     far = [one for one in found if one[3] > FAR * statistics.median(at_size[round(log2(one[2]))])]
-    near = [mean for *_, mean in found if mean not in {mean for *_, mean in far}]
+    near = [one[3] for one in found if one not in far]
     room = 0.08 * max(max(near) - min(near), 1)
     top = max(near) + 2 * room
     panels[0].set_ylim(min(near) - 1.5 * room, top)
-    for panel, style, x, mean in far:
-        panel.plot([x], [top - room / 2], marker="^", color=style["color"], markersize=6)
+    for i, (panel, style, x, mean) in enumerate(far):
+        beside = sum(panel is other and round(log2(x)) == round(log2(at)) for other, _, at, _ in far[:i])
+        y = top - (0.5 + 0.7 * beside) * room
+        panel.plot([x], [y], marker="^", color=style["color"], markersize=6)
         text = f"{style['label']} {mean:.1f}"
-        panel.annotate(
-            text, (x, top - room / 2), (-5, 0), textcoords="offset points", ha="right", va="center", fontsize=7
-        )
+        panel.annotate(text, (x, y), (-5, 0), textcoords="offset points", ha="right", va="center", fontsize=7)
 
 
 def gap(table: Table) -> Figure | None:
     """The distance between training's and evaluation's statistics over training, at the smallest and largest batch.
 
-    The means over layers and channels of |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|. Of the batch
-    sizes that have run.
+    The means over layers and channels of |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|. The batch
+    sizes are those that have run.
     """
     kinds = {"gap_mean": "gap of the mean (σ)", "gap_std": "gap of log σ"}
     run = [row for row in table.grid.rows if any(points for _, points in over_training(table, row, "gap_mean"))]
@@ -121,9 +121,7 @@ def gap(table: Table) -> Figure | None:
     rows = list(dict.fromkeys((run[0], run[-1])))
     shared = {"sharex": True, "sharey": "row"} if len(rows) > 1 else {}
     figure, panels = make_panels(2 * len(rows), PAGE, 2.4 * len(rows), rows=len(rows), **shared)
-    places = (
-        [(key, row) for row in rows for key in kinds] if len(rows) == 1 else [(k, row) for k in kinds for row in rows]
-    )
+    places = [(key, row) for key in kinds for row in rows]
     for panel, (key, row) in zip(panels, places, strict=True):
         plot(panel, over_training(table, row, key))
         panel.set_yscale("log")
@@ -139,7 +137,7 @@ def gap(table: Table) -> Figure | None:
 def training(table: Table, row: str) -> Figure | None:
     """One row of the gradients' table: training loss, test error and weight norm over training.
 
-    Below, the part after the last change of the learning rate, by which all have left the first fall behind.
+    Below: the part after the last change of the learning rate, at its own scale.
     """
     keys = {"loss": "training loss", "test_error": "test error (%)", "weight_norm": "norm of all weights"}
     lines = {key: over_training(table, row, key) for key in keys}

@@ -19,8 +19,8 @@ CELL = 0.165
 WIDE = PAGE / CELL
 BESIDE = 3
 PLACE, LETTER, TEXT = (WIDE - 1) / BESIDE, 0.35, 0.85
-# Letters in a line of a table's title.
-TITLE = 36
+# Letters in a line above a table.
+LINE = 38
 
 
 def status_grid(tables: Sequence[Progress]) -> Figure:
@@ -45,7 +45,7 @@ def status_grid(tables: Sequence[Progress]) -> Figure:
 
 def _head(table: Progress) -> float:
     """The height of what stands above the cells."""
-    return TEXT * (2 + len(_title(table))) + LETTER * max(map(len, _columns(table))) + 0.3
+    return TEXT * (1 + len(_lines(table))) + LETTER * max(map(len, _columns(table))) + 0.3
 
 
 def _columns(table: Progress) -> list[str]:
@@ -53,14 +53,16 @@ def _columns(table: Progress) -> list[str]:
     return list(table.grid.columns) if len(table.grid.columns) > 1 else [""]
 
 
-def _title(table: Progress) -> list[str]:
-    return textwrap.wrap(table.grid.title, TITLE)
+def _lines(table: Progress) -> list[tuple[str, str]]:
+    """The lines below the heading, each with its colour."""
+    parts = ((table.grid.title, "black"), (_sentence(table.whole), GREY))
+    return [(line, colour) for text, colour in parts for line in textwrap.wrap(text, LINE)]
 
 
 def _table(panel: Axes, left: float, top: float, table: Progress) -> None:
     _write(panel, left, top, heading(table.grid.name), weight="bold")
-    for i, text in enumerate([*_title(table), _sentence(table.whole)], 1):
-        _write(panel, left, top + i * TEXT, text, color=GREY if i > len(_title(table)) else "black")
+    for i, (line, colour) in enumerate(_lines(table), 1):
+        _write(panel, left, top + i * TEXT, line, color=colour)
     x0, y0 = left + LETTER * max(map(len, table.grid.rows)) + 0.3, top + _head(table)
     for j, column in enumerate(_columns(table)):
         _write(panel, x0 + j + 0.5, y0 - 0.3, column, ha="center", va="bottom", rotation=90)
