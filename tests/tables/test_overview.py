@@ -149,8 +149,8 @@ def test_the_status_grid_shows_the_seeds_of_each_cell(tables):
     assert sorted(text for text in texts if text in ("1", "2", "3", "4", "5")) == ["1"] * 5 + ["3"] * 4
     assert texts.count("–") == 2  # NormProp is not run on the residual networks
     assert len(panel.patches) == 14 + 10 + 35
-    assert any(text.startswith("8 of 50 runs done, left: ") for text in texts)
-    assert texts[0].startswith("All tables, each run once: 9 of 230 runs done, left: ")
+    assert any(text.startswith("8 of 50 runs; left: ") for text in texts)
+    assert texts[0].startswith("All tables, each run once: 9 of 230 runs; left: ")
 
 
 def full():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -20,7 +21,7 @@ WIDE = PAGE / CELL
 BESIDE = 3
 PLACE, LETTER, TEXT = (WIDE - 1) / BESIDE, 0.35, 0.85
 # Letters in a line above a table.
-LINE = 38
+LINE = 40
 
 
 def status_grid(tables: Sequence[Progress]) -> Figure:
@@ -78,15 +79,15 @@ def _cell(panel: Axes, x: float, y: float, runs: Runs) -> None:
         _write(panel, x + 0.5, y + 0.5, "–", ha="center", color=PALE)
         return
     share = runs.done / len(runs.wanted)
-    colour = [1 - share * (1 - part) for part in (0.0, 0.447, 0.698)]
+    colour = [1 - share * (1 - part) for part in to_rgb(DONE)]
     panel.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=PALE, linewidth=0.6))
     if runs.done:
         _write(panel, x + 0.5, y + 0.52, str(runs.done), ha="center", color="white" if share > 0.5 else "black")
 
 
 def _sentence(runs: Runs) -> str:
-    """Example: 7 of 50 runs done, left: 639 h."""
-    return f"{runs.done} of {len(runs.wanted)} runs done, left: {runs.left()}"
+    """Example: 7 of 50 runs; left: 639 h."""
+    return f"{runs.done} of {len(runs.wanted)} runs; left: {runs.left()}"
 
 
 def _write(panel: Axes, x: float, y: float, text: str, **style: Any) -> None:
