@@ -74,7 +74,7 @@ def test_error_against_batch_size(figures):
 
 def test_a_far_error_is_an_arrow_and_a_panel_shows_only_the_sizes_that_it_has(tmp_path):
     g = grid.read("table4-resnet20")
-    for column, error in (("BN-1", 16.0), ("MBN-2", 17.5), ("GN", 37.5)):
+    for column, error in (("BN-1", 16.0), ("BRN-2", 18.0), ("MBN-1", 40.0), ("MBN-2", 17.5), ("GN", 37.5)):
         toy_records.write(tmp_path, g.cell("8", column), 0, error)
     toy_records.write(tmp_path, grid.read("table4").cell("8", "BN"), 0, 15.4)
     figures = drawing.draw(read_records(tmp_path))
@@ -84,7 +84,9 @@ def test_a_far_error_is_an_arrow_and_a_panel_shows_only_the_sizes_that_it_has(tm
     assert small.get_position().width < large.get_position().width / 2
     assert small.get_ylim() == large.get_ylim()
     assert 19.64 < small.get_ylim()[1] < 25
-    assert [text.get_text() for text in small.texts] == ["GN 37.5"]
+    assert [text.get_text() for text in small.texts] == ["MBN-1 40.0", "GN 37.5"]
+    first, second = (text.xy[1] for text in small.texts)
+    assert 19.64 < second < first - 0.5  # below each other
     assert not large.texts
     # Only batch 8 has run: no panel is empty.
     assert len(figures["gap-resnet20"].axes) == 2

@@ -107,6 +107,16 @@ def test_a_number_beyond_the_axis_is_an_arrow_with_its_number(every):
     assert texts_at(panel, gn) == ["MBN-2 − GN, batch 8", "−20.50", "−20.50, n = 1"]
 
 
+def test_beside_an_arrow_there_is_no_number_where_the_papers_mark_may_be(tmp_path):
+    table4 = grid.read("table4")
+    for column, error in (("BN", 14.0), ("MBN", 8.0)):
+        toy_records.write(tmp_path, table4.cell("8", column), 0, error)
+    (panel,) = forest(in_short(places(read_tables(read_records(tmp_path))))).axes
+    y = line_of(panel, "MBN − BN, batch 8")
+    assert at(panel, y)[0] == [(-4.27, "D", False), (-LIMIT, "<", False)]
+    assert texts_at(panel, y) == ["MBN − BN, batch 8", "−4.27", "−6.00, n = 1"]
+
+
 def test_an_interval_beyond_the_axis_ends_in_an_arrow(tmp_path):
     table4 = grid.read("table4")
     for seed, mbn in enumerate((7.0, 9.0)):
