@@ -13,13 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, entry_point
 from mbn.tables.cells import read_records
+from mbn.tables.export import update
 
 
 @entry_point
 def main(arguments: list[str]) -> None:
     parser = Parser(
-        description="Draw results/figures from results/records: Figures 1 to 3 of the paper, error against batch size, "
-        "and the statistics gap over time. Figures without any data are not written."
+        description="Draw results/figures from results/records: an overview of all claims and of what has run, Figures "
+        "1 to 3 of the paper, error against batch size, and the statistics gap over time. Figures without any data are "
+        "not written."
     )
     parser.add_argument("settings", nargs="*", metavar="machine.results=DIR", help="the folder that holds records/")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="runs at S times the paper's length")
@@ -31,8 +33,8 @@ def main(arguments: list[str]) -> None:
     from mbn.tables import figures  # matplotlib takes a while
 
     drawn = figures.draw(read_records(results), options.scale, options.seeds)
-    for path in figures.write(drawn, results / "figures", options.scale):
-        print(f"wrote {path}")
+    pictures = figures.pictures(drawn, options.scale)
+    update({results / "figures" / name: content for name, content in pictures.items()})
     for name, figure in drawn.items():
         if figure is None:
             print(f"{name}: not drawn: no record has data for it")

@@ -4,6 +4,7 @@
 python scripts/reproduce.py table4                           every run of Table 4 that has no record yet, 5 seeds
 python scripts/reproduce.py table4 norm=bn,mbn batch_size=8  some of them
 python scripts/reproduce.py all --seeds 1 --dry-run          only print the commands, and how long they would take
+python scripts/reproduce.py --status                         what has run of every table, and how long the rest takes
 python scripts/reproduce.py table1 --scale 0.1 --budget 9m   a tenth of the length; stop after 9 minutes, to go on later
 python scripts/reproduce.py table6 --jobs 4 machine.data=/data machine.results=/results evaluate.precise=true
 python scripts/reproduce.py table4 batch_size=8 --jobs 8     on a GPU: eight at a time, in one process
@@ -29,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mbn import grid
 from mbn.config import REPOSITORY, Config, cores, load
 from mbn.launch.estimate import Estimate, duration
-from mbn.launch.missing_runs import PlannedRun, runs
+from mbn.launch.missing_runs import PlannedRun, runs, table_names
+from mbn.launch.progress import progress, status_text
+from mbn.records import record
 from mbn.records.import_records import gather
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
@@ -45,7 +48,9 @@ def main(arguments: list[str]) -> int:
     items = [item for item in options.items if item not in settings]
     config = common(settings, options.scale)
     code = import_records(options, Path(config.machine.results)) if options.source is not None else 0
-    if items or options.source is None:
+    if options.status:
+        show_status(items, config, options)
+    elif items or options.source is None:
         code = max(code, reproduce(items, settings, config, options))
     return code
 
@@ -69,6 +74,7 @@ def parser() -> Parser:
     seeds.add_argument("--seeds", type=_whole(1), default=5, metavar="N", help="seeds 0 to N-1 (default 5)")
     seeds.add_argument("--seed", type=_whole(0, 2**32 - 1), metavar="S", help="this seed alone")
     p.add_argument("--dry-run", action="store_true", help="print the commands that are missing, and train nothing")
+    p.add_argument("--status", action="store_true", help="print what has run of these or all tables, and train nothing")
     p.add_argument("--scale", type=float, default=1.0, metavar="X", help="0.1: at a tenth of the length")
     p.add_argument(
         "--jobs", type=_jobs, metavar="N", help="runs side by side; auto, the default: 1 on CUDA, else one a core"
@@ -109,6 +115,10 @@ def _seconds(text: str) -> float:
     return sum(float(n) * {"s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts)
 
 
+def chosen_seeds(options: argparse.Namespace) -> Sequence[int]:
+    return range(options.seeds) if options.seed is None else [options.seed]
+
+
 # Runs.
 
 
@@ -139,11 +149,10 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     if jobs > 1 and config.machine.threads is None:
         config.machine.threads = max(1, cores() // jobs)
         settings = [f"machine.threads={config.machine.threads}", *settings]
-    seeds = range(options.seeds) if options.seed is None else [options.seed]
     results = Path(config.machine.results)
-    meant = runs(tables, seeds, filters, options.scale, options.grids)
+    meant = runs(tables, chosen_seeds(options), filters, options.scale, options.grids)
     missing = [run.on(config) for run in meant if not run.finished(results)]
-    expected = Estimate(results).sentence(missing, min(jobs, len(missing)))
+    expected = Estimate.read(results).sentence(missing, min(jobs, len(missing)))
     if options.dry_run:
         for run in missing:
             print(shlex.join(["python", "train.py", *run.overrides, *settings]))
@@ -156,6 +165,20 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     if options.launcher == "slurm":
         return hand_over(missing, results, settings, options.slurm)
     return train(missing, results, jobs, settings, config, options)
+
+
+def show_status(items: list[str], config: Config, options: argparse.Namespace) -> None:
+    """Print how much of the named tables, or of all, has run."""
+    filters = [item for item in items if "=" in item]
+    if filters:
+        raise UserError(f"--status shows whole tables: leave out {' '.join(filters)}.", code=2)
+    results = Path(config.machine.results)
+    if not results.is_dir():
+        raise UserError(f"there is no folder {results}: machine.results=DIR must name one that holds records.", code=2)
+    names, estimate = table_names(items or grid.names(options.grids), options.grids), Estimate.read(results)
+    tables = (grid.read(name, options.grids) for name in names)
+    seeds, has_record = chosen_seeds(options), lambda name: record.path_of(results, name).exists()
+    print(status_text([progress(table, seeds, options.scale, has_record, estimate) for table in tables]))
 
 
 def hand_over(missing: list[PlannedRun], results: Path, settings: list[str], text: str) -> int:

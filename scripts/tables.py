@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, entry_point
-from mbn.system.files import write_atomically
 from mbn.tables.cells import read_records, read_tables
-from mbn.tables.export import contents
-from mbn.tables.readme import evidence_part, readme_part, replace_part
+from mbn.tables.evidence import evidence_part
+from mbn.tables.export import contents, update
+from mbn.tables.readme import readme_part, replace_part
 
 RESULTS = REPOSITORY / "results"
 README = REPOSITORY / "README.md"
@@ -48,16 +48,15 @@ def main(arguments: list[str]) -> None:
     records = read_records(results)
     every = not names or "all" in names
     chosen = read_tables(records, None if every else names, options.seeds, options.scale)
-    for name, content in contents(chosen, with_csv=every).items():
-        write_atomically(results / "tables" / name, content.encode())
-        print(f"wrote {results / 'tables' / name}")
+    content = contents(chosen, with_csv=every)
+    files = {results / "tables" / name: text.encode() for name, text in content.items()}
+    if every and options.scale == 1 and results.resolve() == RESULTS.resolve():
+        for page, part in ((README, readme_part(chosen)), (EVIDENCE, evidence_part(chosen, records))):
+            files[page] = replace_part(page.read_text(), part, str(page)).encode()
+    update(files)
     for name, table in chosen.items():
         if not table.has_runs:
             print(f"{name}: not written: none of its runs has a record")
-    if every and options.scale == 1 and results.resolve() == RESULTS.resolve():
-        for page, part in ((README, readme_part(chosen)), (EVIDENCE, evidence_part(chosen, records))):
-            write_atomically(page, replace_part(page.read_text(), part, str(page)).encode())
-            print(f"wrote {page}, between its markers")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ PARTS = {
     "measure": "norm system methods config",
     "training": "norm system methods config data records network_layers measure",
     "launch": "system methods config data records grid",
-    "tables": "system methods config records grid",
+    "tables": "system methods config records grid launch",
     "benchmark": "norm system methods config data records grid network_layers measure training launch",
 }
 PROGRAMS = ("train", "scripts")

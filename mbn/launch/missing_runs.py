@@ -60,11 +60,16 @@ def runs(
     return list(found.values())
 
 
-def _cells(tables: Sequence[str], folder: Path) -> list[grid.Cell]:
+def table_names(tables: Sequence[str], folder: Path) -> list[str]:
+    """These tables, each once, with those that `all` means in its place."""
     names: list[str] = []
     for table in tables:
         names += [n for n in grid.names(folder) if n not in NOT_IN_ALL] if table == "all" else [table]
-    cells = [cell for name in dict.fromkeys(names) for cell in grid.read(name, folder).cells]
+    return list(dict.fromkeys(names))
+
+
+def _cells(tables: Sequence[str], folder: Path) -> list[grid.Cell]:
+    cells = [cell for name in table_names(tables, folder) for cell in grid.read(name, folder).cells]
     return [cell for cell in cells if cell.overrides is not None]
 
 

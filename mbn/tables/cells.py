@@ -8,6 +8,8 @@ from typing import Any
 
 from mbn import grid
 from mbn.grid import Cell, Grid
+from mbn.launch.estimate import Estimate
+from mbn.launch.progress import Progress, progress
 from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.tables.claims import Runs
@@ -58,16 +60,22 @@ class Table:
         return any(self.runs(cell) for cell in self.grid.cells)
 
     @cached_property
+    def progress(self) -> Progress:
+        """What has run and what the rest would take, judged by all records there are."""
+        estimate = Estimate(self.records.values())
+        return progress(self.grid, range(self.seeds), self.scale, self.records.__contains__, estimate)
+
+    @cached_property
     def entries(self) -> list["Entry"]:
         """Row by row, metric by metric, column by column: the order in which the table prints them."""
         return [
-            self._entry(cell, metric)
+            self.entry(cell, metric)
             for row in self.grid.rows
             for metric in self.grid.metrics
             for cell in self.grid.row(row)
         ]
 
-    def _entry(self, cell: Cell, metric: str) -> "Entry":
+    def entry(self, cell: Cell, metric: str) -> "Entry":
         values = self.values(cell, metric)
         if cell.overrides is None or cell.baseline().name(0, self.scale) == cell.name(0, self.scale):
             return Entry(cell, metric, self.seeds, values, None, None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from mbn.grid import Cell, Claim, Drop, Gain, Lower, Rise
+from mbn.grid import Cell, Claim, Drop, Gain, Rise
 from mbn.tables.over_seeds import Summary, seeds_to_decide, summary
 
 # The records of a cell, by seed.
@@ -48,8 +48,11 @@ def _number(claim: Claim, records: list[dict[str, Any]]) -> float | None:
     """The number that a claim is about, from one seed's record of each of its cells; None if one lacks it."""
     curve = {Drop: drop, Rise: rise}.get(type(claim))
     values: list[Any] = [curve(record, claim.metric, claim.at) if curve else record[claim.metric] for record in records]
-    if any(value is None for value in values):
-        return None
+    return None if any(value is None for value in values) else _combined(claim, values)
+
+
+def _combined(claim: Claim, values: list[float]) -> float:
+    """A claim's number from the value of each of its cells."""
     if isinstance(claim, Gain):
         x_start, y_start, x_end, y_end = values
         return (x_start - x_end) - (y_start - y_end)
@@ -67,11 +70,11 @@ def _outcome(claim: Claim, number: Summary) -> str:
 
 
 def printed(claim: Claim, place: str) -> float | None:
-    """The paper's own difference for a claim of the form X lower than Y at a place; None where it prints none."""
-    if not isinstance(claim, Lower):
+    """A claim's number from what the paper prints, at a place; None where it prints too little, and for curves."""
+    texts = [cell.paper.get(claim.metric) for cell in claim.cells[place]]
+    if isinstance(claim, Drop | Rise) or None in texts:
         return None
-    x, y = (cell.paper.get(claim.metric) for cell in claim.cells[place])
-    return None if x is None or y is None else float(x) - float(y)
+    return _combined(claim, [float(text) for text in texts if text is not None])
 
 
 def listed(claim: Claim, verdicts: list[Verdict]) -> str:

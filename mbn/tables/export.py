@@ -2,7 +2,9 @@
 
 import csv
 import io
+from pathlib import Path
 
+from mbn.system.files import write_atomically
 from mbn.tables.cells import Table, file_name, heads, lines
 from mbn.tables.over_seeds import Summary
 from mbn.tables.page import command, markdown
@@ -77,3 +79,14 @@ def contents(tables: dict[str, Table], with_csv: bool) -> dict[str, str]:
     if with_csv and run:
         content[f"{file_name('cells', next(iter(run.values())).scale)}.csv"] = cells_csv(list(tables.values()))
     return content
+
+
+def update(files: dict[Path, bytes]) -> None:
+    """Write these files where their content differs, and print which."""
+    old = {path for path, content in files.items() if path.exists() and path.read_bytes() == content}
+    for path, content in files.items():
+        if path not in old:
+            write_atomically(path, content)
+            print(f"wrote {path}")
+    if old:
+        print(f"unchanged: {len(old)} file{'s' * (len(old) > 1)}")

@@ -4,6 +4,7 @@ import shlex
 import statistics
 
 from mbn.grid import METRICS, Cell
+from mbn.launch.progress import Runs, roughly
 from mbn.tables import claims
 from mbn.tables.cells import Table, heading, heads, label, lines
 from mbn.tables.over_seeds import Values
@@ -31,6 +32,8 @@ def markdown(table: Table) -> str:
         f"Mean ± standard deviation (n seeds, of {table.seeds} wanted); `-`: nothing has run, or the paper prints "
         "nothing. Bold: the 95 % interval of the difference to BN lies below zero."
     )
+    if g.notes:
+        parts.append("\n".join(f"- {note}" for note in g.notes))
     parts += ["## Difference to BN", _difference_table(table)]
     if g.claims:
         parts += ["## Claims", "\n".join(claims.listed(c, claims.judge(c, table.runs)) for c in g.claims)]
@@ -40,9 +43,7 @@ def markdown(table: Table) -> str:
             "decided yet: so many seeds would decide it if the mean stayed as it is."
         )
     parts += ["## Beside the test error", _beside_table(table)]
-    if g.notes:
-        parts += ["## Notes", "\n".join(f"- {note}" for note in g.notes)]
-    parts += ["## Cost", _cost(table), "## Commands", _commands(table)]
+    parts += ["## Cost", _cost(table), missing(table.progress.whole), "## Commands", _commands(table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,6 +92,12 @@ def _p(p: float | None) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def link(table: Table, to_results: str) -> str:
+    """A link to the page of a table, which has one once it has runs. to_results: the folder of results, from there."""
+    name = heading(table.grid.name)
+    return f"[{name}]({to_results}tables/{table.grid.name}.md)" if table.has_runs else name
+
+
 def pipes(rows: list[list[str]]) -> str:
     """A table in markdown; the first row is its head."""
     shown = ["| " + " | ".join(row) + " |" for row in rows]
@@ -112,6 +119,20 @@ def _cost(table: Table) -> str:
     text = f"{len(runs)} run{'s' * (len(runs) > 1)}, {' and '.join(hours) or 'no time'}, on {'; '.join(devices)}."
     text += f" Commits: {', '.join(commits)}"
     return text + (f"; {dirty} with uncommitted changes." if dirty else ".")
+
+
+def missing(runs: Runs) -> str:
+    """Example: Missing: 33 of 50 runs, about 154 h (one at a time, at the speed of the records)."""
+    if not runs.missing:
+        return "Nothing is missing."
+    text = f"Missing: {len(runs.missing)} of {len(runs.wanted)} run{'s' * (len(runs.wanted) > 1)}"
+    known = len(runs.missing) - runs.unknown
+    if known:
+        of_them = f"; {known} of them take" if runs.unknown else ","
+        text += f"{of_them} about {roughly(runs.seconds)} (one at a time, at the speed of the records)"
+    if runs.unknown:
+        text += f"{';' if known else ','} the time of {runs.unknown} is unknown (no record has such a network)"
+    return f"{text}."
 
 
 def _commands(table: Table) -> str:

@@ -1,10 +1,10 @@
-"""What stands between the markers of README.md and of results/README.md: a pure function of the records."""
+"""What stands between the markers of README.md: a pure function of the records."""
 
 from mbn.system.errors import UserError
 from mbn.tables import claims
-from mbn.tables.cells import BATCH_SIZES, Entry, Records, Table, heading, label
-from mbn.tables.over_seeds import ASSUMED_RUNS, ASSUMED_SD, POWER
-from mbn.tables.page import BESIDE, main_table, pipes
+from mbn.tables.cells import Entry, Table
+from mbn.tables.claims import Verdict
+from mbn.tables.page import link, pipes
 
 START, END = "<!-- results -->", "<!-- /results -->"
 
@@ -18,94 +18,83 @@ def replace_part(page: str, part: str, name: str = "README.md") -> str:
 
 
 def readme_part(tables: dict[str, Table]) -> str:
-    """Table 4 and its claim, and how much of each table is measured."""
-    rows = [["", "", "numbers measured / in the paper", "seeds"]]
-    others = []
-    for table in tables.values():
-        if table.grid.paper:
-            printed = [e for e in table.entries if e.paper is not None]
-            rows.append([_link(table, "results/"), table.grid.title, _share(printed), _seeds(printed)])
-        else:
-            others.append(f"{_link(table, 'results/')}: {_share(table.entries)}")
+    """The finding, a picture of the claims, Table 4's cells that have run, and where to read more."""
     table4 = tables["table4"]
-    title, claim = table4.grid.title, table4.grid.claims[0]
-    parts = [
-        f"{_link(table4, 'results/')}, {title[0].lower()}{title[1:]}: test error in percent after 78,200 iterations, "
-        "mean ± standard deviation (seeds), beside the paper's.",
-        main_table(table4),
-        claims.listed(claim, claims.judge(claim, table4.runs)),
-        "Every run, what holds and what does not, and how many more runs would tell: "
-        "[results/README.md](results/README.md). How much of each table is measured:",
-        pipes(rows),
-        f"Beyond the paper, measured / wanted: {'; '.join(others)}.",
-    ]
-    if any(len({e.cell.row for e in tables[name].entries if e.values}) > 1 for name in BATCH_SIZES):
-        parts.append("![Test error against batch size](results/figures/batch-size.png)")
+    printed = [e for table in tables.values() for e in table.entries if e.paper is not None]
+    parts = [finding(table4)]
+    if any(table.has_runs for table in tables.values()):
+        parts.append(
+            "![Claims: the paper's difference, and ours with its 95 % interval](results/figures/claims-short.png)"
+        )
+    measured = [[f"{e.cell.column}, batch {e.cell.row}", e.text(), e.paper or "-"] for e in table4.entries if e.values]
+    if measured:
+        head = [
+            f"{link(table4, 'results/')}: test error in percent",
+            "here: mean ± standard deviation (seeds)",
+            "paper",
+        ]
+        parts.append(pipes([head, *measured]))
+    parts.append(
+        f"{sum(bool(e.values) for e in printed)} of the {len(printed)} numbers in the paper's tables are measured. All "
+        "claims, all runs and what is missing: [results/README.md](results/README.md)."
+    )
     return "\n\n".join(parts)
 
 
-def _link(table: Table, to_results: str) -> str:
-    """A link to the page of a table, which has one once it has runs."""
-    name = heading(table.grid.name)
-    return f"[{name}]({to_results}tables/{table.grid.name}.md)" if table.has_runs else name
+def finding(table: Table) -> str:
+    """What Table 4's runs say, in words: the outcome at each batch size that has run, with its numbers."""
+    claim = table.grid.claims[0]
+    verdicts = claims.judge(claim, table.runs)
+    compared = [v for v in verdicts if v.number.n]
+    said: dict[str, list[str]] = {}
+    for v in compared:
+        said.setdefault(_outcome(v), []).append(v.place)
+    parts = [f"**At batch {_listed(places)} {outcome}.**" for outcome, places in said.items()]
+    if compared:
+        parts.append(f"Test error of {table.grid.title.rpartition(', ')[2]}:")
+    for v in compared:
+        at = f"at batch {v.place} " if len(compared) > 1 else ""
+        parts.append(at + _numbers(v, [table.entry(cell, claim.metric) for cell in claim.cells[v.place]]))
+    return " ".join([*parts, *_rest(table, [v.place for v in verdicts if v not in compared], bool(compared))])
 
 
-def _share(entries: list[Entry]) -> str:
-    wanted = [e for e in entries if e.cell.overrides is not None or e.paper is not None]
-    quoted = sum(e.cell.overrides is None for e in wanted)
-    share = f"{sum(bool(e.values) for e in wanted)} / {len(wanted)}"
-    return share + (f" ({quoted} only quoted there)" if quoted else "")
+def _outcome(verdict: Verdict) -> str:
+    """The end of a sentence that begins with the batch size."""
+    match verdict.outcome:
+        case claims.HOLDS:
+            return "MBN has a lower test error than BN, as in the paper"
+        case claims.FAILS:
+            return "MBN's advantage in the paper does not hold: BN has the lower test error"
+    if verdict.number.mean is not None and verdict.number.mean < 0:
+        return "MBN has a lower test error than BN so far, but too few seeds have run to be sure"
+    return "MBN's advantage over BN in the paper has not reproduced so far"
 
 
-def _seeds(entries: list[Entry]) -> str:
-    counts = sorted({len(e.values) for e in entries if e.values})
-    return "-" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+def _numbers(verdict: Verdict, entries: list[Entry]) -> str:
+    """Example: MBN 6.1 % (3 seeds), BN 7.0 % (4 seeds), difference -1.0 over 3 common seeds; the paper: 15 % and 19 %.
+
+    The difference is said where it is over other seeds than the two numbers.
+    """
+    here = ", ".join(f"{e.cell.column} {e.over_seeds.mean:.2f} % ({_seeds(len(e.values))})" for e in entries)
+    if len({frozenset(e.values) for e in entries}) > 1:
+        here += f", difference {verdict.number.mean:+.2f} over {_seeds(verdict.number.n, 'common ')}"
+    return f"{here}; the paper: {' and '.join(f'{e.paper} %' for e in entries)}."
 
 
-def evidence_part(tables: dict[str, Table], records: Records) -> str:
-    """Every claim for which there are runs, and every run."""
-    verdicts = [["", "claim", "", "here", "in the paper", "outcome", "seeds to decide"]]
-    for table in tables.values():
-        for claim in table.grid.claims:
-            for v in claims.judge(claim, table.runs):
-                if v.number.n:
-                    paper = claims.printed(claim, v.place)
-                    shown = "" if paper is None else f"{paper:+.2f}"
-                    here = f"{claim.number} = {v.number}"
-                    verdicts.append(
-                        [_link(table, ""), claim.text, v.place, here, shown, v.outcome, str(v.needed or "")]
-                    )
-    cells: dict[str, list[str]] = {}
-    for name, table in tables.items():
-        for cell in table.grid.cells:
-            for one in table.runs(cell).values():
-                cells.setdefault(one["name"], []).append(f"{heading(name)}: {label(cell)}")
-    runs = [["run", "is in", *BESIDE.values(), "iterations", "hours", "device", "mode", "commit", "date"]]
-    for name, one in sorted(records.items()):
-        threads = f", {one['threads']} thread{'s' * (one['threads'] != 1)}" if one["device"].startswith("cpu") else ""
-        runs.append(
-            [
-                f"[{name}](records/{name}.json)",
-                "; ".join(cells.get(name, ["no table"])),
-                *("-" if one[field] is None else f"{one[field]:.2f}" for field in BESIDE),
-                f"{one['iterations']:,}",
-                f"{one['seconds'] / 3600:.2f}",
-                one["device"] + threads,
-                one["mode"],
-                (one["commit"] or "unknown")[:7] + " and changes" * bool(one["dirty"]),
-                one["date"][:10],
-            ]
-        )
-    return "\n\n".join(
-        [
-            "### Claims that runs say something of",
-            pipes(verdicts) if len(verdicts) > 1 else "None yet.",
-            "Here: mean over the seeds that all cells of the claim have [95 % interval], in percent. Seeds to decide: "
-            f"with so many, a difference of this size would be seen with {POWER:.0%} power, at the variance over these "
-            f"seeds pooled with that of {ASSUMED_RUNS} published reruns of ResNet-56 at batch 128 (standard deviation "
-            f"{ASSUMED_SD} %).",
-            "### Runs",
-            pipes(runs) if records else "None yet.",
-            "Errors in percent; hours from the first iteration to the last, evaluation included.",
-        ]
-    )
+def _seeds(n: int, kind: str = "") -> str:
+    return f"{n} {kind}seed{'s' * (n > 1)}"
+
+
+def _rest(table: Table, places: list[str], others: bool) -> list[str]:
+    """A sentence on the batch sizes that cannot be compared yet. others: whether some can."""
+    if not places:
+        return []
+    if any(table.runs(cell) for place in places for cell in table.grid.row(place)):
+        return [f"Not compared yet: batch {_listed(places)}."]
+    return ["Other batch sizes have not run." if others else f"No run of {link(table, '')} has a record yet."]
+
+
+def _listed(places: list[str]) -> str:
+    """8, 16 and 32."""
+    *first, last = places
+    return f"{', '.join(first)} and {last}" if first else last

@@ -65,11 +65,13 @@ def test_filters_that_mean_nothing(filters, says):
 
 def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(tmp_path):
     config = load(["dataset=digits", "batch_size=8", "schedule.iterations=100"])
-    numbers = dict.fromkeys(record.FIELDS, 0.0) | {"config": record.config_for_record(config), "images": 800}
+    numbers = dict.fromkeys(record.FIELDS, 0.0) | {"config": record.config_for_record(config)}
+    numbers |= {"images": 800, "iterations": 100}
     for seconds in (10.0, 20.0, 90.0):
         record.write(tmp_path, numbers | {"name": f"{seconds}", "seconds": seconds})
-    (tmp_path / "records" / "broken.json").write_text("{")
-    estimate = Estimate(tmp_path)
+    for name, text in {"broken": "{", "list": "[]", "strange": '{"config": {"model": 1}, "seconds": "1"}'}.items():
+        (tmp_path / "records" / f"{name}.json").write_text(text)
+    estimate = Estimate.read(tmp_path)
     known, like, other = (
         missing_runs.PlannedRun("", load(["dataset=digits", "schedule.iterations=1000", *more]), ())
         for more in (["batch_size=8"], ["norm=bn", "batch_size=16"], ["model=vgg16"])

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import toy_records
 from running import load_script
 
+from mbn import grid
 from mbn.config import REPOSITORY, cores, load, run_name
 from mbn.launch.missing_runs import runs
 from mbn.records import record
@@ -94,12 +96,42 @@ def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
         ("table6 machine.again=true", "machine.again", 2),
         ("table6 machine.thread=1", "no setting", 2),
         ("--import nowhere", "cannot import", 1),
+        ("--status table4 norm=bn", "leave out norm=bn", 2),
+        ("--status tabel4", "no table 'tabel4': choose among", 1),
+        ("--status machine.results=nowhere", "there is no folder", 2),
     ],
 )
 def test_mistakes_are_one_sentence(here, arguments, says, code):
     ended, out, error = here(*arguments.split())
     assert (ended, out) == (code, "")
     assert re.fullmatch(rf"error: .*{re.escape(says)}.*\.\n", error)
+
+
+def test_the_status_is_a_line_for_each_table(here, tmp_path):
+    g = grid.read("table4")
+    for row, column, seed in (("8", "BN", 0), ("8", "BN", 1), ("8", "MBN", 0), ("8", "MBN", 4)):
+        toy_records.write(tmp_path, g.cell(row, column), seed, 8.0)
+    toy_records.write(tmp_path, g.cell("16", "BN"), 0, 9.0, scale=0.1, seconds=360.0)
+    before = sorted(tmp_path.rglob("*"))
+
+    def lines(*arguments):
+        code, out, _ = here("--status", *arguments, f"machine.results={tmp_path}")
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 100
+        return [re.split(r"  +", line) for line in out.partition("\n\n")[0].splitlines()[1:]]
+
+    # A run at batch 8 took half an hour; at other sizes the time for an image is that of these runs. Tables 1 and 4
+    # share two runs of each seed.
+    assert lines("table4", "table1", "--seeds", "2") == [
+        ["table4", "3 of", "20", "60 h", "21 .. .. .. .."],
+        ["table1", "0 of", "28", "48 h, 22 unknown", ".--. .... .... ...."],
+        ["all, each once", "3 of", "44", "76 h, 22 unknown"],
+    ]
+    assert lines("table4", "--seed", "4")[0] == ["table4", "1 of", "10", "30 h", ".1 .. .. .. .."]
+    assert lines("table4", "--seeds", "1", "--scale", "0.1")[0][1:] == ["1 of", "10", "3.0 h", ".. 1. .. .. .."]
+    assert [line[0] for line in lines()] == [*grid.names(), "all, each once"]
+    assert [line[0] for line in lines("all")] == [n for n in grid.names() if n != "table3"] + ["all, each once"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_starting_does_not_import_torch():

@@ -7,6 +7,7 @@ import pytest
 from mbn import grid
 from mbn.config import DATASETS, load
 from mbn.system.errors import UserError
+from mbn.tables.cells import BATCH_SIZES
 
 # The lines of the paper's tables as its text has them (tabs between columns).
 TEXT = r"""
@@ -151,6 +152,18 @@ def test_quoted_and_impossible_cells_have_no_runs():
     assert len(absent) == 2 + 2 + 4
     assert ("table1", "NormProp", "ResNet-56") in absent
     assert ("table3", "GoogLeNet", "BN") in absent
+
+
+@pytest.mark.parametrize("name", BATCH_SIZES)
+def test_notes_say_what_the_columns_do_not(name):
+    g = grid.read(name)
+    counts, gn = g.notes
+    assert "count of forwards" in counts
+    assert all(f"{g.cell('8', column).config(0).forwards}" == column[-1] for column in g.columns if column != "GN")
+    assert "GN is untuned" in gn
+    assert {f"{g.cell('8', column).config(0).schedule.lr[0]:g}" for column in g.columns} == {
+        re.search(r"learning rate of ([\d.]+),", gn)[1]
+    }
 
 
 def test_a_table_with_wrong_keys_is_refused(tmp_path):

@@ -14,10 +14,11 @@ from mbn import grid
 from mbn.config import REPOSITORY
 from mbn.system.errors import UserError
 from mbn.tables.cells import BATCH_SIZES, Table, read_records, read_tables
+from mbn.tables.evidence import evidence_part
 from mbn.tables.export import cells_csv, contents, latex
 from mbn.tables.over_seeds import difference, summary, welch
 from mbn.tables.page import markdown
-from mbn.tables.readme import END, START, evidence_part, readme_part, replace_part
+from mbn.tables.readme import END, START, finding, readme_part, replace_part
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
 
@@ -88,6 +89,8 @@ def test_markdown(table4):
     assert f"## Beside the test error\n\n{BESIDE}\n" in page
     # 8 runs of 0.5 h on a GPU and 1 more, 5 of 0.25 h with 2 threads.
     assert "14 runs, 4.5 GPU hours and 2.5 CPU hours (time x threads), on cpu: Toy; cuda: Toy." in page
+    # Batch 16: 6 runs of half an hour. Beyond it 10 runs of 1, 2 and 4 hours, by the median time for an image.
+    assert "Missing: 36 of 50 runs, about 73 h (one at a time, at the speed of the records)." in page
     commands = re.findall(r"^python train.py .*", page, re.MULTILINE)
     assert len(commands) == 10
     assert commands[1] == (
@@ -114,7 +117,9 @@ def test_a_run_without_bn_beside_it(tmp_path):
     page = markdown(Table(g, read_records(tmp_path)))
     assert "No run can be compared yet" in page
     assert "- MBN has a lower test error than BN: not measured yet" in page
-    assert f"## Notes\n\n- {g.notes[0]}\n" in page
+    assert f"lies below zero.\n\n- {g.notes[0]}\n\n## Difference" in page
+    assert "Missing: 69 of 70 runs; 19 of them take about 9.5 h (one at a time" in page
+    assert "; the time of 50 is unknown (no record has such a network)." in page
 
 
 def rows_of(text):
@@ -224,6 +229,10 @@ def test_the_command_writes_files_and_deletes_none(results, table4):
     assert {p.name for p in old.parent.iterdir()} == {"table4.md", "table4.tex", "table6.md"}
     assert (results / "tables" / "table4.md").read_text() == markdown(table4)
     assert old.read_text() == "of a run that is gone"
+    assert done.stdout.count("wrote ") == 2
+    (results / "tables" / "table4.tex").write_text("of other records")
+    again = command(results, "table4").stdout.splitlines()
+    assert again == [f"wrote {results / 'tables' / 'table4.tex'}", "unchanged: 1 file"]
 
 
 def test_an_unknown_table_is_one_sentence():
@@ -233,13 +242,16 @@ def test_an_unknown_table_is_one_sentence():
 
 def test_readme_part(records):
     names = ["table3", "table4", *BATCH_SIZES]
-    part = readme_part(read_tables(records, names))
-    assert "| [Table 4](results/tables/table4.md) | Batch sizes, ResNet-56 on CIFAR-10 | 4 / 10 | 1 to 5 |" in part
-    assert "| Table 3 | ImageNet | 0 / 20 (4 only quoted there) | - |" in part
-    assert "[Table 4, methods](results/tables/table4-methods.md): 4 / 35." in part
-    assert GOLDEN.strip() in part
-    assert CLAIM.strip() in part
-    assert "](results/figures/batch-size.png)" in part  # its runs are table4-methods' too
+    first, picture, table, more = readme_part(read_tables(records, names)).split("\n\n")
+    assert first.startswith("**At batch 8 MBN has a lower test error than BN, as in the paper.**")
+    assert "](results/figures/claims-short.png)" in picture
+    assert table.splitlines()[2:] == [
+        "| BN, batch 8 | 8.32 ± 0.19 (5) | 19.64 |",
+        "| MBN, batch 8 | 7.68 ± 0.28 (5) | 15.37 |",
+        "| BN, batch 16 | 7.10 ± 0.10 (3 of 5) | 13.26 |",
+        "| MBN, batch 16 | 6.50 (1 of 5) | 11.87 |",
+    ]
+    assert more.startswith("4 of the 30 numbers in the paper's tables are measured.")
     assert "](results/" not in readme_part(read_tables({}, names)).replace("[results/README.md](results/README.md)", "")
     old = f"a\n{START}\nold\n{END}\nb\n"
     assert replace_part(old, "new") == old.replace("old", "new")
@@ -248,10 +260,96 @@ def test_readme_part(records):
             replace_part(wrong, "new")
 
 
+LOWER_AT_8 = {("8", "MBN"): [6.0, 6.1, 6.2], ("8", "BN"): [6.9, 7.0, 7.2]}
+HIGHER_AT_8 = {("8", "MBN"): [6.9, 7.0, 7.2, 7.1], ("8", "BN"): [6.0, 6.1, 6.2]}
+NUMBERS = "Test error of ResNet-56 on CIFAR-10: MBN {} % ({}), BN {} % ({}); the paper: 15.37 % and 19.64 %."
+REST = "Other batch sizes have not run."
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ({}, ["No run of Table 4 has a record yet."]),
+        ({("8", "BN"): [7.0], ("16", "MBN"): [6.0]}, ["Not compared yet: batch 8, 16, 32, 64 and 128."]),
+        (
+            LOWER_AT_8,
+            [
+                "**At batch 8 MBN has a lower test error than BN, as in the paper.**",
+                NUMBERS.format("6.10", "3 seeds", "7.03", "3 seeds"),
+                REST,
+            ],
+        ),
+        (
+            HIGHER_AT_8,
+            [
+                "**At batch 8 MBN's advantage in the paper does not hold: BN has the lower test error.**",
+                NUMBERS.format("7.05", "4 seeds", "6.10", "3 seeds").replace(
+                    ";", ", difference +0.93 over 3 common seeds;"
+                ),
+                REST,
+            ],
+        ),
+        (
+            {("8", "MBN"): [7.0], ("8", "BN"): [6.5]},
+            [
+                "**At batch 8 MBN's advantage over BN in the paper has not reproduced so far.**",
+                NUMBERS.format("7.00", "1 seed", "6.50", "1 seed"),
+                REST,
+            ],
+        ),
+        (
+            {("8", "MBN"): [6.5], ("8", "BN"): [7.0], ("16", "BN"): [5.0]},
+            [
+                "**At batch 8 MBN has a lower test error than BN so far, but too few seeds have run to be sure.**",
+                NUMBERS.format("6.50", "1 seed", "7.00", "1 seed"),
+                "Not compared yet: batch 16, 32, 64 and 128.",
+            ],
+        ),
+        (
+            LOWER_AT_8 | {(row, column): [5.0] for row in ("16", "32", "64", "128") for column in ("BN", "MBN")},
+            [
+                "**At batch 8 MBN has a lower test error than BN, as in the paper.**",
+                "**At batch 16, 32, 64 and 128 MBN's advantage over BN in the paper has not reproduced so far.**",
+                "Test error of ResNet-56 on CIFAR-10:",
+                "at batch 8 MBN 6.10 % (3 seeds), BN 7.03 % (3 seeds); the paper: 15.37 % and 19.64 %.",
+                *(
+                    f"at batch {row} MBN 5.00 % (1 seed), BN 5.00 % (1 seed); the paper: {mbn} % and {bn} %."
+                    for row, (bn, mbn) in list(grid.read("table4").paper["test_error"].items())[1:]
+                ),
+            ],
+        ),
+    ],
+)
+def test_the_finding_is_true_in_every_outcome(errors, said):
+    g = grid.read("table4")
+    records = {
+        g.cell(*place).name(seed): {"test_error": error}
+        for place, numbers in errors.items()
+        for seed, error in enumerate(numbers)
+    }
+    assert finding(Table(g, records)) == " ".join(said)
+
+
+IN_SHORT = """\
+- **Holds**:
+  - -0.64 [-0.83, -0.45], n = 5: MBN - BN, batch 8, ResNet-56 on CIFAR-10 ([Table 4](tables/table4.md), paper -4.27)
+- **Does not hold**: nothing.
+- **Not decided yet**:
+  - -0.60, n = 1: MBN - BN, batch 16, ResNet-56 on CIFAR-10 ([Table 4](tables/table4.md), paper -1.39); 15 seeds would \
+decide
+- **Not compared yet**: 9 of 11 comparisons.
+- Missing: """
+
+
 def test_evidence_part(records):
     part = evidence_part(read_tables(records, ["table4", "gradient"]), records)
+    assert part.index("](figures/claims.png)") < part.index("](figures/status.png)") < part.index(IN_SHORT)
+    assert "](tables/table4.md) | Batch sizes, ResNet-56 on CIFAR-10 | 4 / 10 | 1 to 5 | 14 / 50 | 73 h |" in part
+    assert "| Table 3 | ImageNet | 0 / 20 (4 only quoted there) | - | 0 / 40 | unknown |" in evidence_part(
+        read_tables({}, ["table3"]), {}
+    )
     where = "[Table 4](tables/table4.md) | MBN has a lower test error than BN at every batch size"
-    assert [line for line in part.splitlines() if line.startswith("| [Table")] == [
+    assert [line for line in part.splitlines() if line.startswith(f"| {where}")] == [
         f"| {where} | 8 | MBN - BN = -0.64 [-0.83, -0.45], n = 5 | -4.27 | the claim holds |  |",
         f"| {where} | 16 | MBN - BN = -0.60, n = 1 | -1.39 | not decided yet | 15 |",
     ]
@@ -264,7 +362,9 @@ def test_evidence_part(records):
         "8.10 | 1.00 | 78,200 | 0.25 | cpu: Toy, 2 threads | eager | 0123456 | "
     )
     assert sum("| no table |" in line for line in runs) == 1  # the short one
-    assert evidence_part(read_tables({}, ["table4"]), {}).count("None yet.") == 2
+    empty = evidence_part(read_tables({}, ["table4"]), {})
+    assert empty.count("None yet.") == 2
+    assert "](figures/" not in empty
 
 
 def test_committed_tables_follow_from_committed_records():
