@@ -70,6 +70,7 @@ def test_lanes_give_the_same_results_as_processes(here, left, recording, mode, n
     assert len(re.findall(r"^digits/\S+: test error", done.out, re.MULTILINE)) == len(lines)
     for line in lines:
         one = (*line, f"machine.mode={mode}", "machine.together=4")
+        left(*one, folder="alone").results.mkdir(exist_ok=True)  # else train.py says that it is new
         alone = here(*one, folder="alone")
         assert alone.code == 0
         assert_same_run(left(*one), left(*one, folder="alone"))
