@@ -17,7 +17,7 @@ from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, entry_point
 from mbn.tables.cells import read_records, read_tables
-from mbn.tables.evidence import evidence_part
+from mbn.tables.evidence import evidence_part, overview_part
 from mbn.tables.export import contents, update
 from mbn.tables.readme import readme_part, replace_part
 
@@ -51,8 +51,9 @@ def main(arguments: list[str]) -> None:
     content = contents(chosen, with_csv=every)
     files = {results / "tables" / name: text.encode() for name, text in content.items()}
     if every and options.scale == 1 and results.resolve() == RESULTS.resolve():
-        for page, part in ((README, readme_part(chosen)), (EVIDENCE, evidence_part(chosen, records))):
-            files[page] = replace_part(page.read_text(), part, str(page)).encode()
+        evidence = replace_part(EVIDENCE.read_text(), overview_part(chosen), "overview", str(EVIDENCE))
+        files[EVIDENCE] = replace_part(evidence, evidence_part(chosen, records), name=str(EVIDENCE)).encode()
+        files[README] = replace_part(README.read_text(), readme_part(chosen), name=str(README)).encode()
     update(files)
     for name, table in chosen.items():
         if not table.has_runs:

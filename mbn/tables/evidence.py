@@ -1,4 +1,4 @@
-"""What stands between the markers of results/README.md: a pure function of the records."""
+"""What stands between the two pairs of markers of results/README.md: a pure function of the records."""
 
 from mbn.launch.progress import together
 from mbn.tables import claims
@@ -10,24 +10,26 @@ from mbn.tables.places import Place, places
 OUTCOMES = {claims.HOLDS: "Holds", claims.FAILS: "Does not hold", claims.OPEN: "Not decided yet"}
 
 
-def evidence_part(tables: dict[str, Table], records: Records) -> str:
-    """Pictures of all claims and of what has run; in short what holds and what is missing; tables, claims and runs."""
-    every = places(tables)
-    pictures = [
+def overview_part(tables: dict[str, Table]) -> str:
+    """In short what holds, what does not, and what is missing; and the picture of all claims."""
+    picture = [
         "![Every claim: the paper's difference, and ours with its 95 % interval](figures/claims.png)",
         "A line is a claim at one place. What several tables compare is drawn once. An arrow: beyond the axis.",
-        "![How many seeds of each cell have run](figures/status.png)",
     ]
-    has_runs = any(table.has_runs for table in tables.values())
+    return "\n\n".join(["\n".join(_in_short(places(tables), tables)), *(picture if _has_runs(tables) else [])])
+
+
+def evidence_part(tables: dict[str, Table], records: Records) -> str:
+    """All tables with a picture of what has run, all claims with runs, all runs."""
+    picture = "![How many seeds of each cell have run](figures/status.png)"
     return "\n\n".join(
         [
-            *(pictures if has_runs else []),
-            "\n".join(_in_short(every, tables)),
             "### Tables",
+            *([picture] if _has_runs(tables) else []),
             pipes(_tables(tables)),
             "Measured: numbers that have runs, of those that the paper prints (of all, where it prints none).",
             "### Claims with runs",
-            pipes(_verdicts(tables)) if any(place.has_run for place in every) else "None yet.",
+            pipes(_verdicts(tables)) if any(place.has_run for place in places(tables)) else "None yet.",
             "Here: mean over the seeds that all cells of the claim have [95 % interval], in percent. Seeds to decide: "
             f"with so many, a difference of this size would be seen with {POWER:.0%} power, at the variance over these "
             f"seeds pooled with that of {ASSUMED_RUNS} published reruns of ResNet-56 at batch 128 (standard deviation "
@@ -37,6 +39,10 @@ def evidence_part(tables: dict[str, Table], records: Records) -> str:
             "Errors in percent; hours from the first iteration to the last, evaluation included.",
         ]
     )
+
+
+def _has_runs(tables: dict[str, Table]) -> bool:
+    return any(table.has_runs for table in tables.values())
 
 
 def _in_short(every: list[Place], tables: dict[str, Table]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What stands between the markers of README.md: a pure function of the records."""
+"""What stands between the markers of README.md, a pure function of the records; and how it gets there."""
 
 from mbn.system.errors import UserError
 from mbn.tables import claims
@@ -6,15 +6,14 @@ from mbn.tables.cells import Entry, Table
 from mbn.tables.claims import Verdict
 from mbn.tables.page import link, pipes
 
-START, END = "<!-- results -->", "<!-- /results -->"
 
-
-def replace_part(page: str, part: str, name: str = "README.md") -> str:
-    """The page with part between its markers. Errors: UserError without the two markers."""
-    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
-        raise UserError(f"{name} must hold {START} and after it {END}, once each: put them back.")
-    head, _, rest = page.partition(START)
-    return f"{head}{START}\n{part}\n{END}{rest.partition(END)[2]}"
+def replace_part(page: str, part: str, mark: str = "results", name: str = "README.md") -> str:
+    """The page with part between <!-- mark --> and <!-- /mark -->. Errors: UserError without these two."""
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
+        raise UserError(f"{name} must hold {start} and after it {end}, once each: put them back.")
+    head, _, rest = page.partition(start)
+    return f"{head}{start}\n{part}\n{end}{rest.partition(end)[2]}"
 
 
 def readme_part(tables: dict[str, Table]) -> str:

@@ -74,7 +74,7 @@ def test_error_against_batch_size(figures):
 
 def test_a_far_error_is_an_arrow_and_a_panel_shows_only_the_sizes_that_it_has(tmp_path):
     g = grid.read("table4-resnet20")
-    for column, error in (("BN-1", 16.0), ("BRN-2", 18.0), ("MBN-1", 40.0), ("MBN-2", 17.5), ("GN", 37.5)):
+    for column, error in (("BN-1", 16.0), ("BRN-2", 18.0), ("MBN-1", 40.0), ("MBN-2", 17.5), ("GN (untuned)", 37.5)):
         toy_records.write(tmp_path, g.cell("8", column), 0, error)
     toy_records.write(tmp_path, grid.read("table4").cell("8", "BN"), 0, 15.4)
     figures = drawing.draw(read_records(tmp_path))

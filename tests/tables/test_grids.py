@@ -159,7 +159,9 @@ def test_notes_say_what_the_columns_do_not(name):
     g = grid.read(name)
     counts, gn = g.notes
     assert "count of forwards" in counts
-    assert all(f"{g.cell('8', column).config(0).forwards}" == column[-1] for column in g.columns if column != "GN")
+    assert all(
+        f"{g.cell('8', column).config(0).forwards}" == column[-1] for column in g.columns if column != "GN (untuned)"
+    )
     assert "GN is untuned" in gn
     assert {f"{g.cell('8', column).config(0).schedule.lr[0]:g}" for column in g.columns} == {
         re.search(r"learning rate of ([\d.]+),", gn)[1]

@@ -22,7 +22,7 @@ def tables(tmp_path_factory):
     for seed, (bn, mbn) in enumerate([(8.0, 7.0), (8.1, 7.2), (8.2, 7.4)]):
         toy_records.write(folder, table4.cell("8", "BN"), seed, bn)
         toy_records.write(folder, table4.cell("8", "MBN"), seed, mbn)
-    toy_records.write(folder, methods.cell("8", "GN"), 0, 27.5)
+    toy_records.write(folder, methods.cell("8", "GN (untuned)"), 0, 27.5)
     toy_records.write(folder, table4.cell("16", "BN"), 0, 6.0)
     toy_records.write(folder, table4.cell("16", "MBN"), 0, 6.5)
     return read_tables(read_records(folder))
@@ -55,7 +55,7 @@ def test_a_label_alone_names_the_network_once(every):
     alone = {place.label_alone for place in every}
     assert {
         "MBN - BN, batch 8, ResNet-56 on CIFAR-10",
-        "MBN-2 - GN, batch 8, ResNet-20 on CIFAR-10",
+        "MBN-2 - GN (untuned), batch 8, ResNet-20 on CIFAR-10",
         "MBN-2 batch - MBN-2 paper, ResNet-20, batch 128",
         "λ = {0.1, 0.5, 0.9} - λ = {0.1}, ResNet-56 on CIFAR-10",
         "gain of MBN - gain of BN, ResNet-56 on CIFAR-10",
@@ -102,9 +102,9 @@ def test_a_line_has_the_papers_mark_and_our_mean_with_its_interval(every):
 
 def test_a_number_beyond_the_axis_is_an_arrow_with_its_number(every):
     (panel,) = forest(every).axes
-    gn = line_of(panel, "MBN-2 − GN, batch 8")
+    gn = line_of(panel, "MBN-2 − GN (untuned), batch 8")
     assert at(panel, gn) == ([(-LIMIT, "<", False)], [])
-    assert texts_at(panel, gn) == ["MBN-2 − GN, batch 8", "−20.50", "−20.50, n = 1"]
+    assert texts_at(panel, gn) == ["MBN-2 − GN (untuned), batch 8", "−20.50", "−20.50, n = 1"]
 
 
 def test_beside_an_arrow_there_is_no_number_where_the_papers_mark_may_be(tmp_path):
@@ -147,7 +147,7 @@ def test_places_without_anything_to_show_share_a_pale_line(every):
 def test_the_short_picture_has_what_has_run_and_table_4(every):
     assert {(place.table.grid.name, place.label) for place in in_short(every)} == {
         *(("table4", f"MBN - BN, batch {size}") for size in (8, 16, 32, 64, 128)),
-        ("table4-methods", "MBN-2 - GN, batch 8"),
+        ("table4-methods", "MBN-2 - GN (untuned), batch 8"),
     }
 
 

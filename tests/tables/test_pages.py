@@ -14,11 +14,11 @@ from mbn import grid
 from mbn.config import REPOSITORY
 from mbn.system.errors import UserError
 from mbn.tables.cells import BATCH_SIZES, Table, read_records, read_tables
-from mbn.tables.evidence import evidence_part
+from mbn.tables.evidence import evidence_part, overview_part
 from mbn.tables.export import cells_csv, contents, latex
 from mbn.tables.over_seeds import difference, summary, welch
 from mbn.tables.page import markdown
-from mbn.tables.readme import END, START, finding, readme_part, replace_part
+from mbn.tables.readme import finding, readme_part, replace_part
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
 
@@ -253,11 +253,16 @@ def test_readme_part(records):
     ]
     assert more.startswith("4 of the 30 numbers in the paper's tables are measured.")
     assert "](results/" not in readme_part(read_tables({}, names)).replace("[results/README.md](results/README.md)", "")
-    old = f"a\n{START}\nold\n{END}\nb\n"
+
+
+def test_a_part_is_replaced_between_its_markers():
+    start, end = "<!-- results -->", "<!-- /results -->"
+    old = f"a\n<!-- overview -->\nfirst\n<!-- /overview -->\n{start}\nold\n{end}\nb\n"
     assert replace_part(old, "new") == old.replace("old", "new")
-    for wrong in ("", START, f"{END}{START}"):
-        with pytest.raises(UserError, match="must hold"):
-            replace_part(wrong, "new")
+    assert replace_part(old, "new", "overview") == old.replace("first", "new")
+    for wrong in ("", start, f"{end}{start}", old + old):
+        with pytest.raises(UserError, match=r"page\.md must hold <!-- results -->"):
+            replace_part(wrong, "new", name="page.md")
 
 
 LOWER_AT_8 = {("8", "MBN"): [6.0, 6.1, 6.2], ("8", "BN"): [6.9, 7.0, 7.2]}
@@ -342,8 +347,12 @@ decide
 
 
 def test_evidence_part(records):
-    part = evidence_part(read_tables(records, ["table4", "gradient"]), records)
-    assert part.index("](figures/claims.png)") < part.index("](figures/status.png)") < part.index(IN_SHORT)
+    tables = read_tables(records, ["table4", "gradient"])
+    overview = overview_part(tables)
+    assert overview.startswith(IN_SHORT)
+    assert "](figures/claims.png)" in overview
+    part = evidence_part(tables, records)
+    assert part.index("### Tables") < part.index("](figures/status.png)") < part.index("### Claims")
     assert "](tables/table4.md) | Batch sizes, ResNet-56 on CIFAR-10 | 4 / 10 | 1 to 5 | 14 / 50 | 73 h |" in part
     assert "| Table 3 | ImageNet | 0 / 20 (4 only quoted there) | - | 0 / 40 | unknown |" in evidence_part(
         read_tables({}, ["table3"]), {}
@@ -364,7 +373,7 @@ def test_evidence_part(records):
     assert sum("| no table |" in line for line in runs) == 1  # the short one
     empty = evidence_part(read_tables({}, ["table4"]), {})
     assert empty.count("None yet.") == 2
-    assert "](figures/" not in empty
+    assert "](figures/" not in empty + overview_part(read_tables({}, ["table4"]))
 
 
 def test_committed_tables_follow_from_committed_records():
@@ -379,8 +388,13 @@ def test_committed_tables_follow_from_committed_records():
     assert committed.keys() == expected.keys(), "run scripts/tables.py, and delete the others"
     for name, content in expected.items():
         assert committed[name] == content, f"{name}: run scripts/tables.py"
-    parts = {REPOSITORY / "README.md": readme_part(every), results / "README.md": evidence_part(every, records)}
-    for path, part in parts.items():
-        assert path.read_text() == replace_part(path.read_text(), part), f"{path}: run scripts/tables.py"
+    parts = [
+        (REPOSITORY / "README.md", "results", readme_part(every)),
+        (results / "README.md", "overview", overview_part(every)),
+        (results / "README.md", "results", evidence_part(every, records)),
+    ]
+    for path, mark, part in parts:
+        text = path.read_text()
+        assert text == replace_part(text, part, mark), f"{path}: a record has come or gone: run scripts/tables.py"
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
             assert (path.parent / link).exists(), f"{path}: {link}"
