@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mbn import grid
+from mbn.config import DATASETS
 from mbn.grid import Cell, Grid
 from mbn.launch.estimate import Estimate
 from mbn.launch.progress import Progress, progress
@@ -122,8 +123,19 @@ class Entry:
 def read_tables(
     records: Records, names: list[str] | None = None, seeds: int = 5, scale: float = 1.0
 ) -> dict[str, Table]:
-    """Every table that is named, or all of them. Errors: UserError for a name that no table has."""
-    return {name: Table(grid.read(name), records, seeds, scale) for name in names or grid.names()}
+    """Every table that is named, or all of them.
+
+    Errors: UserError for a name that no table has, and for a data set whose records are kept away from tables.
+    """
+    tables = {name: Table(grid.read(name), records, seeds, scale) for name in names or grid.names()}
+    for name, table in tables.items():
+        for used in {cell.config(0).dataset.name for cell in table.grid.cells if cell.overrides is not None}:
+            if not DATASETS[used].in_tables:
+                raise UserError(
+                    f"{name} has the data set {used}, whose records git ignores: set in_tables=True at its entry in "
+                    "mbn/config/registry.py."
+                )
+    return tables
 
 
 def file_name(name: str, scale: float) -> str:

@@ -1,6 +1,7 @@
 """Tables from toy records: golden markdown, LaTeX and CSV, also parsed; and committed tables from committed records."""
 
 import csv
+import dataclasses
 import io
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import toy_records
 
 from mbn import grid
-from mbn.config import REPOSITORY
+from mbn.config import DATASETS, REPOSITORY
 from mbn.system.errors import UserError
 from mbn.tables.cells import BATCH_SIZES, Table, read_records, read_tables
 from mbn.tables.evidence import evidence_part, overview_part
@@ -253,6 +254,14 @@ def test_readme_part(records):
     ]
     assert more.startswith("4 of the 30 numbers in the paper's tables are measured.")
     assert "](results/" not in readme_part(read_tables({}, names)).replace("[results/README.md](results/README.md)", "")
+
+
+def test_a_table_of_a_data_set_whose_records_are_kept_away_is_refused(monkeypatch):
+    """Its records would be missed without a word."""
+    monkeypatch.setitem(DATASETS, "imagenet", dataclasses.replace(DATASETS["imagenet"], in_tables=False))
+    read_tables({}, ["table4"])
+    with pytest.raises(UserError, match=r"^table3 has the data set imagenet.*: set in_tables=True"):
+        read_tables({}, ["table3", "table4"])
 
 
 def test_a_part_is_replaced_between_its_markers():
