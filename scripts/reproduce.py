@@ -29,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
 from mbn.config import REPOSITORY, Config, cores, load
-from mbn.launch.estimate import Estimate, duration
+from mbn.launch.estimate import Estimate
 from mbn.launch.missing_runs import PlannedRun, runs, table_names
-from mbn.launch.progress import progress, status_text
+from mbn.launch.table_status import status_text, table_status
 from mbn.records import record
 from mbn.records.import_records import gather
 from mbn.system.command_line import Parser, entry_point
+from mbn.system.durations import duration
 from mbn.system.errors import UserError
 
 # Settings that are not part of a run's identity.
@@ -178,7 +179,7 @@ def show_status(items: list[str], config: Config, options: argparse.Namespace) -
     names, estimate = table_names(items or grid.names(options.grids), options.grids), Estimate.read(results)
     tables = (grid.read(name, options.grids) for name in names)
     seeds, has_record = chosen_seeds(options), lambda name: record.path_of(results, name).exists()
-    print(status_text([progress(table, seeds, options.scale, has_record, estimate) for table in tables]))
+    print(status_text([table_status(table, seeds, options.scale, has_record, estimate) for table in tables]))
 
 
 def hand_over(missing: list[PlannedRun], results: Path, settings: list[str], text: str) -> int:

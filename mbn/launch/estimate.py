@@ -10,6 +10,7 @@ from typing import Any
 
 from mbn.config import Config, iterations, to_dict
 from mbn.launch.missing_runs import PlannedRun
+from mbn.system.durations import duration
 
 
 class Estimate:
@@ -66,11 +67,3 @@ def _network(config: dict[str, Any]) -> Any:
 
 def _kind(config: dict[str, Any]) -> Any:
     return _network(config), config["norm"]["name"], config["forwards"], config["batch_size"]
-
-
-def duration(seconds: float) -> str:
-    """3 h 20 min, 12 min, 45 s."""
-    if round(seconds) < 120:
-        return f"{round(seconds)} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

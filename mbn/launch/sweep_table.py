@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mbn.launch.estimate import duration
 from mbn.launch.missing_runs import PlannedRun
 from mbn.records import record
+from mbn.system.durations import duration
 from mbn.system.errors import UserError
 
 # Fields of a record, in percent, and what the table calls them.

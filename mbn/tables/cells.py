@@ -10,7 +10,7 @@ from mbn import grid
 from mbn.config import DATASETS
 from mbn.grid import Cell, Grid
 from mbn.launch.estimate import Estimate
-from mbn.launch.progress import Progress, progress
+from mbn.launch.table_status import TableStatus, table_status
 from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.tables.claims import Runs
@@ -61,10 +61,10 @@ class Table:
         return any(self.runs(cell) for cell in self.grid.cells)
 
     @cached_property
-    def progress(self) -> Progress:
+    def status(self) -> TableStatus:
         """What has run and what the rest would take, judged by all records there are."""
         estimate = Estimate(self.records.values())
-        return progress(self.grid, range(self.seeds), self.scale, self.records.__contains__, estimate)
+        return table_status(self.grid, range(self.seeds), self.scale, self.records.__contains__, estimate)
 
     @cached_property
     def entries(self) -> list["Entry"]:

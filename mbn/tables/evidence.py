@@ -1,6 +1,6 @@
 """What stands between the two pairs of markers of results/README.md: a pure function of the records."""
 
-from mbn.launch.progress import together
+from mbn.launch.table_status import together
 from mbn.tables import claims
 from mbn.tables.cells import Entry, Records, Table, heading, label
 from mbn.tables.over_seeds import ASSUMED_RUNS, ASSUMED_SD, POWER
@@ -54,7 +54,7 @@ def _in_short(every: list[Place], tables: dict[str, Table]) -> list[str]:
         bullets += [f"  - {_in_a_line(place)}" for place in found]
     idle = sum(not place.has_run for place in every)
     bullets.append(f"- **Not compared yet**: {idle} of {len(every)} comparisons.")
-    return [*bullets, "- " + missing(together(table.progress.whole for table in tables.values()))]
+    return [*bullets, "- " + missing(together(table.status.whole for table in tables.values()))]
 
 
 def _in_a_line(place: Place) -> str:
@@ -68,7 +68,7 @@ def _tables(tables: dict[str, Table]) -> list[list[str]]:
     rows = [["", "", "measured", "seeds", "runs", "time left"]]
     for table in tables.values():
         shown = [e for e in table.entries if e.paper is not None or not table.grid.paper]
-        runs = table.progress.whole
+        runs = table.status.whole
         done = f"{runs.done} / {len(runs.wanted)}"
         rows.append([link(table, ""), table.grid.title, _share(shown), _seeds(shown), done, runs.left()])
     return rows

@@ -4,7 +4,7 @@ import shlex
 import statistics
 
 from mbn.grid import METRICS, Cell
-from mbn.launch.progress import Runs, roughly
+from mbn.launch.table_status import Runs, roughly
 from mbn.tables import claims
 from mbn.tables.cells import Table, heading, heads, label, lines
 from mbn.tables.over_seeds import Values
@@ -43,7 +43,7 @@ def markdown(table: Table) -> str:
             "decided yet: so many seeds would decide it if the mean stayed as it is."
         )
     parts += ["## Beside the test error", _beside_table(table)]
-    parts += ["## Cost", _cost(table), missing(table.progress.whole), "## Commands", _commands(table)]
+    parts += ["## Cost", _cost(table), missing(table.status.whole), "## Commands", _commands(table)]
     return "\n\n".join(parts) + "\n"
 
 

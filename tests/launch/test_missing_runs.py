@@ -7,9 +7,10 @@ import pytest
 from mbn import grid
 from mbn.config import REPOSITORY, load, run_name
 from mbn.launch import missing_runs
-from mbn.launch.estimate import Estimate, duration
+from mbn.launch.estimate import Estimate
 from mbn.launch.missing_runs import runs
 from mbn.records import record
+from mbn.system.durations import duration
 from mbn.system.errors import UserError
 
 

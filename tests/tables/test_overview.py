@@ -152,8 +152,8 @@ def test_the_short_picture_has_what_has_run_and_table_4(every):
 
 
 def test_the_status_grid_shows_the_seeds_of_each_cell(tables):
-    progress = [tables[name].progress for name in ("table1", "table4", "table4-methods")]
-    (panel,) = status_grid(progress).axes
+    status = [tables[name].status for name in ("table1", "table4", "table4-methods")]
+    (panel,) = status_grid(status).axes
     texts = [text.get_text() for text in panel.texts]
     # Table 4's four cells stand in Table 4, methods too, which has GN besides.
     assert sorted(text for text in texts if text in ("1", "2", "3", "4", "5")) == ["1"] * 5 + ["3"] * 4
@@ -183,7 +183,7 @@ def test_all_text_is_inside_the_picture_and_none_lies_on_another(name, all_cells
     made = {
         "claims": lambda: forest(places(tables)),
         "claims-short": lambda: forest(in_short(places(tables))),
-        "status": lambda: status_grid([table.progress for table in tables.values()]),
+        "status": lambda: status_grid([table.status for table in tables.values()]),
     }
     figure = made[name]()
     renderer = FigureCanvasAgg(figure).get_renderer()

@@ -21,7 +21,7 @@ def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figu
         return {
             "claims": forest(claims) if any_runs else None,
             "claims-short": forest(in_short(claims)) if any_runs else None,
-            "status": status_grid([table.progress for table in tables.values()]) if any_runs else None,
+            "status": status_grid([table.status for table in tables.values()]) if any_runs else None,
             "figure1": paper.figure1(tables["figure1"]),
             "figure2": paper.figure2(tables["figure2"]),
             "figure3": paper.figure3(tables["table3"]),

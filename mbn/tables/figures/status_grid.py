@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mbn.launch.progress import TIME_LEFT, Progress, Runs, together
+from mbn.launch.table_status import TIME_LEFT, Runs, TableStatus, together
 from mbn.tables.cells import heading
 from mbn.tables.figures.style import GREY, PAGE, PALE
 
@@ -24,7 +24,7 @@ PLACE, LETTER, TEXT = (WIDE - 1) / BESIDE, 0.35, 0.85
 LINE = 40
 
 
-def status_grid(tables: Sequence[Progress]) -> Figure:
+def status_grid(tables: Sequence[TableStatus]) -> Figure:
     """Tables side by side and below each other, with the names of their rows and columns."""
     shelves = [tables[i : i + BESIDE] for i in range(0, len(tables), BESIDE)]
     heights = [max(_head(table) + len(table.grid.rows) + 1.3 for table in shelf) for shelf in shelves]
@@ -44,23 +44,23 @@ def status_grid(tables: Sequence[Progress]) -> Figure:
     return figure
 
 
-def _head(table: Progress) -> float:
+def _head(table: TableStatus) -> float:
     """The height of what stands above the cells."""
     return TEXT * (1 + len(_lines(table))) + LETTER * max(map(len, _columns(table))) + 0.3
 
 
-def _columns(table: Progress) -> list[str]:
+def _columns(table: TableStatus) -> list[str]:
     """The columns' names, except the name of one that stands alone: the title has it."""
     return list(table.grid.columns) if len(table.grid.columns) > 1 else [""]
 
 
-def _lines(table: Progress) -> list[tuple[str, str]]:
+def _lines(table: TableStatus) -> list[tuple[str, str]]:
     """The lines below the heading, each with its colour."""
     parts = ((table.grid.title, "black"), (_sentence(table.whole), GREY))
     return [(line, colour) for text, colour in parts for line in textwrap.wrap(text, LINE)]
 
 
-def _table(panel: Axes, left: float, top: float, table: Progress) -> None:
+def _table(panel: Axes, left: float, top: float, table: TableStatus) -> None:
     _write(panel, left, top, heading(table.grid.name), weight="bold")
     for i, (line, colour) in enumerate(_lines(table), 1):
         _write(panel, left, top + i * TEXT, line, color=colour)

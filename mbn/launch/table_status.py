@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mbn.grid import Cell, Grid
-from mbn.launch.estimate import Estimate, duration
+from mbn.launch.estimate import Estimate
+from mbn.system.durations import duration
 
 CELLS = "Cells, row by row: how many seeds have a record, . for none, - where nothing is run."
 TIME_LEFT = "Time left: one run at a time, at the speed of the records; unknown: no record has such a network."
@@ -41,7 +42,7 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TableStatus:
     """A table and the runs of each of its cells; none where nothing is run."""
 
     grid: Grid
@@ -59,9 +60,9 @@ def together(parts: Iterable[Runs]) -> Runs:
     return Runs(frozenset().union(*(part.wanted for part in parts)), missing)
 
 
-def progress(
+def table_status(
     grid: Grid, seeds: Sequence[int], scale: float, finished: Callable[[str], bool], estimate: Estimate
-) -> Progress:
+) -> TableStatus:
     """finished: whether the run of that name has a record."""
 
     def of(cell: Cell) -> Runs:
@@ -70,10 +71,10 @@ def progress(
         seconds = {name: estimate.seconds(cell.config(seed, scale)) for name, seed in missing.items()}
         return Runs(frozenset(wanted), seconds)
 
-    return Progress(grid, {cell: of(cell) for cell in grid.cells})
+    return TableStatus(grid, {cell: of(cell) for cell in grid.cells})
 
 
-def status_text(tables: Sequence[Progress]) -> str:
+def status_text(tables: Sequence[TableStatus]) -> str:
     """A line for each table with a sign for each of its cells, and a line for all of them."""
     lines = [["table", "runs done", "time left", "cells"]]
     for table in tables:
