@@ -307,6 +307,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_finite_float32_weights(
         return y
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
+    monkeypatch.setattr("mbn.training.run.eager_seconds", lambda *_: 1.0)  # it counts the operations of a forward
     overrides = ("norm=mbn", f"precision={precision}", "evaluate.precise=true", "machine.mode=eager")
     run = trained(tree, tmp_path, *overrides)
     # In training; in the second forward, evaluation and all else.

@@ -59,7 +59,7 @@ def test_runs_are_handed_to_slurm_as_one_array(checkout, tmp_path, monkeypatch):
 def test_a_cluster_that_is_not_there(checkout, monkeypatch):
     monkeypatch.setenv("PATH", "")
     _, error = checkout.call("toy", *OPTIONS, code=1)
-    assert re.fullmatch("\\d+ runs .*\nerror: Slurm did not take the runs .*\n", error)
+    assert re.fullmatch(".* is a new folder.*\n\\d+ runs .*\nerror: Slurm did not take the runs .*\n", error)
 
 
 @pytest.mark.parametrize("text", ["gpu", "a=", "=b"])
