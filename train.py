@@ -88,7 +88,9 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
     def build(layers):
         import models
+        from mbn.system.registered import registered
 
+        registered(f"models.{configuration.network(config)['builder']}", "mbn/config/registry.py")
         return models.build(layers=layers, **configuration.network(config))
 
     precise = config.evaluate.precise and METHODS[config.norm.name].statistics
@@ -119,9 +121,9 @@ def warn_of_other_code(result: dict[str, Any]) -> None:
 
     if result["code"] not in (None, provenance.code()):
         commit, dirty = provenance.commit_and_dirty()
-        now = provenance.described({"commit": commit, "dirty": dirty})
+        now = provenance.with_code({"commit": commit, "dirty": dirty, "code": provenance.code()})
         print(
-            f"warning: the code has changed since this run was trained ({provenance.described(result)}; now {now}).",
+            f"warning: the code has changed since this run was trained ({provenance.with_code(result)}; now {now}).",
             file=sys.stderr,
         )
 

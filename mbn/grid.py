@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from mbn.config import REPOSITORY, Config, checked, compose, groups, run_name
+from mbn.config import DATASETS, REPOSITORY, Config, checked, compose, groups, run_name
 from mbn.system.errors import UserError
 
 GRIDS = REPOSITORY / "scripts" / "grids"
@@ -189,6 +189,16 @@ def read(name: str, folder: Path = GRIDS) -> Grid:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: the claim {claim} means nothing ({error}): correct it.") from None
     return grid
+
+
+def check_data_sets(grid: Grid) -> None:
+    """Check that tables get the records of a grid's data sets. Errors: UserError."""
+    for name in {cell.config(0).dataset.name for cell in grid.cells if cell.overrides is not None}:
+        if not DATASETS[name].in_tables:
+            raise UserError(
+                f"{grid.name} has the data set {name}, whose records git ignores: set in_tables=True at its entry in "
+                "mbn/config/registry.py."
+            )
 
 
 def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:

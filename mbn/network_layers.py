@@ -6,7 +6,6 @@ the other methods have `norm(channels)`.
 
 from collections.abc import Callable
 from functools import partial
-from pkgutil import resolve_name
 from typing import NamedTuple
 
 from torch import nn
@@ -17,6 +16,7 @@ from mbn.norm.batch import BatchNorm2d
 from mbn.norm.memorized import MemorizedBatchNorm2d
 from mbn.norm.normprop import StandardReLU, UnitConv2d
 from mbn.norm.renorm import BatchRenorm2d
+from mbn.system.registered import registered
 from mbn.system.setting_fields import leaves
 
 
@@ -35,7 +35,7 @@ def from_config(config: Config) -> Layers:
         for key, field, value in leaves(config.norm)
         if key != "name"
     }
-    layers: Layers = resolve_name(METHODS[config.norm.name].layers)(config.forwards, **settings)
+    layers: Layers = registered(METHODS[config.norm.name].layers, "mbn/methods.py")(config.forwards, **settings)
     return layers
 
 

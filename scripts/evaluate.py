@@ -56,6 +56,12 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     from mbn.training.execution import choose_device
     from mbn.training.iteration import autocast
 
+    if any(override.lstrip("+").startswith("evaluate.precise=") for override in overrides):
+        raise UserError(
+            "evaluate.precise is for train.py: give it to the run's own command, also if it is finished.", 2
+        )
+    if export is not None and "=" in export.name:
+        raise UserError(f"{export} looks like a setting: name the file after --export.", code=2)
     state, described = read_weights(path)
     lines = command_line(described, overrides) if described else overrides
     # The batch size is training's, and evaluation may have fewer training images.

@@ -3,7 +3,6 @@
 import tarfile
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 
 import numpy as np
 import torch
@@ -12,6 +11,9 @@ from mbn.config import DATASETS, Config
 from mbn.data.download import download, md5
 from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_numbers
 from mbn.system.errors import UserError
+from mbn.system.registered import registered
+
+REGISTRY = "mbn/config/registry.py"
 
 
 def load_data(config: Config, device: torch.device) -> Data:
@@ -22,8 +24,8 @@ def load_data(config: Config, device: torch.device) -> Data:
     dataset, folder = config.dataset, Path(config.machine.data)
     source = DATASETS[dataset.name]
     if source.streamed:
-        return resolve_name(source.path)(dataset, folder, config.seed, device, config.machine.workers)
-    arrays: Arrays = resolve_name(source.path)(folder)
+        return registered(source.path, REGISTRY)(dataset, folder, config.seed, device, config.machine.workers)
+    arrays: Arrays = registered(source.path, REGISTRY)(folder)
     check_numbers(
         dataset,
         train_images=len(arrays.train_labels),

@@ -12,6 +12,9 @@ from mbn.config import Config, iterations, to_dict
 from mbn.launch.missing_runs import PlannedRun
 from mbn.system.durations import duration
 
+# Runs of fewer iterations tell little: testing, and perhaps compiling, took most of their time.
+SHORTEST = 100
+
 
 class Estimate:
     """Seconds per iteration for each kind of run, and per image for each network, from the records of earlier runs."""
@@ -22,6 +25,8 @@ class Estimate:
         for one in records:
             # Tables and imports refuse a record that lacks one of these.
             with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):
+                if one["iterations"] < SHORTEST:
+                    continue
                 of_iteration, of_image = one["seconds"] / one["iterations"], one["seconds"] / one["images"]
                 self._iteration[_kind(one["config"])].append(of_iteration)
                 self._image[_network(one["config"])].append(of_image)

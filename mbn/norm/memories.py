@@ -72,7 +72,10 @@ class Memories:
         self.counts: dict[tuple[int, ...], Tensor] = {}
 
     def enter(self) -> None:
-        """Take in what the layers have noted as the entry of age 0; the oldest entries leave."""
+        """Take in what the layers have noted as the entry of age 0; the oldest entries leave.
+
+        The rule of `_MemorizedBatchNorm.remember`, for all layers at once.
+        """
         n = tuple(layer.noted_count for layer in self.layers)
         if 0 in n:
             raise RuntimeError("a layer noted nothing since the last batch was entered: its forward did not run")

@@ -153,7 +153,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     def remember(self, mu: Tensor, s2: Tensor, n: int) -> None:
         """Enter one batch's mean and biased variance (C,) over n values as age 0; the oldest entry leaves.
 
-        In an `AllMemories` the batch is only noted here, and `AllMemories.enter` enters it.
+        In an `AllMemories`, which train.py uses, the batch is only noted here: `Memories.enter` in memories.py enters
+        it by the same rule, for all layers at once. Who changes the rule changes both.
         """
         if self.deferred:
             self.noted_mean.copy_(mu)

@@ -73,6 +73,11 @@ def described(made_by: Mapping[str, Any]) -> str:
     return (made_by["commit"] or "unknown")[:7] + " and changes" * bool(made_by["dirty"])
 
 
+def with_code(made_by: Mapping[str, Any]) -> str:
+    """Example: commit 0123456 and changes, code 89abcde."""
+    return f"commit {described(made_by)}, code {made_by['code'][:7]}"
+
+
 def versions() -> dict[str, str]:
     import numpy
     import torch

@@ -58,11 +58,15 @@ class StoppedError(Exception):
 
 
 class StopRequest:
-    """Whether training is to stop: `code` is then the exit code, else None."""
+    """Whether training is to stop: `code` is then the exit code, else None.
+
+    nothing_to_save: whether a stop would lose nothing now.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.code: int | None = None
+        self.nothing_to_save = False
 
     def checked(self, items: Iterable[Item]) -> Iterator[Item]:
         """The same items. Errors: StoppedError PATIENCE seconds after a request to stop."""
@@ -76,10 +80,18 @@ class StopRequest:
 
 
 class Stop(StopRequest, Answered):
-    """Context manager: inside, the first of these signals is noted in `code`; a second one exits at once."""
+    """Context manager: inside, the first of these signals is noted in `code`; a second one exits at once.
+
+    The first one exits at once too while `nothing_to_save`, as before the first iteration, which may compile for
+    minutes.
+    """
 
     def _answer(self, number: int, _: FrameType | None) -> None:
-        code = self.codes[signal.Signals(number).name]
-        if self.code is not None:
-            os._exit(code)
-        self.code = code
+        name = signal.Signals(number).name
+        if self.nothing_to_save and self.code is None:
+            os.write(
+                2, f"stopped by {name} before the first iteration: the same command goes on from there.\n".encode()
+            )
+        if self.nothing_to_save or self.code is not None:
+            os._exit(self.codes[name])
+        self.code = self.codes[name]

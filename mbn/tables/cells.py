@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mbn import grid
-from mbn.config import DATASETS
 from mbn.grid import Cell, Grid
 from mbn.launch.estimate import Estimate
 from mbn.launch.table_status import TableStatus, table_status
@@ -128,13 +127,8 @@ def read_tables(
     Errors: UserError for a name that no table has, and for a data set whose records are kept away from tables.
     """
     tables = {name: Table(grid.read(name), records, seeds, scale) for name in names or grid.names()}
-    for name, table in tables.items():
-        for used in {cell.config(0).dataset.name for cell in table.grid.cells if cell.overrides is not None}:
-            if not DATASETS[used].in_tables:
-                raise UserError(
-                    f"{name} has the data set {used}, whose records git ignores: set in_tables=True at its entry in "
-                    "mbn/config/registry.py."
-                )
+    for table in tables.values():
+        grid.check_data_sets(table.grid)
     return tables
 
 

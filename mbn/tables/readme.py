@@ -25,6 +25,10 @@ def readme_part(tables: dict[str, Table]) -> str:
         parts.append(
             "![Claims: the paper's difference, and ours with its 95 % interval](results/figures/claims-short.png)"
         )
+        parts.append(
+            "A number after a method counts its forward passes (MBN-2: with double forward). MBN-2 batch is MBN with "
+            "our own gradient, [`norm.gradient=batch`](mbn/norm/README.md)."
+        )
     measured = [[f"{e.cell.column}, batch {e.cell.row}", e.text(), e.paper or "-"] for e in table4.entries if e.values]
     if measured:
         head = [

@@ -15,8 +15,8 @@ from mbn.training.state import State
 
 # Without a terminal, seconds between two lines.
 LINES_APART = 30.0
-# The rate beside the bar is measured over at least so many seconds.
-RATES_APART = 2.0
+# A rate is measured over at least so many seconds: over one iteration it would jump.
+RATES_APART = 5.0
 # What is said of a mode beside its name.
 SLOW_START = {
     "compile": " (compiling takes a minute or two before the first iteration)",
@@ -49,6 +49,7 @@ class Progress:
         self.state = state
         self.bar = tqdm(total=state.length, initial=state.iteration, unit="it", disable=None, dynamic_ncols=True)
         self.pace, self.rate = Pace(state), 0.0
+        self.begun_at = state.iteration
         self.last_line = time.monotonic()
         self.tested = 0.0
 
@@ -68,12 +69,11 @@ class Progress:
             self._measure()
             self._print(
                 f"iteration {self.state.iteration:,} of {self.state.length:,}: loss {sums.loss:.4f}, error "
-                f"{sums.error:.2f} % in this epoch; {self._rate_and_rest()}"
+                f"{sums.error:.2f} % in this epoch{self._rate_and_rest()}"
             )
         elif not self.bar.disable:
-            if self.rate == 0 or self.pace.elapsed > RATES_APART:
-                self._measure()
-            self.bar.set_postfix_str(f"loss {sums.loss:.4f}, error {sums.error:.2f} %, {self.rate:.0f} images/s")
+            self._measure()
+            self.bar.set_postfix_str(f"loss {sums.loss:.4f}, error {sums.error:.2f} %, {self._rate()}")
 
     def show_epoch(self, row: dict[str, Any]) -> None:
         """The line that an epoch leaves."""
@@ -81,17 +81,24 @@ class Progress:
         self._print(
             f"epoch {_short(row['epoch'])} of {_short(self.state.length / self.state.per_epoch)}: training loss "
             f"{row['train_loss']:.4f}, error {row['train_error']:.2f} %; test loss {row['test_loss']:.4f}, error "
-            f"{row['test_error']:.2f} %; {self._rate_and_rest()}"
+            f"{row['test_error']:.2f} %{self._rate_and_rest()}"
         )
 
     def _measure(self) -> None:
-        if self.pace.elapsed > 0:
+        if self.state.iteration <= self.begun_at + 1:
+            self.pace = Pace(self.state)  # the first iteration compiles
+        elif self.pace.elapsed >= RATES_APART or (self.rate == 0 and self.pace.elapsed > 0):
             self.rate = self.pace.look()
+
+    def _rate(self) -> str:
+        return f"{self.rate:.0f} images/s" if self.rate >= 10 else f"{self.rate:.1f} images/s"
 
     def _rate_and_rest(self) -> str:
         state = self.state
-        text = f"{self.rate:.0f} images/s"
-        if self.rate == 0 or state.iteration == state.length:
+        if self.rate == 0:
+            return ""
+        text = f"; {self._rate()}"
+        if state.iteration == state.length:
             return text
         tests = -(-state.length // state.per_epoch) - state.iteration // state.per_epoch
         rest = (state.images_before(state.length) - state.images) / self.rate + tests * self.tested
@@ -112,7 +119,8 @@ def say_where(state: State, mode: str, expected: float | None) -> None:
     """One line before the first iteration; expected: a guess at the seconds of the whole run, if there is one."""
     left = state.length - state.iteration
     threads = f"{state.threads} thread{'s' * (state.threads != 1)}"
-    guess = "" if expected is None else f", about {duration(expected * left / state.length)} (a rough guess)"
+    rest = " left" if state.iteration else ""
+    guess = "" if expected is None else f", about {duration(expected * left / state.length)}{rest} (a rough guess)"
     print(
         f"{state.name}: {state.length:,} iteration{'s' * (state.length != 1)} on {state.devices[-1]}, mode {mode}"
         f"{SLOW_START.get(mode, '')}, {threads}, commit {described(vars(state))}{guess}",

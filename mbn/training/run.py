@@ -166,12 +166,14 @@ class Run:
                 self._end_epoch(stop, journal, progress, Pace(state))
                 self.save(journal)
             rows = Pace(state)
+            stop.nothing_to_save = update.mode in ("compile", "graph")
             while state.iteration < state.length:
                 self.set_schedule(state.iteration)
                 images, labels = next(batches)
                 ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
                 state.untested = report.statistics_of(state, images) if ends else None
                 update(images, labels)
+                stop.nothing_to_save = False
                 state.iteration += 1
                 progress.bar.update()
                 row_due = state.iteration % state.per_epoch % row_every == 0 and not ends

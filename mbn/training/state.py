@@ -120,8 +120,8 @@ class State:
         changed = saved["code"] != self.code if "code" in saved else saved["commit"] != self.commit
         if "code" in saved and changed:
             print(
-                f"warning: the code has changed since this run began ({provenance.described(saved)}; now "
-                f"{provenance.described(vars(self))}); the record will say 'and changes'. To train all of it with one "
+                f"warning: the code has changed since this run began ({provenance.with_code(saved)}; now "
+                f"{provenance.with_code(vars(self))}); the record will say 'and changes'. To train all of it with one "
                 "code, use machine.again=true.",
                 file=sys.stderr,
             )

@@ -70,6 +70,7 @@ def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(
     numbers |= {"images": 800, "iterations": 100}
     for seconds in (10.0, 20.0, 90.0):
         record.write(tmp_path, numbers | {"name": f"{seconds}", "seconds": seconds})
+    record.write(tmp_path, numbers | {"name": "trial", "seconds": 9000.0, "iterations": 20, "images": 160})
     for name, text in {"broken": "{", "list": "[]", "strange": '{"config": {"model": 1}, "seconds": "1"}'}.items():
         (tmp_path / "records" / f"{name}.json").write_text(text)
     estimate = Estimate.read(tmp_path)

@@ -1,5 +1,6 @@
 """reproduce.py: what it prints, and how it trains: side by side, within a budget, no run twice, and resumed."""
 
+import dataclasses
 import re
 import shlex
 import signal
@@ -13,7 +14,7 @@ import toy_records
 from running import load_script
 
 from mbn import grid
-from mbn.config import REPOSITORY, cores, load, run_name
+from mbn.config import DATASETS, REPOSITORY, cores, load, run_name
 from mbn.launch.missing_runs import runs
 from mbn.records import record
 
@@ -105,6 +106,14 @@ def test_mistakes_are_one_sentence(here, arguments, says, code):
     ended, out, error = here(*arguments.split())
     assert (ended, out) == (code, "")
     assert re.fullmatch(rf"error: .*{re.escape(says)}.*\.\n", error)
+
+
+def test_a_table_whose_records_no_table_would_read_is_refused_before_it_trains(here, monkeypatch):
+    monkeypatch.setitem(DATASETS, "imagenet", dataclasses.replace(DATASETS["imagenet"], in_tables=False))
+    assert here("table4", "--dry-run", "--seed", "0")[0] == 0
+    code, _, err = here("table3", "--dry-run")
+    assert code == 1
+    assert re.match(r"error: table3 has the data set imagenet.*: set in_tables=True", err)
 
 
 def test_the_status_is_a_line_for_each_table(here, tmp_path):
@@ -256,7 +265,7 @@ def test_results_may_be_in_a_folder_with_signs_in_its_name(checkout, tmp_path):
 
 def test_records_are_imported_and_those_refused_are_named(checkout, tmp_path):
     checkout.call("toy", "--seed", "0", f"machine.results={tmp_path / 'there'}")
-    for path in (tmp_path / "there" / "other_records").rglob("mbn*.json"):
+    for path in (tmp_path / "there").rglob("records/**/mbn*.json"):
         record.rewrite(path, dirty=True)
     out, error = checkout.call("--import", str(tmp_path / "there"), code=1)
     assert out == "1 records imported.\n"

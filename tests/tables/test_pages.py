@@ -243,9 +243,10 @@ def test_an_unknown_table_is_one_sentence():
 
 def test_readme_part(records):
     names = ["table3", "table4", *BATCH_SIZES]
-    first, picture, table, more = readme_part(read_tables(records, names)).split("\n\n")
+    first, picture, words, table, more = readme_part(read_tables(records, names)).split("\n\n")
     assert first.startswith("**At batch 8 MBN has a lower test error than BN, as in the paper.**")
     assert "](results/figures/claims-short.png)" in picture
+    assert "MBN-2" in words
     assert table.splitlines()[2:] == [
         "| BN, batch 8 | 8.32 ± 0.19 (5) | 19.64 |",
         "| MBN, batch 8 | 7.68 ± 0.28 (5) | 15.37 |",

@@ -41,16 +41,22 @@ def test_a_rate_is_that_since_the_last_line_and_the_time_left_follows_from_it(st
     monkeypatch.setattr(progress, "LINES_APART", 0.0)
     train(state, 2, 100.0)
     with progress.Progress(state) as shown:  # resumed after a slow beginning
-        train(state, 1, 10.0)
+        train(state, 1, 90.0)  # the first iteration compiles: it says nothing of the next ones
         shown.show()
-        train(state, 1, 5.0)
+        train(state, 1, 10.0)
         shown.tested = 7.0
         shown.show_epoch(EPOCH)
+        train(state, 1, 1.0)  # too short for a rate of its own
+        shown.show()
+        train(state, 1, 9.0)
+        shown.show()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "iteration 3 of 10: loss 0.5000, error 25.00 % in this epoch; 10 images/s, 70 s left"
-    # 6 iterations of 5 seconds, and the tests of the second epoch and at the end.
-    assert lines[1].endswith("test loss 1.0000, error 50.00 %; 20 images/s, 44 s left")
+    assert lines[0] == "iteration 3 of 10: loss 0.5000, error 25.00 % in this epoch"
+    # 6 iterations of 10 seconds, and the tests of the second epoch and at the end.
+    assert lines[1].endswith("test loss 1.0000, error 50.00 %; 10 images/s, 74 s left")
     assert lines[1].startswith("epoch 1 of 2.5: ")
+    assert lines[2].endswith("; 10 images/s, 64 s left")
+    assert lines[3].endswith("; 20 images/s, 34 s left")
 
 
 def test_without_a_terminal_there_is_a_line_every_half_minute(state, capsys, monkeypatch):

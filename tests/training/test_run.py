@@ -1,5 +1,6 @@
 """Whole runs in this process, of a tiny network: signals, locks, divergence, finished runs, sweeps."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -10,9 +11,11 @@ import pytest
 import torch
 from running import TIMES, assert_same_bits, cut, send, without
 
-from mbn.config import REPOSITORY
+from mbn.config import DATASETS, NETWORKS, REPOSITORY
+from mbn.methods import METHODS
 from mbn.system.errors import UserError
 from mbn.system.files import lock
+from mbn.system.signals import Stop
 from mbn.training.iteration import Update
 
 SIGNALS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
@@ -62,6 +65,49 @@ def test_a_signal_before_training_has_begun_exits_at_once(name):
     )
     said = f"stopped by {name} outside training: the same command goes on from there.\n"
     assert python(code) == (SIGNALS[name], "", said)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_while_nothing_would_be_lost_exits_at_once_and_says_so(name):
+    code = (
+        "import os, signal\n"
+        "from mbn.system.signals import Stop\n"
+        "with Stop() as stop:\n"
+        "    stop.nothing_to_save = True\n"
+        f"    os.kill(os.getpid(), signal.{name})\n"
+        "    print('went on')\n"
+    )
+    said = f"stopped by {name} before the first iteration: the same command goes on from there.\n"
+    assert python(code) == (SIGNALS[name], "", said)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_nothing_would_be_lost_until_the_first_iteration_is_compiled(here, monkeypatch, mode):
+    stops, noted = [], []
+    enter, call = Stop.__enter__, Update.__call__
+    monkeypatch.setattr("mbn.training.run.choose_mode", lambda *_: mode)
+    monkeypatch.setattr("mbn.training.iteration.compiled", lambda method, kind: method)
+    monkeypatch.setattr(Stop, "__enter__", lambda self: (stops.append(self), enter(self))[1])
+    monkeypatch.setattr(Update, "__call__", lambda *a: (noted.append(stops[-1].nothing_to_save), call(*a)))
+    assert here().code == 0
+    assert noted == [mode == "compile", *[False] * 7]
+
+
+@pytest.mark.parametrize(
+    ("registry", "entry", "change", "says"),
+    [
+        (METHODS, "mbn", {"layers": "mbn.network_layers:ln"}, "mbn/methods.py names mbn.network_layers:ln"),
+        (DATASETS, "digits", {"path": "mbn.data.noise:noise"}, "mbn/config/registry.py names mbn.data.noise:noise"),
+        (NETWORKS, "resnet20", {"small": "nin.NAN"}, "mbn/config/registry.py names models.nin.NAN"),
+    ],
+    ids=["method", "data set", "network"],
+)
+def test_an_entry_that_names_nothing_is_refused_in_a_sentence(here, monkeypatch, registry, entry, change, says):
+    monkeypatch.setitem(registry, entry, dataclasses.replace(registry[entry], **change))
+    done = here()
+    assert done.code == 1
+    assert done.err.startswith(f"error: {says}, which cannot be loaded (")
+    assert done.err.count("\n") == 1
 
 
 def test_partial_files_of_killed_processes_are_removed(here, left):

@@ -190,7 +190,8 @@ def test_a_change_of_machine_or_code_is_said_and_in_the_record(here, left, after
     monkeypatch.setattr("mbn.records.provenance.code", lambda: "another")
     said = here("machine.threads=2").err
     assert "warning: the run began with 1 threads" in said
-    assert "warning: the code has changed since this run began (c0ffeec; now ddddddd)" in said
+    assert "warning: the code has changed since this run began (commit c0ffeec, code " in said
+    assert "; now commit ddddddd, code another)" in said
     result = left().record()
     assert re.fullmatch("cpu: .*, then another CPU", result["device"])
     assert (result["threads"], result["commit"], result["dirty"]) == (2, "d" * 40, True)
@@ -223,7 +224,11 @@ def test_the_result_of_other_code_is_shown_with_a_warning(here, left, monkeypatc
     monkeypatch.setattr("mbn.records.provenance.code", lambda: "another")
     monkeypatch.setattr(running, "COMMIT", "d" * 40)
     done = here()
-    assert done.err == "warning: the code has changed since this run was trained (c0ffeec; now ddddddd).\n"
+    assert re.fullmatch(
+        r"warning: the code has changed since this run was trained \(commit c0ffeec, code [0-9a-f]{7}; now commit "
+        r"ddddddd, code another\)\.\n",
+        done.err,
+    )
     assert "machine.again=true trains it again" in done.out
     record.rewrite(left().record_path, code=None)  # an older record
     assert here().err == ""
