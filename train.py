@@ -90,8 +90,9 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
         import models
         from mbn.system.registered import registered
 
-        registered(f"models.{configuration.network(config)['builder']}", "mbn/config/registry.py")
-        return models.build(layers=layers, **configuration.network(config))
+        network = configuration.network(config)
+        registered(f"models.{network['builder']}", "mbn/config/registry.py")
+        return models.build(layers=layers, **network)
 
     precise = config.evaluate.precise and METHODS[config.norm.name].statistics
     if config.evaluate.precise and not precise:
@@ -119,7 +120,7 @@ def warn_of_other_code(result: dict[str, Any]) -> None:
     """One line if other code made a record than would train the run now. Older records do not say."""
     from mbn.records import provenance
 
-    if result["code"] not in (None, provenance.code()):
+    if result["code"] is not None and result["code"] != provenance.code():
         commit, dirty = provenance.commit_and_dirty()
         now = provenance.with_code({"commit": commit, "dirty": dirty, "code": provenance.code()})
         print(

@@ -5,11 +5,11 @@ A new method is its layers, an entry in METHODS, and configs/norm/NAME.yaml.
 
 from dataclasses import dataclass
 from functools import cached_property
-from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import MISSING
 
+from mbn.system.registered import registered
 from mbn.system.setting_fields import ABOVE_0, SHARE, Rule, among, at_least, setting
 
 # Settings. A default here is the value of a setting that is absent, see `mbn.config.schema`.
@@ -64,11 +64,11 @@ class Change:
 
     @cached_property
     def values(self) -> Any:
-        return resolve_name(self.value_path)
+        return registered(self.value_path, "mbn/methods.py")
 
     @cached_property
     def put(self) -> Any:
-        return resolve_name(self.put_path)
+        return registered(self.put_path, "mbn/methods.py")
 
 
 @dataclass(frozen=True)

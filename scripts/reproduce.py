@@ -138,9 +138,6 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     tables, filters = [i for i in items if "=" not in i], [i for i in items if "=" in i]
     if not tables:
         raise UserError(f"no table is named: choose among {', '.join(grid.names(options.grids))}, or all.", code=2)
-    if options.grids == grid.GRIDS:  # another folder is for trials
-        for name in table_names(tables, options.grids):
-            grid.check_data_sets(grid.read(name, options.grids))
     if options.slurm and options.launcher != "slurm":
         raise UserError("--slurm needs --launcher slurm.", code=2)
     if options.budget is not None and options.launcher == "slurm":

@@ -69,8 +69,11 @@ def table_names(tables: Sequence[str], folder: Path) -> list[str]:
 
 
 def _cells(tables: Sequence[str], folder: Path) -> list[grid.Cell]:
-    cells = [cell for name in table_names(tables, folder) for cell in grid.read(name, folder).cells]
-    return [cell for cell in cells if cell.overrides is not None]
+    grids = [grid.read(name, folder) for name in table_names(tables, folder)]
+    if folder == grid.GRIDS:  # another folder is for trials
+        for one in grids:
+            grid.check_data_sets(one)
+    return [cell for one in grids for cell in one.cells if cell.overrides is not None]
 
 
 Candidates = list[tuple[grid.Cell, Config]]

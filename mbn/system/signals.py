@@ -36,6 +36,12 @@ class Answered:
     def _answer(self, number: int, _: FrameType | None) -> None:
         raise NotImplementedError
 
+    def _exit(self, number: int, when: str) -> None:
+        """End the process with the signal's code and a line that says when it came."""
+        name = signal.Signals(number).name
+        os.write(2, f"stopped by {name} {when}: the same command goes on from there.\n".encode())
+        os._exit(self.codes[name])
+
 
 class Exit(Answered):
     """Context manager: inside, these signals end the process at once with their code, because nothing needs saving.
@@ -44,9 +50,7 @@ class Exit(Answered):
     """
 
     def _answer(self, number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        os.write(2, f"stopped by {name} outside training: the same command goes on from there.\n".encode())
-        os._exit(self.codes[name])
+        self._exit(number, "outside training")
 
 
 # Seconds that a measurement may still take after a signal, to reach its end.
@@ -87,11 +91,9 @@ class Stop(StopRequest, Answered):
     """
 
     def _answer(self, number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.nothing_to_save and self.code is None:
-            os.write(
-                2, f"stopped by {name} before the first iteration: the same command goes on from there.\n".encode()
-            )
-        if self.nothing_to_save or self.code is not None:
-            os._exit(self.codes[name])
-        self.code = self.codes[name]
+        code = self.codes[signal.Signals(number).name]
+        if self.code is not None:
+            os._exit(code)
+        if self.nothing_to_save:
+            self._exit(number, "before the first iteration")
+        self.code = code

@@ -21,6 +21,7 @@ def overview_part(tables: dict[str, Table]) -> str:
 
 def evidence_part(tables: dict[str, Table], records: Records) -> str:
     """All tables with a picture of what has run, all claims with runs, all runs."""
+    verdicts = _verdicts(tables)
     picture = "![How many seeds of each cell have run](figures/status.png)"
     return "\n\n".join(
         [
@@ -29,7 +30,7 @@ def evidence_part(tables: dict[str, Table], records: Records) -> str:
             pipes(_tables(tables)),
             "Measured: numbers that have runs, of those that the paper prints (of all, where it prints none).",
             "### Claims with runs",
-            pipes(_verdicts(tables)) if any(place.has_run for place in places(tables)) else "None yet.",
+            pipes(verdicts) if len(verdicts) > 1 else "None yet.",
             "Here: mean over the seeds that all cells of the claim have [95 % interval], in percent. Seeds to decide: "
             f"with so many, a difference of this size would be seen with {POWER:.0%} power, at the variance over these "
             f"seeds pooled with that of {ASSUMED_RUNS} published reruns of ResNet-56 at batch 128 (standard deviation "

@@ -24,6 +24,7 @@ COMPILES_FROM = 900.0
 COMPILES_FROM_ITERATIONS = 30_000
 
 GRAPHS = ("graph", "graph-eager")
+COMPILED = ("compile", "graph")
 
 
 def choose_device(wanted: str, earlier: str | None) -> torch.device:
@@ -92,7 +93,7 @@ def choose_mode(
         if why is not None:
             cuda_graph.warn(why)
             return "eager"
-    if mode in ("compile", "graph"):
+    if mode in COMPILED:
         why = compiler_fault(device)
         if why is not None and wanted == "compile":
             raise UserError(

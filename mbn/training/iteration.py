@@ -17,7 +17,7 @@ from mbn.norm.memories import AllMemories
 from mbn.norm.normprop import project_unit_rows, unit_layers
 from mbn.norm.second_forward import phase
 from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, warn
-from mbn.training.execution import GRAPHS
+from mbn.training.execution import COMPILED, GRAPHS
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -84,7 +84,7 @@ class Update:
         self.batch_size = batch_size
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
         self.second: Callable[..., None] = self._second
-        if mode in ("compile", "graph"):
+        if mode in COMPILED:
             kind = (repr(model), forwards, precision, device, batch_size)
             self.first, self.second = compiled(self._first, kind), compiled(self._second, kind)
         # One for each size of batch.

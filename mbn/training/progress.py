@@ -11,17 +11,13 @@ from tqdm import tqdm
 
 from mbn.records.provenance import described
 from mbn.system.durations import duration
+from mbn.training.execution import COMPILED
 from mbn.training.state import State
 
 # Without a terminal, seconds between two lines.
 LINES_APART = 30.0
 # A rate is measured over at least so many seconds: over one iteration it would jump.
 RATES_APART = 5.0
-# What is said of a mode beside its name.
-SLOW_START = {
-    "compile": " (compiling takes a minute or two before the first iteration)",
-    "graph": " (compiling takes a minute or two before the first iteration)",
-}
 
 
 class Pace:
@@ -118,12 +114,13 @@ def _short(epochs: float) -> str:
 def say_where(state: State, mode: str, expected: float | None) -> None:
     """One line before the first iteration; expected: a guess at the seconds of the whole run, if there is one."""
     left = state.length - state.iteration
+    compiling = " (compiling takes a minute or two before the first iteration)" if mode in COMPILED else ""
     threads = f"{state.threads} thread{'s' * (state.threads != 1)}"
     rest = " left" if state.iteration else ""
     guess = "" if expected is None else f", about {duration(expected * left / state.length)}{rest} (a rough guess)"
     print(
         f"{state.name}: {state.length:,} iteration{'s' * (state.length != 1)} on {state.devices[-1]}, mode {mode}"
-        f"{SLOW_START.get(mode, '')}, {threads}, commit {described(vars(state))}{guess}",
+        f"{compiling}, {threads}, commit {described(vars(state))}{guess}",
         flush=True,
     )
 

@@ -26,7 +26,15 @@ from mbn.system.errors import UserError, lacks_memory
 from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.signals import Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
-from mbn.training.execution import GRAPHS, choose_device, choose_mode, choose_threads, eager_seconds, set_arithmetic
+from mbn.training.execution import (
+    COMPILED,
+    GRAPHS,
+    choose_device,
+    choose_mode,
+    choose_threads,
+    eager_seconds,
+    set_arithmetic,
+)
 from mbn.training.iteration import READ_EVERY, Update, autocast
 from mbn.training.journal import Journal
 from mbn.training.progress import Pace, Progress, say_if_busy, say_where
@@ -126,7 +134,6 @@ class Run:
         torch.manual_seed(config.seed)
         model = build(from_config(config))
         mode = choose_mode(machine.mode, earlier.get("mode"), config, model, device, threads)
-        self.expected = eager_seconds(config, model, device, threads) if device.type == "cpu" else None
         self.state = State(config, model, device, threads)
         self.model = self.state.model
         self.method = METHODS[config.norm.name]
@@ -152,8 +159,10 @@ class Run:
     def train(self, stop: StopRequest, journal: Journal) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
         state, update = self.state, self.update
-        say_where(state, update.mode, self.expected)
-        if state.device.type == "cpu" and self.config.machine.threads is None:
+        on_cpu = state.device.type == "cpu"
+        expected = eager_seconds(self.config, state.model, state.device, state.threads) if on_cpu else None
+        say_where(state, update.mode, expected)
+        if on_cpu and self.config.machine.threads is None:
             say_if_busy(state.threads)
         batches = self.data.train_batches(state.iteration, self.config.batch_size)
         row_every = iterations_between_rows(state.per_epoch)
@@ -166,7 +175,7 @@ class Run:
                 self._end_epoch(stop, journal, progress, Pace(state))
                 self.save(journal)
             rows = Pace(state)
-            stop.nothing_to_save = update.mode in ("compile", "graph")
+            stop.nothing_to_save = update.mode in COMPILED
             while state.iteration < state.length:
                 self.set_schedule(state.iteration)
                 images, labels = next(batches)
