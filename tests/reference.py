@@ -151,11 +151,14 @@ class MBN(_Layer):
 
 
 class BRN(_Layer):
-    """Batch renormalisation (Ioffe 2017, algorithm 1); the first update copies."""
+    """Batch renormalisation (Ioffe 2017, algorithm 1); the first update copies.
 
-    def __init__(self, channels, momentum=0.01, r_max=3.0, d_max=5.0, forwards=1, eps=1e-5) -> None:
+    It is batch normalisation until `warmup_steps` updates.
+    """
+
+    def __init__(self, channels, momentum=0.01, r_max=3.0, d_max=5.0, warmup_steps=0, forwards=1, eps=1e-5) -> None:
         super().__init__(channels, forwards, eps)
-        self.momentum, self.r_max, self.d_max = momentum, r_max, d_max
+        self.momentum, self.r_max, self.d_max, self.warmup_steps = momentum, r_max, d_max, warmup_steps
         self.mu = torch.zeros(channels, dtype=torch.float64)
         self.sigma = torch.ones(channels, dtype=torch.float64)
         self.updates = 0
@@ -163,6 +166,8 @@ class BRN(_Layer):
     def correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """r = clip(sigma_B / sigma, 1 / r_max, r_max), d = clip((mu_B - mu) / sigma, -d_max, d_max)."""
         mu_B, sigma_B = self.batch_statistics(x)
+        if self.updates < self.warmup_steps:
+            return torch.ones_like(mu_B), torch.zeros_like(mu_B)
         r, d = torch.empty_like(mu_B), torch.empty_like(mu_B)
         for c in range(self.channels):
             r[c] = min(max(sigma_B[c] / self.sigma[c], 1 / self.r_max), self.r_max)

@@ -1,26 +1,35 @@
-"""What all layers with batch statistics share: shapes, precision, and which forward pass remembers."""
+"""What all layers with batch statistics share: shapes, precision, state, and which forward pass remembers."""
 
 import functools
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .functional import affine_normalize, statistics_dtype
+from .functional import affine_normalize, batch_moments, joint_moments, statistics_dtype, values_per_channel
+
+# A batch's mean and biased variance (C,), and the number of values they were taken over.
+Note = tuple[Tensor, Tensor, int | Tensor]
 
 
 class BatchStatisticsNorm(nn.Module):
     """Base of BatchNorm, MemorizedBatchNorm and BatchRenorm.
 
     Input and output: (N, C) or (N, C, *spatial), as many dimensions as the subclass's `input_dims` allows. Any memory
-    layout. The output has the input's dtype; statistics have at least float32, whatever the module's dtype.
+    layout. The output has the input's dtype; statistics have at least float32, whatever the module's dtype. An empty
+    batch gives an empty output and is not remembered.
 
     The layer's `phase` decides what a training forward does with its batch's statistics:
     `"first"` remembers them only if forwards is 1, `"second"` only if it is 2, `"held"` never.
-    `second_forward` and `held` set the phase. Evaluation uses `test_statistics()` and changes nothing.
+    `second_forward` and `held` set the phase; a copy of the layer starts in `"first"`. Evaluation uses
+    `test_statistics()` and changes nothing.
 
-    Errors: ValueError for an input of the wrong number of dimensions or without any value.
+    Errors: ValueError for an input of the wrong shape, and for an eps that is not above 0; RuntimeError where the
+    statistics have been cast to half precision.
     """
 
     input_dims: tuple[int, ...] = ()
@@ -28,34 +37,77 @@ class BatchStatisticsNorm(nn.Module):
     statistics: tuple[str, ...] = ("running_mean",)
     # The settings that `convert` passes on, in the order of the signature.
     settings: tuple[str, ...] = ()
+    # The buffer that holds the settings which a schedule changes, if there are any: so that a compiled or captured
+    # iteration uses new values. `known` holds the same as Python numbers, which are not rounded.
+    scheduled: str = ""
+    known: tuple[float, ...] = ()
 
     # `versions()` at the first training forward since the last `second_forward`, and at that call; empty if unknown.
     forward_versions: tuple[tuple[int, int], ...] = ()
     second_versions: tuple[tuple[int, int], ...] = ()
+    # Batches that wait for the end of the second forward. More than one if the layer was called more than once.
+    noted: tuple[Note, ...] = ()
+    # True while an `AllMemories` enters the batches of this layer and others at once.
+    deferred = False
+    # True between `freeze` and `unfreeze`: the layer stays in eval mode.
+    frozen = False
+    # Whether there was a training forward since the last second forward, and whether it looks forgotten.
+    _waiting = False
+    _forgotten = False
+    # Of a converted layer: the old one without its tensors, for the way back.
+    origin: nn.Module | None = None
+    # The modules inside that are applied to the normalised x, in this order: a BatchNorm's own activation or dropout.
+    followed_by: tuple[str, ...] = ()
 
     running_mean: Tensor
 
-    def __init__(self, num_features: int, eps: float, affine: bool, forwards: int) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        affine: bool,
+        bias: bool,
+        forwards: int,
+        sync: bool | None,
+        process_group: Any,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
         super().__init__()
         if forwards not in (1, 2):
             raise ValueError(f"forwards must be 1 or 2, not {forwards!r}")
+        if not eps > 0:
+            raise ValueError(f"eps must be above 0, not {eps!r}")
         self.num_features = num_features
         self.eps = eps
         self.affine = affine
         self.forwards = forwards
         self.phase = "first"
-        self._forgotten = False
-        # True while an `AllMemories` enters the batches of this layer and others at once.
-        self.deferred = False
-        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
-        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.sync = process_group is not None if sync is None and process_group is not None else sync
+        self._process_group = _Shared(process_group)
+        like = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(num_features, **like)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features, **like)) if affine and bias else None
+        # Of all that the layer remembers.
+        self._like: dict[str, Any] = {"device": device, "dtype": statistics_dtype(dtype or torch.get_default_dtype())}
+        self.register_buffer("running_mean", torch.zeros(num_features, **self._like))
 
     # What a subclass defines.
 
-    def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
-        """Normalise x as in training. If remember is true, the layer also remembers the statistics of x."""
+    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
+        """Normalise x as in training. If remember is true, the layer also remembers the statistics of x.
+
+        group: the processes whose x are normalised as one batch; None for this process alone.
+        """
         raise NotImplementedError
+
+    def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
+        """Take one batch's mean and biased variance (C,) over n values into what the layer remembers."""
+        raise NotImplementedError
+
+    def check_single_value(self, x: Tensor) -> None:
+        """Raise ValueError if x, with one value a channel, cannot be normalised with a gradient that is not zero."""
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         """The mean and variance (C,) by which evaluation would normalise now."""
@@ -69,26 +121,108 @@ class BatchStatisticsNorm(nn.Module):
         """The mean and sqrt(variance + eps) (C,) that would normalise x in training now. Changes nothing."""
         raise NotImplementedError
 
+    def reset_running_stats(self) -> None:
+        """Forget everything that training has remembered."""
+        raise NotImplementedError
+
     # What they share.
 
+    def reset_parameters(self) -> None:
+        """Back to the start, as nn.BatchNorm does: gamma 1, beta 0, nothing remembered. Settings stay."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):  # torch.fx: a layer is one node of the graph, as torch's own are
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if x.dim() not in self.input_dims:
             wanted = " or ".join(f"{d}D" for d in self.input_dims)
             raise ValueError(f"{type(self).__name__} expects a {wanted} input, not {x.dim()}D")
         if x.shape[1] != self.num_features:
             raise ValueError(f"{type(self).__name__} expects {self.num_features} channels, not {x.shape[1]}")
-        if not self.training:
-            mu, s2 = self.test_statistics()
-            return affine_normalize(x, mu, s2, *self._affine(x), self.eps)
-        if x.numel() == 0:
-            raise ValueError(f"{type(self).__name__} cannot take statistics of an empty batch")
+        if self.running_mean.dtype.itemsize < 4:
+            raise RuntimeError(
+                f"{type(self).__name__} needs its statistics in float32 and not {self.running_mean.dtype}: "
+                "leave buffers out of the cast (with FSDP's MixedPrecision, buffer_dtype=torch.float32)"
+            )
+        y = self._train(x) if self.training else self._evaluate(x)
+        for name in self.followed_by:
+            y = self._modules[name](y)  # type: ignore[misc]
+        return y
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        mu, s2 = self.test_statistics()
+        return affine_normalize(x, mu, s2, *self._affine(x), self.eps)
+
+    def _train(self, x: Tensor) -> Tensor:
         remember = self.phase == ("first", "second")[self.forwards - 1]
-        if self.phase != "held" and self.forwards == 2:
-            self._forgotten = not remember
-            # is_compiling comes first: code that was compiled with a version would be compiled again for the next one.
-            if not (torch.compiler.is_compiling() or remember or self.forward_versions) and torch.is_grad_enabled():
-                self.forward_versions = self.versions()
-        return self.normalize_training(x, remember)
+        if self.phase == "first" and self.forwards == 2:
+            self._note_first_forward()
+        group = self.joint_group()
+        if group is None:
+            n = values_per_channel(x)
+            if n == 0:  # as in torch: nothing to normalise, and gradients of zero
+                return F.batch_norm(x, None, None, *self._affine(x), True, 0.0, self.eps)
+            if n == 1:
+                self.check_single_value(x)
+        return self.normalize_training(x, remember, group)
+
+    def take(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
+        """Remember a batch: now, or at the end of the second forward with what other calls of the layer have noted."""
+        if self.waits:
+            self.noted = (*self.noted, (mu, s2, n))
+        else:
+            self.enter(mu, s2, n)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a batch that this forward remembers is only noted now: what is remembered stays until later."""
+        return self.phase == "second" or self.deferred
+
+    def joint_moments(self, x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """mu, s2 (C,) and n (1,) of the joint batch of all processes in group, without gradients."""
+        mu, s2, n = joint_moments(x, group)
+        if values_per_channel(x) <= 1 and not torch.compiler.is_compiling() and n.item() == 1:
+            self.check_single_value(x)
+        return mu, s2, n
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        """mu, s2 and n by which a training forward would normalise x: of this process's batch, or of the joint one."""
+        group = self.joint_group()
+        return self.joint_moments(x, group) if group else (*batch_moments(x), values_per_channel(x))
+
+    def _note_first_forward(self) -> None:
+        """Keep what `eval()` and `second_forward` need to know to warn of a second forward that is missing."""
+        if torch.compiler.is_compiling():
+            self._forgotten = True  # without reading anything: code would be compiled again for another value
+            return
+        self._forgotten = self._forgotten or self._waiting
+        self._waiting = True
+        if not self.forward_versions and torch.is_grad_enabled():
+            self.forward_versions = self.versions()
+
+    def second_forward_was_run(self) -> None:
+        """Called after each second forward, whether it used the layer or not."""
+        self._waiting = self._forgotten = False
+
+    def joint_group(self) -> Any:
+        """The processes over which training takes this layer's statistics; None for this one alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        if self.sync:
+            group = self.process_group or dist.group.WORLD
+            return group if dist.get_world_size(group) > 1 else None
+        if self.sync is None and not torch.compiler.is_compiling() and dist.get_world_size() > 1:
+            _warn_of_processes()
+        return None
+
+    @property
+    def process_group(self) -> Any:
+        """The processes of sync=True; None for all."""
+        return self._process_group.value
 
     def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta in the statistics' precision, as torch's kernels need them for an x in half precision."""
@@ -109,13 +243,42 @@ class BatchStatisticsNorm(nn.Module):
         )
 
     def train(self, mode: bool = True):
-        if not mode and self._forgotten:
-            self._forgotten = False
-            _warn_forgotten()
+        mode = mode and not self.frozen
+        if not mode and self._waiting | self._forgotten:
+            stepped = bool(self.forward_versions) and self.versions() != self.forward_versions
+            if self._forgotten or stepped:
+                _warn_forgotten()
+            self._waiting = self._forgotten = False
         return super().train(mode)
+
+    # Settings that a schedule changes.
+
+    def scheduled_values(self) -> tuple[float, ...]:
+        """The numbers in the buffer `scheduled`: as they were set where it still holds them, else as it holds them."""
+        tensor: Tensor = getattr(self, self.scheduled)
+        try:
+            values = tensor.flatten().tolist()
+        except (RuntimeError, NotImplementedError):  # on the meta device, or under a transform: there are none to read
+            return self.known
+        rounded = torch.tensor(self.known, dtype=tensor.dtype).tolist()
+        return tuple(
+            known if value == as_held else _shortest(value, tensor.dtype)
+            for known, as_held, value in zip(self.known, rounded, values, strict=True)
+        )
+
+    @torch.no_grad()
+    def set_scheduled_values(self, *values: float) -> None:
+        """Put new numbers into the buffer `scheduled`, in place."""
+        self.known = values
+        tensor: Tensor = getattr(self, self.scheduled)
+        for element, value in zip(tensor.view(-1), values, strict=True):
+            element.fill_(value)
+
+    # State.
 
     def _apply(self, fn, recurse: bool = True):
         kept = {name: getattr(self, name) for name in self.statistics}
+        values = self.scheduled_values() if self.scheduled else ()
         self.deferred = False  # its buffers are its own again
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -124,15 +287,58 @@ class BatchStatisticsNorm(nn.Module):
             if after.dtype != wide:
                 # Cast the tensor from before: on the way through half precision it would lose bits.
                 setattr(self, name, before.to(device=after.device, dtype=wide))
+        if values:  # in float64 they would keep float32's rounding, and after to_empty there is nothing
+            self.set_scheduled_values(*values)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Load a state in at least float32, with the layer's own schedule's values where it has none."""
+        for name in self.statistics:
+            value = state_dict.get(prefix + name)
+            if value is not None and value.dtype.itemsize < 4:
+                state_dict[prefix + name] = value.float()
+        like = state_dict.get(prefix + "running_mean")
+        if self.scheduled and like is not None and prefix + self.scheduled not in state_dict:
+            own: Tensor = getattr(self, self.scheduled)
+            values = torch.tensor(self.scheduled_values(), dtype=own.dtype, device=like.device)
+            state_dict[prefix + self.scheduled] = values.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.deferred = False  # a copy enters its batches on its own
+        # A copy enters its batches on its own, and not in a second forward that someone else has begun.
+        self.deferred = False
+        self.phase, self.noted, self.forward_versions, self.second_versions = "first", (), (), ()
+        self._waiting = self._forgotten = False
 
     def extra_repr(self) -> str:
-        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
-        return f"{self.num_features}, eps={self.eps}, affine={self.affine}, {shown}"
+        shown = [f"{name}={getattr(self, name)!r}" for name in self.settings]
+        if self.sync:
+            shown.append("sync=True")
+        return f"{self.num_features}, eps={self.eps}, affine={self.affine}, {', '.join(shown)}"
+
+
+class _Shared:
+    """Holds a process group, which a deep copy of the layer shares because it cannot be copied."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict) -> "_Shared":
+        return self
+
+
+def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
+    """Whether a BatchNorm's running statistics come from data."""
+    if mean.is_meta or not bool((mean.isfinite() & var.isfinite()).all()):
+        return False
+    return bool(tracked > 0) if tracked is not None else bool(((mean != 0) | (var != 1)).any())
+
+
+def _shortest(value: float, dtype: torch.dtype) -> float:
+    """The decimal number of fewest digits that is this value in dtype: 0.9 and not 0.8999999761581421."""
+    decimals = (float(f"{value:.{digits}g}") for digits in range(6, 18))
+    return next((d for d in decimals if torch.tensor(d, dtype=dtype).item() == value), value)
 
 
 @functools.cache
@@ -142,6 +348,18 @@ def _warn_forgotten() -> None:
         "eval() follows training forwards that remembered nothing (forwards=2), so evaluation uses statistics from "
         "before them: call second_forward(model, inputs) after each optimizer.step()",
         stacklevel=4,
+    )
+
+
+@functools.cache
+def _warn_of_processes() -> None:
+    """Warn only once in a process, as above."""
+    warnings.warn(
+        "there are several processes, and each of these layers takes its statistics over its own process's batch: "
+        "convert(model, sync=True) takes them over all processes; to keep one memory a process (sync=False says so) "
+        "DistributedDataParallel must not broadcast buffers: forward_sync_buffers=False, or broadcast_buffers=False "
+        "before torch 2.14",
+        stacklevel=6,
     )
 
 

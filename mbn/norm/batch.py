@@ -1,11 +1,13 @@
 """Batch normalisation whose moving averages can wait for the second forward: BatchNorm1d, 2d and 3d."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .base import BatchStatisticsNorm
-from .functional import batch_moments
+from .functional import joint_batch_norm
 
 
 class _BatchNorm(BatchStatisticsNorm):
@@ -20,10 +22,14 @@ class _BatchNorm(BatchStatisticsNorm):
 
     Arguments:
         num_features: C, the number of channels.
-        eps: added to the variance.
-        momentum: the share of the newest batch in the moving averages, in (0, 1].
-        affine: whether there are gamma (`weight`) and beta (`bias`).
+        eps: added to the variance, above 0.
+        momentum: the share of the newest batch in the moving averages, in (0, 1]; None for the mean of all batches.
         forwards: 1 or 2.
+        affine, bias: whether there are gamma (`weight`) and beta (`bias`).
+        sync, process_group: True takes mu_B and s2_B over all processes in the group (default: of all).
+        device, dtype: of the parameters; statistics have at least float32.
+
+    State: that of torch's layer, whose state dicts load, also those without `num_batches_tracked`.
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
@@ -42,25 +48,55 @@ class _BatchNorm(BatchStatisticsNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
+        *,
+        momentum: float | None = 0.1,
         forwards: int = 1,
+        affine: bool = True,
+        bias: bool = True,
+        sync: bool | None = None,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, forwards)
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1], not {momentum!r}")
+        super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
+        if momentum is not None and not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1] or None, not {momentum!r}")
         self.momentum = momentum
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.register_buffer("running_var", torch.ones(num_features, **self._like))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
 
-    def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
+    def _train(self, x: Tensor) -> Tensor:
+        if x.numel() == 0 and self.joint_group() is None:  # torch counts it too
+            return self.normalize_training(x, self.phase == ("first", "second")[self.forwards - 1], None)
+        return super()._train(x)
+
+    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
         weight, bias = self._affine(x)
+        if group is not None:
+            mu, s2, n = self.joint_moments(x, group)
+            if remember:
+                self._move_averages(mu, s2 * (n / (n - 1)))
+                self._count()
+            return joint_batch_norm(x, mu, s2, 1 / n, weight, bias, self.eps, group)
         # Without buffers there is nothing to update. Momentum 0 would not be enough: 0 * NaN is NaN.
         mean, var = (self.running_mean, self.running_var) if remember else (None, None)
-        y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
-        if remember and not self.deferred:
-            self.num_batches_tracked.add_(1)
+        momentum = self._share_of_newest() if remember else 0.0
+        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
+        if remember:
+            self._count()
         return y
+
+    def _share_of_newest(self) -> float:
+        return self.momentum if self.momentum is not None else 1 / (float(self.num_batches_tracked) + 1)
+
+    @torch.no_grad()
+    def _move_averages(self, mean: Tensor, variance: Tensor) -> None:
+        for average, value in ((self.running_mean, mean), (self.running_var, variance)):
+            average.lerp_(value.to(average.dtype), self._share_of_newest())
+
+    def _count(self) -> None:
+        if not self.deferred:
+            self.num_batches_tracked.add_(1)
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         return self.running_mean, self.running_var
@@ -72,8 +108,22 @@ class _BatchNorm(BatchStatisticsNorm):
 
     @torch.no_grad()
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, s2 = batch_moments(x)
+        mu, s2, _ = self.moments(x)
         return mu, (s2 + self.eps).sqrt()
+
+    def reset_running_stats(self) -> None:
+        """Put the averages back to mean 0 and variance 1."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Also load a state without a counter, as older BatchNorms have: the own one stays."""
+        mean, key = state_dict.get(prefix + "running_mean"), prefix + "num_batches_tracked"
+        if mean is not None and key not in state_dict:
+            own = self.num_batches_tracked
+            state_dict[key] = torch.tensor(0, device=mean.device) if own.is_meta else own.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class BatchNorm1d(_BatchNorm):

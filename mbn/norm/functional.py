@@ -6,12 +6,19 @@ Every x is (N, C) or (N, C, *spatial); every statistic is (C,), in at least floa
 
 Each normalisation stands here twice: as a formula that autograd differentiates and `torch.compile` fuses, and as an
 `autograd.Function` around torch's own batch-norm kernels, which is faster without a compiler. Tests compare both
-with the same float64 reference.
+with the same float64 reference. Second derivatives (create_graph=True), `torch.func` and forward-mode AD always
+differentiate the formula.
+
+The functions named joint take a group of processes, whose batches are normalised as one.
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +33,17 @@ def per_channel(statistic: Tensor, x: Tensor) -> Tensor:
 
 def has_native_kernels(x: Tensor) -> bool:
     """Whether to call torch's batch-norm kernels for x. When the code is compiled, the formula is better."""
-    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda") and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD is at work, which know nothing of our Functions."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, in which no value of x can be read."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
@@ -44,6 +61,11 @@ def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean mu_B and biased variance s2_B of x, in at least float32. Differentiable if x needs gradients."""
     x = x.to(statistics_dtype(x.dtype))
+    if torch.compiler.is_compiling():
+        return _Moments.apply(x)
+    if is_transformed():
+        s2, mu = torch.var_mean(x, _all_but_channels(x), correction=0)
+        return mu, s2
     if has_native_kernels(x) and not (torch.is_grad_enabled() and x.requires_grad):
         return torch.batch_norm_update_stats(x, None, None, 0.0)
     return _Moments.apply(x)
@@ -57,7 +79,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        s2, mu = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        s2, mu = torch.var_mean(x, _all_but_channels(x), correction=0)
         ctx.save_for_backward(x, mu)
         return mu, s2
 
@@ -66,6 +88,10 @@ class _Moments(torch.autograd.Function):
         x, mu = ctx.saved_tensors
         n = values_per_channel(x)
         return per_channel(dmu / n, x) + (x - per_channel(mu, x)) * per_channel(ds2 * (2 / n), x)
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
 
 
 def values_per_channel(x: Tensor) -> int:
@@ -79,27 +105,106 @@ def pool(mu: Tensor, s2: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
         w = sum weight_i;  m = sum weight_i mu_i / w;  v = sum weight_i ((mu_i - m)**2 + s2_i) / w
 
     mu, s2: (k, C), the batches' means and biased variances; weight: (k,), alpha_i n_i, zero for an entry that is not
-    there. Returns m (C,), v (C,) and w (). At least one weight must be positive.
+    there; or (k, C) where channels have their own. Returns m (C,), v (C,) and w, () or (C,). At least one weight must
+    be positive.
     """
-    w = weight.sum()
-    share = (weight / w)[:, None]
+    w = weight.sum(0)
+    share = weight / w
+    if share.dim() == 1:
+        share = share[:, None]
     m = (share * mu).sum(0)
     v = (share * ((mu - m).square() + s2)).sum(0)
     return m, v, w
 
 
-def memorized_moments(mu: Tensor, s2: Tensor, n: int, m: Tensor, v: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def entered(
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    pooled: tuple[Tensor, Tensor, Tensor],
+    new: tuple[Tensor, Tensor, Tensor],
+    powers: Tensor,
+    owner: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The memories of L layers, with C channels together, after each has taken in a batch as the entry of age 0.
+
+    mean, var: (k, C), and count: (k, L), the entries, the newest first; pooled: their m, v (C,) and w (L,); new: the
+    batch's mean and biased variance (C,) and its n (L,); powers: (k, 1), eta**a; owner: (C,), the layer of each
+    channel, None for one layer. Returns the new mean, var, count, m, v and w.
+
+    A layer whose batch is not finite keeps what it had, without the host being asked. A count below 0 is of statistics
+    that a BatchNorm brought along: as many batches of the new one's n.
+    """
+    new_mean, new_var, n = new
+    of_layers, of_channels = _finite(new_mean, new_var, n, owner)
+    known = torch.where(count < 0, -count * n, count)
+    next_mean = torch.where(of_channels, torch.cat([new_mean[None], mean[:-1]]), mean)
+    next_var = torch.where(of_channels, torch.cat([new_var[None], var[:-1]]), var)
+    next_count = torch.where(of_layers, torch.cat([n[None], known[:-1]]), count)
+    weight = powers * next_count
+    w = weight.sum(0)
+    share = weight / w
+    if owner is not None:
+        share = share[:, owner]
+    m = (share * next_mean).sum(0)
+    v = (share * ((next_mean - m).square() + next_var)).sum(0)
+    moved = (torch.where(of_channels, m, pooled[0]), torch.where(of_channels, v, pooled[1]))
+    return next_mean, next_var, next_count, *moved, torch.where(of_layers, w, pooled[2])
+
+
+def moved_averages(
+    mean: Tensor,
+    std: Tensor,
+    tracked: Tensor,
+    new: tuple[Tensor, Tensor],
+    momentum: float,
+    owner: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The moving averages of L layers, with C channels together, after each has taken in a batch.
+
+        mean += momentum (new mean - mean);  std += momentum (new std - std);  the very first batch is copied
+
+    mean, std: (C,); tracked: (L,), how many batches they have seen, or () without owner; owner as in `entered`.
+    Returns the new mean, std and tracked. A layer whose batch is not finite keeps what it had.
+    """
+    of_layers, of_channels = _finite(*new, mean.new_zeros(tracked.shape), owner)
+    first = tracked == 0
+    if owner is not None:
+        first = first[owner]
+    moved = [
+        torch.where(of_channels, torch.where(first, value, average + momentum * (value - average)), average)
+        for average, value in zip((mean, std), new, strict=True)
+    ]
+    return *moved, tracked + of_layers
+
+
+def _finite(mu: Tensor, s2: Tensor, like: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which layers have finite statistics in all channels: for each layer (the shape of like), and for each channel."""
+    total = mu + s2
+    finite = total - total == 0
+    if owner is None:
+        finite = finite.all()
+        return finite, finite
+    of_layers = torch.ones_like(like).scatter_reduce(0, owner, finite.to(like.dtype), "amin") > 0
+    return of_layers, of_layers[owner]
+
+
+def memorized_moments(
+    mu: Tensor, s2: Tensor, n: int | Tensor, m: Tensor, v: Tensor, W: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The moments that normalise a batch together with its memory (eq. 6), and the batch's share of them.
 
         rho  = n / (n + W)
         mu^  = mu + (1 - rho) (m - mu)
         s2^  = rho s2 + (1 - rho) v + rho (1 - rho) (mu - m)**2
 
-    mu, s2, n: the current batch's moments and number of values; m, v: the pooled memory; W = lambda w its weight, ().
-    W = 0 gives the batch's own moments exactly. Returns mu^ (C,), s2^ (C,), rho ().
+    mu, s2, n: the current batch's moments and number of values; m, v: the pooled memory; W = lambda w its weight, (1,).
+    W = 0 gives the batch's own moments exactly, whatever m and v are. Returns mu^ (C,), s2^ (C,), rho (1,).
     """
     rho = n / (n + W)
     rest = W / (n + W)
+    # 0 * NaN would be NaN.
+    m, v = torch.where(rest > 0, m, mu), torch.where(rest > 0, v, s2)
     mu_hat = mu + rest * (m - mu)
     s2_hat = rho * s2 + rest * v + rho * rest * (mu - m).square()
     return mu_hat, s2_hat, rho
@@ -111,6 +216,12 @@ def affine_normalize(
     """y = gamma (x - mu) / sqrt(s2 + eps) + beta (eq. 7) with given statistics, in x's dtype."""
     if has_native_kernels(x):
         return F.batch_norm(x, mu, s2, weight, bias, False, 0.0, eps)
+    return _affine_formula(x, mu, s2, weight, bias, eps)
+
+
+def _affine_formula(
+    x: Tensor, mu: Tensor, s2: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     scale = (s2 + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
@@ -154,9 +265,12 @@ class _PaperGradient(torch.autograd.Function):
         return affine_normalize(x, mu_hat, s2_hat, weight, bias, eps), mu, s2
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _dmu, _ds2):
         x, weight, mu_hat, s2_hat, rho = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            y = _affine_formula(x, *_about_the_memory(x, mu_hat, s2_hat, rho), weight, None, ctx.eps)
+            dx, dweight, dbias = _differentiable_gradients(y, dy, x, weight)
+            return dx, None, None, None, *_wanted(ctx, 4, dweight, dbias), None
         invstd = (s2_hat + ctx.eps).rsqrt()
         # Batch norm's backward has both correction terms whole. rho times it, plus 1 - rho times the term without
         # corrections, is the paper's gradient with its misprints corrected.
@@ -164,6 +278,19 @@ class _PaperGradient(torch.autograd.Function):
         scale = invstd if weight is None else weight * invstd
         dx = dx.mul_(rho.to(dx.dtype)).addcmul_(dy, per_channel((scale * (1 - rho)).to(dx.dtype), dx))
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dbias), None
+
+
+def _about_the_memory(x: Tensor, mu_hat: Tensor, s2_hat: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    """mu^ and s2^ as functions of x that can be differentiated, from their values: the memory may have moved on.
+
+    With delta = m - mu: mu^ = rho mu + constant, s2^ = rho s2 + rho (1 - rho) delta**2 + constant.
+    """
+    mu, s2 = batch_moments(x)
+    moved_mu, moved_s2 = mu - mu.detach(), s2 - s2.detach()  # 0, with the gradients of mu and s2
+    rest = 1 - rho
+    delta = torch.where(rest > 0, (mu_hat - mu.detach()) / rest, 0)
+    square = (delta - moved_mu).square() - delta.square()
+    return mu_hat + rho * moved_mu, s2_hat + rho * moved_s2 + rho * rest * square
 
 
 def renormalized_batch_norm(
@@ -199,9 +326,12 @@ class _RenormalizedBatchNorm(torch.autograd.Function):
         return affine_normalize(x, mu, s2, scale, shift, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, mu, s2, r, d, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            y = _affine_formula(x, *batch_moments(x), *_renormalized_affine(r, d, weight, None), ctx.eps)
+            dx, dweight, dbias = _differentiable_gradients(y, dy, x, weight)
+            return dx, None, None, None, None, *_wanted(ctx, 5, dweight, dbias), None
         scale = r if weight is None else weight * r
         dx, dscale, dshift = _batch_norm_backward(dy, x, scale, mu, (s2 + ctx.eps).rsqrt())
         return dx, None, None, None, None, *_wanted(ctx, 5, dscale * r + dshift * d, dshift), None
@@ -214,10 +344,92 @@ def _renormalized_affine(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tens
     return scale, shift if bias is None else shift + bias
 
 
-def _wanted(ctx, first: int, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+def joint_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """mu, s2 (C,) and n (1,) of all processes' x together, without gradients. A process's x may be empty.
+
+    Moments are gathered and pooled; sums of squares would lose digits. One message of 2 C + 1 numbers.
+    """
+    with torch.no_grad():
+        n = values_per_channel(x)
+        if n > 0:
+            mu, s2 = batch_moments(x)
+        else:
+            mu = s2 = torch.zeros(x.shape[1], device=x.device, dtype=statistics_dtype(x.dtype))
+        own = torch.cat([mu, s2, mu.new_full((1,), n)])
+        every = own.new_empty(dist.get_world_size(group), len(own))
+        dist.all_gather_into_tensor(every, own, group=group)
+        mus, s2s, ns = every.split([len(mu), len(mu), 1], 1)
+        mu, s2, n_joint = pool(mus, s2s, ns[:, 0])
+        return mu, s2, n_joint.reshape(1)
+
+
+def joint_batch_norm(
+    x: Tensor,
+    mu: Tensor,
+    s2: Tensor,
+    share: float | Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Any,
+    r: Tensor | None = None,
+    d: Tensor | None = None,
+) -> Tensor:
+    """y = gamma ((x - mu) / sqrt(s2 + eps) * r + d) + beta with statistics of all processes in group; r = 1, d = 0.
+
+    Backward, where sums run over the joint batch: gradients flow through its moments to every process's x, with the
+    given share of batch norm's corrections, (1,): 1 / n for its whole gradient, rho / n for the paper's.
+        dx = gamma r / sqrt(s2 + eps) * (dy - share sum(dy) - share xhat sum(dy xhat))
+    Gradients of weight and bias are those of this process, as for every other parameter. One message of 2 C numbers.
+    """
+    return _JointBatchNorm.apply(x, mu, s2, share, weight, bias, eps, group, r, d)
+
+
+class _JointBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mu, s2, share, weight, bias, eps, group, r, d):
+        ctx.save_for_backward(x, mu, s2, share, weight, r, d)
+        ctx.eps, ctx.group = eps, group
+        scale, shift = (weight, bias) if r is None else _renormalized_affine(r, d, weight, bias)
+        if x.numel() == 0:
+            return x.clone()
+        return affine_normalize(x, mu, s2, scale, shift, eps)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            raise RuntimeError("sync=True has no second derivatives: call backward without create_graph")
+        x, mu, s2, share, weight, r, d = ctx.saved_tensors
+        invstd = (s2 + ctx.eps).rsqrt()
+        wide_dy, xhat = dy.to(mu.dtype), (x.to(mu.dtype) - per_channel(mu, x)) * per_channel(invstd, x)
+        dims = _all_but_channels(x)
+        sums = torch.stack([(wide_dy * xhat).sum(dims), wide_dy.sum(dims)])
+        dscale, dshift = sums.clone()
+        dist.all_reduce(sums, group=ctx.group)
+        scale = invstd if weight is None else weight * invstd
+        scale = scale if r is None else scale * r
+        a, b = (per_channel(share * each, x) for each in sums)
+        dx = ((wide_dy - b - xhat * a) * per_channel(scale, x)).to(dy.dtype)
+        dweight = dscale if r is None else dscale * r + dshift * d
+        return dx, None, None, None, *_wanted(ctx, 4, dweight, dshift), None, None, None, None
+
+
+def _wanted(ctx, first: int, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs from position first on; None for one that needs none, such as an absent weight."""
     wanted = ctx.needs_input_grad[first:]
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=False))
+
+
+def _differentiable_gradients(
+    y: Tensor, dy: Tensor, x: Tensor, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """dx, dweight and dbias of the formula's y (without a bias), for second derivatives: with their own graph."""
+    wanted = [t for t in (x, weight) if t is not None and t.requires_grad]
+    got = (
+        dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, dy, create_graph=True), strict=True)) if wanted else {}
+    )
+    dbias = dy.to(statistics_dtype(dy.dtype)).sum(_all_but_channels(dy))
+    return got.get(id(x)), got.get(id(weight)), dbias
 
 
 def _batch_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, invstd: Tensor):

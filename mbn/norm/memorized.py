@@ -1,18 +1,24 @@
 """Memorized batch normalisation: MemorizedBatchNorm1d, 2d and 3d."""
 
+import contextlib
+import operator
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import BatchStatisticsNorm, norm_layers
+from .base import BatchStatisticsNorm, is_trained, norm_layers
 from .functional import (
     batch_moments,
+    entered,
+    is_capturing,
+    joint_batch_norm,
     memorized_batch_norm,
     memorized_moments,
-    pool,
     renormalized_batch_norm,
     snapshot,
+    statistics_dtype,
     values_per_channel,
 )
 
@@ -30,30 +36,39 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         y   = gamma * (x - mu^) / sqrt(s2^ + eps) + beta                       (eq. 7)
 
     Evaluation uses the pool of the memory alone, with weights eta**a_i. While the memory is empty it uses
-    `running_mean` and `running_var` as they were initialised (0 and 1) or loaded from a BatchNorm's state dict.
+    `running_mean` and `running_var` as they were initialised (0 and 1) or loaded from a BatchNorm's state dict. Those
+    of a trained BatchNorm enter the memory with the first batch that is remembered, see pretrained_batches.
 
-    With forwards=2 (the paper's double forward) only `second_forward(model, inputs)` remembers a batch; with
-    forwards=1 every training forward remembers its own.
+    With forwards=2 (the paper's double forward) only `second_forward(model, inputs)` remembers a batch, one entry a
+    call, also where the network calls the layer more than once; with forwards=1 every training forward remembers its
+    own. A batch whose mean or variance is not finite is not remembered.
 
     Arguments:
         num_features: C, the number of channels.
+        eps: added to the variance, above 0.
         memory: k, how many batches are remembered.
         decay: eta in (0, 1]. Every newer batch multiplies a remembered batch's weight by eta.
-        eps: added to the variance.
-        affine: whether there are gamma (`weight`) and beta (`bias`).
-        lam: lambda in [0, 1], the memory's weight; `set_lambda` changes it during training. Not in the state dict.
-        forwards: 1 or 2.
+        lam: lambda in [0, 1], the memory's weight; `set_lambda` changes it during training.
         gradient: "paper" differentiates through mu^ and s2^ with the memory constant. This keeps only the batch's share
             rho = n_B / (n_B + W) of batch norm's two correction terms. "batch" (ours, not the paper's) gives the same y
             and keeps both terms whole: the memory's correction is a constant, like batch renormalisation's r and d.
+        forwards: 1 or 2.
+        pretrained_batches: the statistics of a trained BatchNorm count as so many batches of the n of the first batch
+            that is remembered; 0 leaves them out of the memory.
+        affine, bias: whether there are gamma (`weight`) and beta (`bias`).
+        sync, process_group: True takes n, mu and s2 over the batches of all processes in the group (default: of all).
+        device, dtype: of the parameters; statistics have at least float32.
 
     State (in the state dict): `memory_mean`, `memory_var` (k, C) and `memory_count` (k,), where row a holds the batch
-    of age a, and a count of 0 marks an empty row; their pool `running_mean`, `running_var` (C,), which evaluation uses;
-    the pool's weight `memory_weight` (1,) = sum eta**a n (state dicts with shape () load too).
+    of age a, a count of 0 marks an empty row, and one of -B statistics that count as B batches; their pool
+    `running_mean`, `running_var` (C,), which evaluation uses; the pool's weight `memory_weight` (1,) = sum eta**a n
+    (state dicts with shape () load too); lambda, `lam_tensor` () (state dicts without it leave lambda as it is).
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
-    Errors: ValueError for an impossible setting, or an input of the wrong shape.
+    Errors: ValueError for an impossible setting, an input of the wrong shape, or in training one value a channel where
+    its gradient would be 0: with gradient="batch", lambda 0 or an empty memory (compiled or captured code refuses it
+    always).
 
     Source: Guo et al., "Double Forward Propagation for Memorized Batch Normalization", AAAI 2018.
     """
@@ -67,7 +82,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         "memory_weight",
         "lam_tensor",
     )
-    settings = ("memory", "decay", "lam", "forwards", "gradient")
+    settings = ("memory", "decay", "lam", "gradient", "forwards", "pretrained_batches")
+    scheduled = "lam_tensor"
 
     running_var: Tensor
     memory_mean: Tensor
@@ -75,98 +91,130 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     memory_count: Tensor
     memory_weight: Tensor
     lam_tensor: Tensor
-    # What a forward leaves for `AllMemories`: the batch's mean, biased variance and number of values (0: no batch).
-    noted_mean: Tensor
-    noted_var: Tensor
-    noted_count: int
+    # Whether the memory may hold statistics of a BatchNorm, whose n is not known yet.
+    brought = False
 
     def __init__(
         self,
         num_features: int,
+        eps: float = 1e-5,
+        *,
         memory: int = 20,
         decay: float = 0.9,
-        eps: float = 1e-5,
-        affine: bool = True,
         lam: float = 0.1,
-        forwards: int = 2,
         gradient: str = "paper",
+        forwards: int = 2,
+        pretrained_batches: float = 10,
+        affine: bool = True,
+        bias: bool = True,
+        sync: bool | None = None,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, forwards)
-        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
+        try:
+            self.memory = operator.index(memory)
+        except TypeError:
+            self.memory = 0
+        if isinstance(memory, bool) or self.memory < 1:
             raise ValueError(f"memory must be a whole number of at least 1, not {memory!r}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], not {decay!r}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be 'paper' or 'batch', not {gradient!r}")
-        self.memory = memory
+        if not 0 <= pretrained_batches < float("inf"):
+            raise ValueError(f"pretrained_batches must be at least 0, not {pretrained_batches!r}")
         self.decay = decay
         self.gradient = gradient
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("memory_mean", torch.zeros(memory, num_features))
-        self.register_buffer("memory_var", torch.zeros(memory, num_features))
-        self.register_buffer("memory_count", torch.zeros(memory))
+        self.pretrained_batches = pretrained_batches
+        self.register_buffer("running_var", torch.ones(num_features, **self._like))
+        self.register_buffer("memory_mean", torch.zeros(self.memory, num_features, **self._like))
+        self.register_buffer("memory_var", torch.zeros(self.memory, num_features, **self._like))
+        self.register_buffer("memory_count", torch.zeros(self.memory, **self._like))
         # Not of shape (): torch 2.11 drops what a compiled function writes into a float64 scalar on the CPU.
-        self.register_buffer("memory_weight", torch.zeros(1))
+        self.register_buffer("memory_weight", torch.zeros(1, **self._like))
         # A tensor, so that a compiled or captured iteration uses a new lambda without being compiled or captured again.
-        self.register_buffer("lam_tensor", torch.zeros(()), persistent=False)
+        self.register_buffer("lam_tensor", torch.zeros((), **self._like))
         self.lam = lam
-        self.noted_count = 0
 
     @property
     def lam(self) -> float:
         """lambda, the memory's weight. The current batch has weight 1."""
-        return self._lam
+        return self.scheduled_values()[0]
 
     @lam.setter
     def lam(self, value: float) -> None:
         if not 0 <= value <= 1:
             raise ValueError(f"lambda must be in [0, 1], not {value!r}")
-        self._lam = float(value)
-        self.lam_tensor.fill_(self._lam)
+        self.set_scheduled_values(float(value))
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        if not self.lam_tensor.is_meta:
-            self.lam_tensor.fill_(self._lam)  # in float64 it would otherwise keep float32's rounding of 0.1
-        return self
+    def _weight_beside(self, n: int | Tensor) -> Tensor:
+        """W = lambda w (1,), the memory's weight beside a batch of n values."""
+        w = self.memory_weight
+        if self.brought:
+            w = torch.where(w < 0, -w * n, w)
+        return self.lam_tensor * w
 
-    def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
+    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
         weight, bias = self._affine(x)
-        m, v, W = self.running_mean, self.running_var, self.lam_tensor * self.memory_weight
-        if remember and not self.deferred:  # this forward overwrites them
+        if group is None:
+            n: int | Tensor = values_per_channel(x)
+        else:
+            mu, s2, n = self.joint_moments(x, group)
+        m, v, W = self.running_mean, self.running_var, self._weight_beside(n)
+        if remember and not self.waits:  # this forward overwrites them
             m, v, W = snapshot(m, v, W)
         if self.gradient == "paper":
-            y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
+            if group is None:
+                y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
+            else:
+                mu_hat, s2_hat, rho = memorized_moments(mu, s2, n, m, v, W)
+                y = joint_batch_norm(x, mu_hat, s2_hat, rho / n, weight, bias, self.eps, group)
         else:
             with torch.no_grad():
-                mu, s2 = batch_moments(x)
-                mu_hat, s2_hat, _ = memorized_moments(mu, s2, values_per_channel(x), m, v, W)
+                if group is None:
+                    mu, s2 = batch_moments(x)
+                mu_hat, s2_hat, _ = memorized_moments(mu, s2, n, m, v, W)
                 inv_hat = (s2_hat + self.eps).rsqrt()
                 r = (s2 + self.eps).sqrt() * inv_hat
                 d = (mu - mu_hat) * inv_hat
-            y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
+            if group is None:
+                y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
+            else:
+                y = joint_batch_norm(x, mu, s2, 1 / n, weight, bias, self.eps, group, r, d)
         if remember:
-            self.remember(mu, s2, values_per_channel(x))
+            self.take(mu, s2, n)
         return y
 
-    @torch.no_grad()
-    def remember(self, mu: Tensor, s2: Tensor, n: int) -> None:
-        """Enter one batch's mean and biased variance (C,) over n values as age 0; the oldest entry leaves.
+    def check_single_value(self, x: Tensor) -> None:
+        if self.gradient == "paper" and not torch.compiler.is_compiling() and not is_capturing(x):
+            with contextlib.suppress(RuntimeError):  # under a transform there is nothing to read
+                if float(self._weight_beside(1)) > 0:
+                    return
+        super().check_single_value(x)
 
-        In an `AllMemories`, which train.py uses, the batch is only noted here: `Memories.enter` in memories.py enters
-        it by the same rule, for all layers at once. Who changes the rule changes both.
-        """
-        if self.deferred:
-            self.noted_mean.copy_(mu)
-            self.noted_var.copy_(s2)
-            self.noted_count = n
-            return
-        dtype = self.memory_mean.dtype
-        self.memory_mean.copy_(torch.cat([mu.to(dtype)[None], self.memory_mean[:-1]]))
-        self.memory_var.copy_(torch.cat([s2.to(dtype)[None], self.memory_var[:-1]]))
-        self.memory_count.copy_(torch.cat([self.memory_count.new_full((1,), n), self.memory_count[:-1]]))
-        age = torch.arange(self.memory, device=mu.device, dtype=dtype)
-        m, v, w = pool(self.memory_mean, self.memory_var, self.decay**age * self.memory_count)
+    @torch.no_grad()
+    def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
+        like = self.memory_mean
+        count = n.to(like.dtype) if isinstance(n, Tensor) else like.new_full((1,), n)
+        powers = self.decay ** torch.arange(self.memory, device=like.device, dtype=like.dtype)
+        self.replace(
+            *entered(
+                self.memory_mean,
+                self.memory_var,
+                self.memory_count[:, None],
+                (self.running_mean, self.running_var, self.memory_weight),
+                (mu.to(like.dtype), s2.to(like.dtype), count),
+                powers[:, None],
+            )
+        )
+
+    def replace(self, mean: Tensor, var: Tensor, count: Tensor, m: Tensor, v: Tensor, w: Tensor) -> None:
+        """Write a whole new memory and its pool in place."""
+        self.memory_mean.copy_(mean)
+        self.memory_var.copy_(var)
+        self.memory_count.copy_(count.view(-1))
         self.running_mean.copy_(m)
         self.running_var.copy_(v)
         self.memory_weight.copy_(w)
@@ -181,9 +229,9 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     @torch.no_grad()
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, s2 = batch_moments(x)
-        W = self.lam_tensor * self.memory_weight
-        mu_hat, s2_hat, _ = memorized_moments(mu, s2, values_per_channel(x), self.running_mean, self.running_var, W)
+        mu, s2, n = self.moments(x)
+        W = self._weight_beside(n)
+        mu_hat, s2_hat, _ = memorized_moments(mu, s2, n, self.running_mean, self.running_var, W)
         return mu_hat, (s2_hat + self.eps).sqrt()
 
     def forget(self) -> None:
@@ -191,16 +239,29 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         for name in ("memory_mean", "memory_var", "memory_count", "memory_weight", "running_mean"):
             getattr(self, name).zero_()
         self.running_var.fill_(1)
+        self.brought = False
+
+    reset_running_stats = forget
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Also load a BatchNorm's state: evaluation uses its running statistics, and the memory starts empty."""
-        if prefix + "running_mean" in state_dict and prefix + "memory_mean" not in state_dict:
-            for name in ("memory_mean", "memory_var", "memory_count", "memory_weight"):
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
-            state_dict.pop(prefix + "num_batches_tracked", None)
+        """Also load a BatchNorm's state: its running statistics wait in the memory if it was trained."""
+        mean, var = state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var")
+        if mean is not None and var is not None and prefix + "memory_mean" not in state_dict:
+            tracked = state_dict.pop(prefix + "num_batches_tracked", None)
+            like = {"device": mean.device, "dtype": statistics_dtype(mean.dtype)}
+            count = torch.zeros(self.memory, **like)
+            trained = self.pretrained_batches > 0 and is_trained(mean, var, tracked)
+            if trained:
+                count[0] = -self.pretrained_batches
+            for name, value in (("memory_mean", mean), ("memory_var", var)):
+                state_dict[prefix + name] = torch.zeros(self.memory, self.num_features, **like)
+                if trained:
+                    state_dict[prefix + name][0] = value
+            state_dict[prefix + "memory_count"], state_dict[prefix + "memory_weight"] = count, count[:1].clone()
         weight = state_dict.get(prefix + "memory_weight")
         if weight is not None:  # of shape () in older state dicts
             state_dict[prefix + "memory_weight"] = weight.reshape(self.memory_weight.shape)
+            self.brought = not weight.is_meta and bool((weight < 0).any())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -1,12 +1,21 @@
 """Batch renormalisation: BatchRenorm1d, 2d and 3d."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import BatchStatisticsNorm, norm_layers
-from .functional import batch_moments, renormalized_batch_norm, snapshot
+from .base import BatchStatisticsNorm, is_trained, norm_layers
+from .functional import (
+    batch_moments,
+    joint_batch_norm,
+    moved_averages,
+    renormalized_batch_norm,
+    snapshot,
+    statistics_dtype,
+    values_per_channel,
+)
 
 
 class _BatchRenorm(BatchStatisticsNorm):
@@ -20,28 +29,36 @@ class _BatchRenorm(BatchStatisticsNorm):
         mu += momentum * (mu_B - mu);  sigma += momentum * (sigma_B - sigma)
 
     Evaluation: y = gamma * (x - mu) / sigma + beta. The first update copies mu_B and sigma_B: otherwise r and d would
-    correct towards the initial 0 and 1. `set_renorm` changes r_max and d_max; 1 and 0 give batch norm.
+    correct towards the initial 0 and 1. `set_renorm` changes r_max and d_max; 1 and 0 give batch norm. A batch whose
+    mean or variance is not finite changes no average. With forwards=2 a layer that the network calls more than once in
+    one `second_forward` takes all these batches in as one.
 
     Arguments:
         num_features: C, the number of channels.
-        eps: added to the batch's variance.
+        eps: added to the batch's variance, above 0.
         momentum: the share of the newest batch in the moving averages, in (0, 1].
-        affine: whether there are gamma (`weight`) and beta (`bias`).
-        r_max, d_max: the bounds, r_max >= 1 and d_max >= 0. Like lambda they are settings, not state.
+        r_max, d_max: the bounds, r_max >= 1 and d_max >= 0.
+        warmup_steps: the bounds are 1 and 0, which is batch norm, until the averages have taken in so many batches
+            (counted on the device): for loops without a schedule, such as reinforcement learning's.
         forwards: 1, or 2 to update the averages in `second_forward` only.
+        affine, bias: whether there are gamma (`weight`) and beta (`bias`).
+        sync, process_group: True takes mu_B and s2_B over all processes in the group (default: of all).
+        device, dtype: of the parameters; statistics have at least float32.
 
-    State: `running_mean` (C,), `running_std` (C,), `num_batches_tracked` (). A BatchNorm's state dict loads too, with
-    strict=True: running_std becomes sqrt(running_var + eps).
+    State (in the state dict): `running_mean` (C,), `running_std` (C,), `num_batches_tracked` (), and r_max and d_max in
+    `bounds` (2,) (state dicts without it leave them as they are). A BatchNorm's state dict loads too, with strict=True:
+    running_std becomes sqrt(running_var + eps).
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
-    Errors: ValueError for an impossible setting or an input of the wrong shape.
+    Errors: ValueError for an impossible setting, an input of the wrong shape, or in training only one value a channel.
 
     Source: Ioffe, "Batch Renormalization", NeurIPS 2017, Algorithm 1.
     """
 
     statistics = ("running_mean", "running_std", "bounds")
-    settings = ("momentum", "r_max", "d_max", "forwards")
+    settings = ("momentum", "r_max", "d_max", "warmup_steps", "forwards")
+    scheduled = "bounds"
 
     running_std: Tensor
     num_batches_tracked: Tensor
@@ -51,63 +68,79 @@ class _BatchRenorm(BatchStatisticsNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
+        *,
         momentum: float = 0.01,
-        affine: bool = True,
         r_max: float = 3.0,
         d_max: float = 5.0,
+        warmup_steps: int = 0,
         forwards: int = 1,
+        affine: bool = True,
+        bias: bool = True,
+        sync: bool | None = None,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, forwards)
+        super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], not {momentum!r}")
+        if not warmup_steps >= 0:
+            raise ValueError(f"warmup_steps must be at least 0, not {warmup_steps!r}")
         self.momentum = momentum
-        self.register_buffer("running_std", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.warmup_steps = warmup_steps
+        self.register_buffer("running_std", torch.ones(num_features, **self._like))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
         # r_max and d_max in a tensor, so that a compiled or captured iteration uses new ones.
-        self.register_buffer("bounds", torch.zeros(2), persistent=False)
+        self.register_buffer("bounds", torch.zeros(2, **self._like))
         self.set_bounds(r_max, d_max)
+
+    @property
+    def r_max(self) -> float:
+        """The bound of r: it stays between 1 / r_max and r_max."""
+        return self.scheduled_values()[0]
+
+    @property
+    def d_max(self) -> float:
+        """The bound of d: it stays between -d_max and d_max."""
+        return self.scheduled_values()[1]
 
     def set_bounds(self, r_max: float, d_max: float) -> None:
         """Set r_max >= 1 and d_max >= 0."""
         _check_bounds(r_max, d_max)
-        self.r_max, self.d_max = float(r_max), float(d_max)
-        self.bounds[0].fill_(self.r_max)
-        self.bounds[1].fill_(self.d_max)
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        if not self.bounds.is_meta:
-            self.set_bounds(self.r_max, self.d_max)
-        return self
+        self.set_scheduled_values(float(r_max), float(d_max))
 
     def _correction(self, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """r and d for a batch with mean mu and standard deviation sigma, from the current averages."""
         r_max, d_max = self.bounds[0], self.bounds[1]
+        if self.warmup_steps:
+            warm = self.num_batches_tracked >= self.warmup_steps
+            r_max, d_max = torch.where(warm, r_max, 1), torch.where(warm, d_max, 0)
         r = (sigma / self.running_std).clamp(r_max.reciprocal(), r_max)
         d = ((mu - self.running_mean) / self.running_std).clamp(-d_max, d_max)
         return r, d
 
-    def normalize_training(self, x: Tensor, remember: bool) -> Tensor:
+    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
         weight, bias = self._affine(x)
         with torch.no_grad():
-            mu, s2 = batch_moments(x)
-            sigma = (s2 + self.eps).sqrt()
-            r, d = self._correction(mu, sigma)
-            if remember:  # this forward overwrites the averages that r and d come from
+            mu, s2, n = self.joint_moments(x, group) if group else (*batch_moments(x), values_per_channel(x))
+            r, d = self._correction(mu, (s2 + self.eps).sqrt())
+            if remember and not self.waits:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
-        y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
+        if group:
+            y = joint_batch_norm(x, mu, s2, 1 / n, weight, bias, self.eps, group, r, d)
+        else:
+            y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
         if remember:
-            self.remember(mu, sigma)
+            self.take(mu, s2, n)
         return y
 
     @torch.no_grad()
-    def remember(self, mu: Tensor, sigma: Tensor) -> None:
-        """Move the averages towards one batch's mean and standard deviation (C,); the very first are copied."""
-        first = self.num_batches_tracked == 0
-        for average, value in ((self.running_mean, mu), (self.running_std, sigma)):
-            average.copy_(torch.where(first, value, average + self.momentum * (value - average)))
-        if not self.deferred:
-            self.num_batches_tracked.add_(1)
+    def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
+        dtype = self.running_mean.dtype
+        new = (mu.to(dtype), (s2.to(dtype) + self.eps).sqrt())
+        moved = moved_averages(self.running_mean, self.running_std, self.num_batches_tracked, new, self.momentum)
+        for buffer, value in zip((self.running_mean, self.running_std, self.num_batches_tracked), moved, strict=True):
+            buffer.copy_(value)
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         # The shared evaluation adds eps to a variance; sigma already has it inside.
@@ -121,18 +154,27 @@ class _BatchRenorm(BatchStatisticsNorm):
     @torch.no_grad()
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # y = ((x - mu_B) / sigma_B * r + d) = (x - (mu_B - d sigma_B / r)) / (sigma_B / r)
-        mu, s2 = batch_moments(x)
+        mu, s2, _ = self.moments(x)
         sigma = (s2 + self.eps).sqrt()
         r, d = self._correction(mu, sigma)
         return mu - d * sigma / r, sigma / r
 
+    def reset_running_stats(self) -> None:
+        """Put the averages back to mean 0 and standard deviation 1; the next batch is copied."""
+        self.running_mean.zero_()
+        self.running_std.fill_(1)
+        self.num_batches_tracked.zero_()
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Also load a BatchNorm's state, whose running_var holds a variance without eps."""
-        variance = state_dict.pop(prefix + "running_var", None)
-        if variance is not None:
-            state_dict[prefix + "running_std"] = (variance.to(self.running_std.dtype) + self.eps).sqrt()
-            # Older BatchNorms have no counter. If it were 0, the first update would overwrite their averages.
-            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
+        variance, mean = state_dict.pop(prefix + "running_var", None), state_dict.get(prefix + "running_mean")
+        if variance is not None and mean is not None:
+            wide = variance.to(statistics_dtype(variance.dtype))
+            state_dict[prefix + "running_std"] = (wide + self.eps).sqrt()
+            if prefix + "num_batches_tracked" not in state_dict:  # older BatchNorms have no counter
+                # If it were 0, the first update would overwrite their averages.
+                tracked = torch.tensor(int(is_trained(mean, variance, None)), device=mean.device)
+                state_dict[prefix + "num_batches_tracked"] = tracked
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -163,10 +205,17 @@ def set_renorm(module: nn.Module, r_max: float, d_max: float) -> None:
     """
     _check_bounds(r_max, d_max)
     layers = [layer for layer in norm_layers(module) if isinstance(layer, _BatchRenorm)]
-    for layer in layers:
-        layer.r_max, layer.d_max = float(r_max), float(d_max)
     if not layers:
         warnings.warn('set_renorm found no BatchRenorm: call convert(model, norm="brn") before it', stacklevel=2)
-    else:  # three kernel launches in all, and no copy from the host: the schedule changes them at every iteration
-        layers[0].set_bounds(r_max, d_max)
-        torch._foreach_copy_([layer.bounds for layer in layers], [layers[0].bounds] * len(layers))
+        return
+    first, *others = layers
+    first.set_bounds(r_max, d_max)
+    # Few kernel launches in all, and no copy from the host: the schedule changes them at every iteration.
+    alike = [layer for layer in others if layer.bounds.device == first.bounds.device]
+    for layer in others:
+        if layer in alike:
+            layer.known = first.known
+        else:
+            layer.set_bounds(r_max, d_max)
+    if alike:
+        torch._foreach_copy_([layer.bounds for layer in alike], [first.bounds] * len(alike))

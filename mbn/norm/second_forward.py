@@ -11,15 +11,21 @@ from torch import nn
 
 from .base import BatchStatisticsNorm, norm_layers
 from .convert import norm_of
+from .memories import enter_noted
 
 
 @contextlib.contextmanager
 def phase(layers: Iterable[BatchStatisticsNorm], name: str) -> Iterator[None]:
-    """Set the layers' phase ("first", "second" or "held") for the duration of a with block."""
+    """Set the layers' phase ("first", "second" or "held") for the duration of a with block.
+
+    What layers note in "second" is entered by `enter_noted` or an `AllMemories`, after the block.
+    """
     layers = list(layers)
     before = [layer.phase for layer in layers]
     for layer in layers:
         layer.phase = name
+        if name == "second":
+            layer.noted = ()  # of a forward that was interrupted
     try:
         yield
     finally:
@@ -36,9 +42,13 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The second forward propagation of Algorithm 1: module's layers remember the batch under its updated weights.
 
     Call it after `optimizer.step()`, with the arguments of the first forward. It runs `module(*args, **kwargs)` in
-    training mode and without gradients, under the autocast that is active, and returns its output. Every layer with
-    forwards=2 takes the batch into its memory or moving averages, one entry per call. Layers in eval mode (frozen
-    ones) remember nothing.
+    training mode and without gradients, under the autocast that is active, and returns its output. At its end every
+    layer with forwards=2 takes the batch into its memory or moving averages: one entry a second forward, into which a
+    layer that was called more than once pools its calls (a siamese or recurrent network; our BatchNorm moves its
+    averages once a call, as torch's does). Where module raises, MemorizedBatchNorm and BatchRenorm have remembered
+    nothing. Layers in eval mode (frozen ones) remember nothing.
+
+    A model has one phase at a time: do not run second_forward or held on it in two threads at once.
 
     Warns, once in a process, where the call stands before `optimizer.step()`: no parameter of these layers has changed
     since the training forward, but some changed between the last second_forward and this training forward. So it warns
@@ -59,7 +69,11 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _check_order(layers)
     torch.clear_autocast_cache()  # it may hold the weights from before the step
     with torch.no_grad(), phase(layers, "second"):
-        return module(*args, **kwargs)
+        output = module(*args, **kwargs)
+    enter_noted(layers)
+    for layer in layers:
+        layer.second_forward_was_run()
+    return output
 
 
 def _no_layer_of_two_forwards(layers: list[BatchStatisticsNorm]) -> str:

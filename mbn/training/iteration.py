@@ -137,6 +137,7 @@ class Update:
         warn(first_line(error))
         self.mode = "eager"
         self.first, self.second = self._first, self._second
+        self.memories.drop()
         self.optimizer.zero_grad()  # these gradients were recorded, but never computed
 
     def drain(self) -> list[tuple[float, int]]:

@@ -35,7 +35,7 @@ def reference_of(layer):
     """The reference with the settings of a layer that has remembered nothing yet."""
     (norm,) = (norm for norm, layers in NORMS.items() if type(layer) in layers)
     names = {"memory": "k", "decay": "eta"}
-    settings = {names.get(name, name): getattr(layer, name) for name in layer.settings}
+    settings = {names.get(name, name): getattr(layer, name) for name in layer.settings if name != "pretrained_batches"}
     return getattr(reference, norm.upper())(layer.num_features, **settings)
 
 
