@@ -98,7 +98,8 @@ class Memories:
         else:
             count = _counts(n, self.count)
         pooled = (self.m, self.v, self.w)
-        moved = entered(self.mean, self.var, self.count, pooled, (new_mean, new_var, count), self.powers, self.owner)
+        new, brought = (new_mean, new_var, count), any(layer.brought for layer in self.layers)
+        moved = entered(self.mean, self.var, self.count, pooled, new, self.powers, self.owner, brought)
         for own, value in zip((self.mean, self.var, self.count, *pooled), moved, strict=True):
             own.copy_(value)
 
@@ -129,7 +130,8 @@ def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
     mean, var, count, m, v, w = _joined(layers)
     new_mean, new_var, n = _take_notes(layers, mean)
     new = (new_mean, new_var, _counts(n, count))
-    moved = entered(mean, var, count, (m, v, w), new, _powers(layers[0]), _owner(layers))
+    brought = any(layer.brought for layer in layers)
+    moved = entered(mean, var, count, (m, v, w), new, _powers(layers[0]), _owner(layers), brought)
     buffers = [
         buffer
         for x in layers
@@ -157,8 +159,8 @@ def _take_notes(layers: Sequence[BatchStatisticsNorm], like: Tensor) -> tuple[Te
     batches = [_pooled(layer) for layer in layers]
     for layer in layers:
         layer.noted = ()
-    mean, var = (torch.cat([batch[i] for batch in batches]).to(like.dtype) for i in (0, 1))
-    return mean, var, tuple(n for _, _, n in batches)
+    mean, var = torch.cat([mu for mu, _, _ in batches]), torch.cat([s2 for _, s2, _ in batches])
+    return mean.to(like.dtype), var.to(like.dtype), tuple(n for _, _, n in batches)
 
 
 def _pooled(layer: BatchStatisticsNorm) -> tuple[Tensor, Tensor, int | Tensor]:
@@ -171,12 +173,11 @@ def _pooled(layer: BatchStatisticsNorm) -> tuple[Tensor, Tensor, int | Tensor]:
     return mu, s2, n.reshape(1)
 
 
-def _counts(n: tuple[int | Tensor, ...], like: Tensor) -> Tensor:
+def _counts(counts: tuple[int | Tensor, ...], like: Tensor) -> Tensor:
     """Numbers of values, as integers or tensors of shape (1,), as one tensor of like's dtype."""
-    if all(isinstance(each, int) for each in n):
-        return torch.tensor(n, device=like.device, dtype=like.dtype)
-    filled = [each if isinstance(each, Tensor) else like.new_full((1,), each) for each in n]
-    return torch.cat(filled).to(like.dtype)
+    if all(isinstance(n, int) for n in counts):
+        return torch.tensor(counts, device=like.device, dtype=like.dtype)
+    return torch.cat([like.new_full((1,), n) if isinstance(n, int) else n.to(like.dtype) for n in counts])
 
 
 def _joined(layers: list[_MemorizedBatchNorm]) -> tuple[Tensor, ...]:

@@ -207,6 +207,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
                 (self.running_mean, self.running_var, self.memory_weight),
                 (mu.to(like.dtype), s2.to(like.dtype), count),
                 powers[:, None],
+                brought=self.brought,
             )
         )
 

@@ -28,6 +28,9 @@ def phase(layers: Iterable[BatchStatisticsNorm], name: str) -> Iterator[None]:
             layer.noted = ()  # of a forward that was interrupted
     try:
         yield
+        if name == "second":
+            for layer in layers:
+                layer.second_forward_was_run()
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.phase = old
@@ -71,8 +74,6 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with torch.no_grad(), phase(layers, "second"):
         output = module(*args, **kwargs)
     enter_noted(layers)
-    for layer in layers:
-        layer.second_forward_was_run()
     return output
 
 

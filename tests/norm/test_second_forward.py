@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_kinds import close, inputs, kinds, network, reference_of, remember, snapshot, unchanged
+from layer_kinds import KINDS, close, inputs, kinds, make, network, reference_of, remember, renew, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
 
@@ -140,6 +140,42 @@ def test_after_a_failed_second_forward_the_next_forward_is_a_first_one(layer):
     before = snapshot(model)
     model[0](torch.randn(4, 3))
     assert unchanged(before, model)
+    if layer is not BatchNorm1d:  # whose averages move in the forward, as torch's do
+        assert unchanged(before, nn.Sequential(layer(3), model[1]))
+
+
+class Siamese(nn.Module):
+    """Calls its layers once for each of its inputs."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, *xs):
+        return [self.layers(x) for x in xs]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bn"])  # whose averages move once a call
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_layer_that_is_called_twice_in_a_second_forward_takes_both_in_as_one_batch(kind, number):
+    """And normalises both by what it remembered before, whichever comes first. The number of layers decides the way."""
+    a, b = inputs(4, 3), inputs(6, 3, at=2)
+    models = [Siamese(*(make(kind, dims=2, forwards=2) for _ in range(number))) for _ in range(3)]
+    for model in models:
+        second_forward(model, torch.arange(15.0).view(5, 3).double())
+    model, swapped, joint = models
+    ya, yb = second_forward(model, a, b)
+    assert_close(second_forward(swapped, b, a), [yb, ya])
+    second_forward(joint, torch.cat([a, b]))
+    assert_close(swapped.state_dict(), model.state_dict(), atol=1e-12, rtol=1e-12)
+    # A layer behind it meets other inputs, because each call was normalised by its own batch.
+    assert_close(joint.layers[0].state_dict(), model.layers[0].state_dict(), atol=1e-12, rtol=1e-12)
+
+
+def test_with_one_forward_each_call_is_an_entry():
+    model = Siamese(MemorizedBatchNorm1d(3, forwards=1))
+    model(torch.randn(4, 3), torch.randn(5, 3))
+    assert model.layers[0].memory_count[:3].tolist() == [5, 4, 0]
 
 
 @layers
@@ -158,6 +194,15 @@ def test_held_layers_normalise_as_always_and_remember_nothing(layer, forwards):
     model.eval()  # no warning
 
 
+class Sometimes(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.use = layer, True
+
+    def forward(self, x):
+        return self.layer(x) if self.use else x
+
+
 def warned(model):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -170,14 +215,25 @@ def warned(model):
 def test_eval_after_forgotten_second_forwards_warns_once_in_a_process(layer, no_warning_yet):
     model, x = nn.Sequential(layer(3, forwards=2), layer(3, forwards=2)), torch.randn(4, 3)
     model(x)
+    model(x)
     (message,) = warned(model)
     assert "second_forward(model, inputs)" in message
-    model(x)
+    for _ in range(2):
+        model(x)
     assert warned(model) == []
 
 
 @layers
-@pytest.mark.parametrize("case", ["second forward", "one forward", "held", "evaluation", "nothing"])
+def test_eval_after_one_iteration_without_a_second_forward_warns_too(layer, no_warning_yet):
+    """One training forward alone may be a probe; after a step it is not."""
+    model = layer(3, forwards=2)
+    model(torch.randn(4, 3))
+    renew(model)
+    assert len(warned(model)) == 1
+
+
+@layers
+@pytest.mark.parametrize("case", ["second forward", "one forward", "held", "evaluation", "nothing", "probe", "unused"])
 def test_no_warning_without_a_forgotten_second_forward(layer, case, no_warning_yet):
     model, x = nn.Sequential(layer(3, forwards=1 if case == "one forward" else 2)), torch.randn(4, 3)
     if case in ("second forward", "one forward"):
@@ -190,6 +246,14 @@ def test_no_warning_without_a_forgotten_second_forward(layer, case, no_warning_y
     if case == "evaluation":
         model.eval()
         model(x)
+    if case == "probe":  # to learn the output's shape, say
+        model(x)
+    if case == "unused":  # a layer that both kinds of forward do not always use
+        model.append(Sometimes(layer(3, forwards=2)))
+        for _ in range(2):
+            model(x)
+        model[1].use = False
+        second_forward(model, x)
     assert warned(model) == []
     model.train()
     assert warned(model) == []
@@ -200,6 +264,7 @@ def test_a_warning_made_an_error_is_raised_again_next_time(no_warning_yet):
     for _ in range(2):
         model.train()
         model(torch.randn(4, 3))
+        renew(model)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(UserWarning, match="second_forward"):

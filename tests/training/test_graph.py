@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mbn.network_layers import bn, brn, gn, mbn, normprop
 from mbn.norm import memorized
 from mbn.norm.base import norm_layers
-from mbn.norm.renorm import _BatchRenorm
+from mbn.norm.memories import enter_noted
+from mbn.norm.renorm import _BatchRenorm, set_renorm
 from mbn.norm.second_forward import second_forward
 from mbn.system import cuda_graph
 from mbn.training.iteration import Update
@@ -179,26 +181,42 @@ def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypat
 
 @pytest.mark.parametrize("forwards", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("gradient", ["paper", "batch"])
-def test_entering_all_memories_at_once_gives_the_same_bits_as_layer_by_layer(forwards, dtype, gradient):
-    """With entries of different sizes, and until after the memory is full.
+@pytest.mark.parametrize("norm", ["paper", "batch", "brn"])
+def test_entering_all_memories_at_once_gives_the_same_bits_as_layer_by_layer(forwards, dtype, norm):
+    """With entries of different sizes, and until after the memory is full; from shared tensors, and as second_forward.
 
     Widths are as in networks: with fewer channels than a CPU vector holds, the sum has another order.
     """
     results = []
     given = batches(dtype)
-    for together in (True, False):
+    for way in ("shared tensors", "joined", "each"):
         torch.manual_seed(0)
-        layers = mbn(forwards, 0.3, memory=5, decay=0.8, gradient=gradient)
+        layers = brn(forwards) if norm == "brn" else mbn(forwards, 0.3, memory=5, decay=0.8, gradient=norm)
         model, _, update = prepare(layers, forwards, dtype=dtype, widths=(64, 32))
-        if not together:
-            for layer in norm_layers(model):
-                layer.deferred = False
-            update.memories.enter = lambda: None
+        if norm == "brn":
+            set_renorm(model, 1.2, 0.3)
+        if way != "shared tensors":
+            own_memories(model)
+            update.memories.enter = partial(enter_noted if way == "joined" else enter_each, norm_layers(model))
         for images, labels in given:
             update(images, labels)
         results.append((state(model), update.drain()))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+
+
+def own_memories(model):
+    """Take the layers' memories out of the shared tensors again; forwards still only note their batch."""
+    for layer in norm_layers(model):
+        for name in layer.statistics:
+            setattr(layer, name, getattr(layer, name).clone())
+
+
+def enter_each(layers):
+    for layer in layers:
+        ((mu, s2, n),) = layer.noted
+        layer.noted = ()
+        layer.enter(mu, s2, n)
 
 
 def test_the_state_dict_and_a_copy_are_those_of_layers_on_their_own():
@@ -225,24 +243,24 @@ def test_a_layer_that_was_moved_or_has_not_run_is_an_error():
         update.memories.enter()
 
 
-def test_a_batch_enters_all_memories_with_22_operations():
-    """On a GPU these are launches, as many as a single layer would need."""
+class Count(TorchDispatchMode):
+    calls = 0
 
-    class Count(TorchDispatchMode):
-        calls = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += not function.is_view
+        return function(*args, **(kwargs or {}))
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.calls += not function.is_view
-            return function(*args, **(kwargs or {}))
 
+@pytest.mark.parametrize(("norm", "most"), [("mbn", 38), ("brn", 33)])
+def test_the_operations_that_enter_a_batch_into_all_memories_do_not_grow_with_the_layers(norm, most):
+    """On a GPU these are launches."""
     for memory in (3, 20):
-        model, _, update = prepare(mbn(2, 0.1, memory=memory), 2)
+        model, _, update = prepare(mbn(2, 0.1, memory=memory) if norm == "mbn" else brn(2), 2)
+        layers = norm_layers(model)
         update(*batch())
-        for layer in norm_layers(model):
-            layer.noted_count = 1
-        update.memories.enter()
-        for layer in norm_layers(model):
-            layer.noted_count = 1
-        with Count() as count:
-            update.memories.enter()
-        assert count.calls <= 22
+        for _ in range(2):  # the first time numbers of values are brought to the device
+            for layer in layers:
+                layer.noted = ((torch.ones(layer.num_features), torch.ones(layer.num_features), 4),)
+            with Count() as count:
+                update.memories.enter()
+        assert count.calls <= most
