@@ -25,12 +25,15 @@ _HOME = {
     "StandardReLU": "normprop",
     "UnitConv2d": "normprop",
     "convert": "convert",
+    "freeze": "freeze",
     "held": "second_forward",
     "project_unit_rows": "normprop",
     "second_forward": "second_forward",
     "set_lambda": "memorized",
+    "set_precise_statistics": "precise_statistics",
     "set_renorm": "renorm",
     "to_batch_norm": "convert",
+    "unfreeze": "freeze",
 }
 __all__ = sorted(_HOME)
 
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from .norm.batch import BatchNorm3d as BatchNorm3d
     from .norm.convert import convert as convert
     from .norm.convert import to_batch_norm as to_batch_norm
+    from .norm.freeze import freeze as freeze
+    from .norm.freeze import unfreeze as unfreeze
     from .norm.memorized import MemorizedBatchNorm1d as MemorizedBatchNorm1d
     from .norm.memorized import MemorizedBatchNorm2d as MemorizedBatchNorm2d
     from .norm.memorized import MemorizedBatchNorm3d as MemorizedBatchNorm3d
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from .norm.normprop import StandardReLU as StandardReLU
     from .norm.normprop import UnitConv2d as UnitConv2d
     from .norm.normprop import project_unit_rows as project_unit_rows
+    from .norm.precise_statistics import set_precise_statistics as set_precise_statistics
     from .norm.renorm import BatchRenorm1d as BatchRenorm1d
     from .norm.renorm import BatchRenorm2d as BatchRenorm2d
     from .norm.renorm import BatchRenorm3d as BatchRenorm3d

@@ -51,6 +51,8 @@ class BatchStatisticsNorm(nn.Module):
     deferred = False
     # True between `freeze` and `unfreeze`: the layer stays in eval mode.
     frozen = False
+    # Whether gamma and beta needed gradients before `freeze`.
+    needed_gradients: tuple[bool, ...] = ()
     # Whether there was a training forward since the last second forward, and whether it looks forgotten.
     _waiting = False
     _forgotten = False

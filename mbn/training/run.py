@@ -16,7 +16,7 @@ from mbn.config import Config, run_name, to_dict, to_yaml
 from mbn.data.datasets import load_data
 from mbn.data.in_memory import Data
 from mbn.measure.first_nonfinite import first_nonfinite
-from mbn.measure.precise_bn import set_precise_statistics
+from mbn.measure.precise_bn import take_precise_statistics
 from mbn.methods import METHODS
 from mbn.network_layers import Layers, from_config
 from mbn.records import provenance, record
@@ -289,7 +289,7 @@ class Run:
         try:
             with autocast(self.state.device, self.config.precision):
                 epoch = islice(batches, self.state.per_epoch)
-                set_precise_statistics(self.model, epoch, self.update.mode in GRAPHS)
+                take_precise_statistics(self.model, epoch, self.update.mode in GRAPHS)
             error = report.evaluation(self.state, self.data, stop).error
         except StoppedError:
             raise self._stopped(stop) from None

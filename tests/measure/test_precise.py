@@ -11,7 +11,7 @@ from test_gap import every_norm, images, trained
 from torch import nn
 
 from mbn.data.datasets import load_data
-from mbn.measure.precise_bn import set_precise_statistics
+from mbn.measure.precise_bn import take_precise_statistics
 from mbn.network_layers import from_config
 from mbn.norm.base import norm_layers
 from mbn.norm.renorm import set_renorm
@@ -45,7 +45,7 @@ def test_each_layer_gets_the_moments_of_what_training_forwards_give_it(norm, siz
     image counts the same, in a smaller last batch too."""
     model, references, x = remembering(norm)
     given = [follow(model, references, part, remember=False) for part, _ in split(x, size)]
-    set_precise_statistics(model, split(x, size))
+    take_precise_statistics(model, split(x, size))
     for layer, inputs in zip(norm_layers(model), zip(*given, strict=True), strict=True):
         expected = reference.moments(reference.vectors(torch.cat(inputs)))
         torch.testing.assert_close(list(layer.test_statistics()), list(expected), atol=1e-9, rtol=1e-9)
@@ -58,7 +58,7 @@ def test_a_recorded_measurement_has_the_same_bits(norm, recording):
     for recorded in (False, True):
         torch.manual_seed(0)
         model, _ = trained(norm)
-        set_precise_statistics(model, split(*images(27), 4), recorded)
+        take_precise_statistics(model, split(*images(27), 4), recorded)
         statistics.append([layer.test_statistics() for layer in norm_layers(model)])
     assert len(recording) == 1
     torch.testing.assert_close(*statistics, rtol=0, atol=0)
@@ -71,7 +71,7 @@ def test_nothing_else_changes_and_evaluation_uses_the_new_statistics(norm, forwa
     for layer in norm_layers(model):
         layer.forwards = forwards  # with forwards=1 every training forward would remember, if the layer were not held
     before = snapshot(model)
-    set_precise_statistics(model, split(x, 4))
+    take_precise_statistics(model, split(x, 4))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     names = ("running_mean", "running_std" if norm == "brn" else "running_var")
     assert changed == {f"norm{i}.{name}" for i in (1, 2) for name in names}
@@ -95,7 +95,7 @@ def test_dropout_is_off_and_draws_nothing(kind):
         model, _, x = remembering("bn")
         model.dropout = kind(rate)
         generator = torch.get_rng_state()
-        set_precise_statistics(model, split(x, 4))
+        take_precise_statistics(model, split(x, 4))
         assert torch.equal(torch.get_rng_state(), generator)
         statistics.append(model.norm2.test_statistics())
     torch.testing.assert_close(*statistics, atol=1e-9, rtol=1e-9)
@@ -106,18 +106,18 @@ def test_dropout_is_off_and_draws_nothing(kind):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """For each call of `set_precise_statistics`: the model, its state then, its settings and its batch sizes."""
+    """For each call of `take_precise_statistics`: the model, its state then, its settings and its batch sizes."""
     calls = []
 
     def spy(model, batches, recorded):
         sizes = []
         noted = ((sizes.append(len(batch[1])), batch)[1] for batch in batches)
-        set_precise_statistics(model, noted, recorded)
+        take_precise_statistics(model, noted, recorded)
         (layer,) = norm_layers(model)
         settings = {name: getattr(layer, name, None) for name in ("lam", "r_max", "d_max")}
         calls.append({"model": model, "state": snapshot(model), "sizes": sizes, "settings": settings})
 
-    monkeypatch.setattr("mbn.training.run.set_precise_statistics", spy)
+    monkeypatch.setattr("mbn.training.run.take_precise_statistics", spy)
     return calls
 
 
@@ -181,10 +181,10 @@ def test_a_signal_stops_the_measurement_and_the_same_command_goes_on(finished_be
 
     def signalled(*args):
         send("SIGTERM")()
-        set_precise_statistics(*args)
+        take_precise_statistics(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mbn.training.run.set_precise_statistics", signalled)
+        patch.setattr("mbn.training.run.take_precise_statistics", signalled)
         patch.setattr("mbn.system.signals.PATIENCE", -1.0)
         stopped = here(PRECISE)
     assert stopped.code == 75

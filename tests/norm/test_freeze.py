@@ -1,0 +1,58 @@
+"""freeze and unfreeze: layers that normalise by what they have remembered, and train not at all."""
+
+import copy
+
+import pytest
+import torch
+from layer_kinds import kinds, network, one_or_two, snapshot, unchanged
+from torch import nn
+from torch.testing import assert_close
+
+from mbn import freeze, second_forward, unfreeze
+from mbn.norm.base import norm_layers
+
+
+@kinds
+@one_or_two
+def test_frozen_layers_normalise_as_in_evaluation_and_do_not_change_in_any_mode(kind, forwards):
+    net = network(kind, forwards=forwards)
+    net(torch.randn(4, 3, 5, 5).double())
+    freeze(net)
+    before = [snapshot(layer) for layer in norm_layers(net)]
+    x = torch.randn(4, 3, 5, 5).double()
+    expected = copy.deepcopy(net).eval()(x)
+    for each in (net, copy.deepcopy(net)):
+        each.eval().train()
+        y = each(x)
+        assert_close(y, expected)
+        y.sum().backward()
+        if forwards == 2:
+            second_forward(each, x)
+        assert all(unchanged(*pair) for pair in zip(before, norm_layers(each), strict=True))
+        for layer in norm_layers(each):
+            assert (layer.training, layer.weight.grad, layer.bias.grad) == (False, None, None)
+        assert each[0].weight.grad is not None
+
+
+@kinds
+def test_unfrozen_layers_are_as_before(kind):
+    net = network(kind, forwards=1)
+    first, second, third = norm_layers(net)
+    first.bias.requires_grad_(False)
+    for _ in range(2):  # a second freeze changes nothing
+        freeze(net)
+    unfreeze(net)
+    assert [p.requires_grad for x in (first, second) for p in (x.weight, x.bias)] == [True, False, True, True]
+    before = snapshot(third)
+    net(torch.randn(4, 3, 5, 5).double())
+    assert not unchanged(before, third)
+    freeze(net.eval())
+    unfreeze(net)
+    assert not any(layer.training for layer in norm_layers(net))
+
+
+def test_a_network_without_our_layers_warns_at_every_call():
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"freeze found none of our layers: call convert\(model\)") as caught:
+            freeze(nn.BatchNorm2d(3))
+        assert [w.filename for w in caught] == [__file__]
