@@ -226,6 +226,21 @@ def test_a_copy_and_a_layer_that_loads_the_state_dict_train_on_identically(kind,
     assert unchanged(snapshot(layer), loaded)
 
 
+@kinds
+@one_or_two
+def test_reset_parameters_and_reset_running_stats_are_torchs(kind, forwards):
+    """Loops that reset a network between folds call them: nothing is left but the settings, also changed ones."""
+    layer = trained(kind, forwards=forwards)
+    set_changing(layer, 0.25, 2.0, 0.5)
+    fresh = make(kind, forwards=forwards)
+    set_changing(fresh, 0.25, 2.0, 0.5)
+    weight = layer.weight.detach().clone()
+    layer.reset_running_stats()
+    assert torch.equal(layer.weight, weight)
+    layer.reset_parameters()
+    assert unchanged(snapshot(fresh), layer)
+
+
 # Settings and inputs.
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_kinds import inputs, trained
+from layer_kinds import follow, inputs, make, one_or_two, trained
 from torch.testing import assert_close
 
 from mbn import BatchRenorm1d, held
@@ -31,3 +31,19 @@ def test_without_clipping_training_normalises_as_evaluation_does(path):
     with held(layer):
         y = layer(x)
     assert_close(layer.eval()(x), y, atol=1e-10, rtol=1e-10)
+
+
+@one_or_two
+def test_until_the_end_of_the_warm_up_it_is_batch_norm(path, forwards):
+    """Counted on the device: nothing outside the layer changes it, and a copy of its state goes on counting."""
+    layer = make("brn", forwards=forwards, warmup_steps=3)
+    seen = []
+
+    def steer(layer, ref, x):
+        r, d = layer._correction(*(ref.batch_statistics(x)))
+        seen.append(bool((r == 1).all() and (d == 0).all()))
+        if len(seen) == 2:
+            layer.load_state_dict(layer.state_dict())
+
+    follow(layer, [inputs(4, 3, 2, 2, at=t) for t in range(5)], steer)
+    assert seen == [True, True, True, False, False]
