@@ -117,66 +117,71 @@ def pool(mu: Tensor, s2: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     return m, v, w
 
 
-def entered(
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    pooled: tuple[Tensor, Tensor, Tensor],
+def enter_batch(
+    memory: tuple[Tensor, ...],
     new: tuple[Tensor, Tensor, Tensor],
     powers: Tensor,
     owner: Tensor | None = None,
     brought: bool = False,
-) -> tuple[Tensor, ...]:
-    """The memories of L layers, with C channels together, after each has taken in a batch as the entry of age 0.
+) -> None:
+    """Enter a batch as the entry of age 0 into the memories of L layers with C channels together, in place.
 
-    mean, var: (k, C), and count: (k, L), the entries, the newest first; pooled: their m, v (C,) and w (L,); new: the
-    batch's mean and biased variance (C,) and its n (L,); powers: (k, 1), eta**a; owner: (C,), the layer of each
-    channel, None for one layer. Returns the new mean, var, count, m, v and w.
+    memory: mean, var (k, C) and count (k, L), the entries, the newest first; their pools m, v (C,) and w (L,). new: the
+    batch's mean and biased variance (C,) and its n (L,). powers: (k, 1), eta**a. owner: (C,), the layer of each
+    channel; None for one layer.
 
-    A layer whose batch is not finite keeps what it had, without the host being asked. brought: whether a count may be
+    A layer whose batch is not finite keeps what it has, without the host being asked. brought: whether a count may be
     below 0, which stands for that many batches of the new one's n.
     """
+    mean, var, count, m, v, w = memory
     new_mean, new_var, n = new
     of_layers, of_channels = _finite(new_mean, new_var, n, owner)
     known = torch.where(count < 0, -count * n, count) if brought else count
-    next_mean = torch.where(of_channels, torch.cat([new_mean[None], mean[:-1]]), mean)
-    next_var = torch.where(of_channels, torch.cat([new_var[None], var[:-1]]), var)
-    next_count = torch.where(of_layers, torch.cat([n[None], known[:-1]]), count)
+    next_mean = torch.cat([new_mean[None], mean[:-1]])
+    next_var = torch.cat([new_var[None], var[:-1]])
+    next_count = torch.cat([n[None], known[:-1]])
     weight = powers * next_count
-    w = weight.sum(0)
-    share = weight / w
+    next_w = weight.sum(0)
+    share = weight / next_w
     if owner is not None:
         share = share[:, owner]
-    m = (share * next_mean).sum(0)
-    v = (share * ((next_mean - m).square() + next_var)).sum(0)
-    moved = (torch.where(of_channels, m, pooled[0]), torch.where(of_channels, v, pooled[1]))
-    return next_mean, next_var, next_count, *moved, torch.where(of_layers, w, pooled[2])
+    next_m = (share * next_mean).sum(0)
+    next_v = (share * ((next_mean - next_m).square() + next_var)).sum(0)
+    for buffer, value in ((mean, next_mean), (var, next_var), (m, next_m), (v, next_v)):
+        _put(buffer, of_channels, value)
+    for buffer, value in ((count, next_count), (w, next_w)):
+        _put(buffer, of_layers, value)
 
 
-def moved_averages(
-    mean: Tensor,
-    std: Tensor,
-    tracked: Tensor,
+def move_averages(
+    averages: tuple[Tensor, Tensor, Tensor],
     new: tuple[Tensor, Tensor],
     momentum: float,
     owner: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The moving averages of L layers, with C channels together, after each has taken in a batch.
+) -> None:
+    """Move the moving averages of L layers with C channels together towards a batch, in place.
 
         mean += momentum (new mean - mean);  std += momentum (new std - std);  the very first batch is copied
 
-    mean, std: (C,); tracked: (L,), how many batches they have seen, or () without owner; owner as in `entered`.
-    Returns the new mean, std and tracked. A layer whose batch is not finite keeps what it had.
+    averages: mean, std (C,) and how many batches they have seen, (L,), or () without owner; owner as in `enter_batch`.
+    A layer whose batch is not finite keeps what it has.
     """
+    mean, std, tracked = averages
     of_layers, of_channels = _finite(*new, mean.new_zeros(tracked.shape), owner)
     first = tracked == 0
     if owner is not None:
         first = first[owner]
-    moved = [
-        torch.where(of_channels, torch.where(first, value, average + momentum * (value - average)), average)
-        for average, value in zip((mean, std), new, strict=True)
-    ]
-    return *moved, tracked + of_layers
+    for average, value in zip((mean, std), new, strict=True):
+        _put(average, of_channels, torch.where(first, value, average + momentum * (value - average)))
+    tracked.add_(of_layers)
+
+
+def _put(buffer: Tensor, chosen: Tensor, value: Tensor) -> None:
+    """Write value into buffer where chosen."""
+    if torch.compiler.is_compiling() or is_transformed():
+        buffer.copy_(torch.where(chosen, value, buffer))
+    else:  # one operation instead of two
+        torch.where(chosen, value, buffer, out=buffer)
 
 
 def _finite(mu: Tensor, s2: Tensor, like: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -202,12 +207,13 @@ def memorized_moments(
     mu, s2, n: the current batch's moments and number of values; m, v: the pooled memory; W = lambda w its weight, (1,).
     W = 0 gives the batch's own moments exactly, whatever m and v are. Returns mu^ (C,), s2^ (C,), rho (1,).
     """
-    rho = n / (n + W)
-    rest = W / (n + W)
+    total = n + W
+    rho, rest = n / total, W / total
     # 0 * NaN would be NaN.
     m, v = torch.where(rest > 0, m, mu), torch.where(rest > 0, v, s2)
-    mu_hat = mu + rest * (m - mu)
-    s2_hat = rho * s2 + rest * v + rho * rest * (mu - m).square()
+    delta = m - mu
+    mu_hat = mu + rest * delta
+    s2_hat = rho * s2 + rest * v + rho * rest * delta.square()
     return mu_hat, s2_hat, rho
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import BatchStatisticsNorm
 from .batch import _BatchNorm
-from .functional import entered, is_capturing, is_transformed, moved_averages, pool
+from .functional import enter_batch, is_capturing, is_transformed, move_averages, pool
 from .memorized import _MemorizedBatchNorm
 from .renorm import _BatchRenorm
 
@@ -72,36 +72,36 @@ class AllMemories:
             layer.noted = ()
 
 
+# The buffers of a layer's memory, in the order of `functional.enter_batch`.
+MEMORY = ("memory_mean", "memory_var", "memory_count", "running_mean", "running_var", "memory_weight")
+
+
 class Memories:
     """The memories of MemorizedBatchNorm layers with the same size k and the same decay, in shared tensors.
 
-    mean, var (k, sum of C) and count (k, L) hold the entries of all L layers; m, v (sum of C) and w (L,) their pools.
+    memory: mean, var (k, sum of C) and count (k, L) of all L layers, and their pools m, v (sum of C) and w (L,).
     """
 
     def __init__(self, layers: list[_MemorizedBatchNorm]) -> None:
         self.layers = layers
-        self.mean, self.var, self.count, self.m, self.v, self.w = _joined(layers)
-        parts = _split(layers, self.mean, self.var, self.count, self.m, self.v, self.w)
-        for layer, (mean, var, count, m, v, w) in zip(layers, parts, strict=True):
-            layer.memory_mean, layer.memory_var, layer.memory_count = mean, var, count
-            layer.running_mean, layer.running_var, layer.memory_weight = m, v, w
+        self.memory = _joined(layers)
+        for layer, parts in zip(layers, _split(layers, self.memory), strict=True):
+            for name, part in zip(MEMORY, parts, strict=True):
+                setattr(layer, name, part)
         self.owner, self.powers = _owner(layers), _powers(layers[0])
         self.counts: dict[tuple[int | Tensor, ...], Tensor] = {}
 
     def enter(self) -> None:
         """Take in what the layers have noted as the entry of age 0; the oldest entries leave."""
-        new_mean, new_var, n = _take_notes(self.layers, self.mean)
+        mean, var, n = _take_notes(self.layers, self.memory[0])
         if all(isinstance(each, int) for each in n):
             if n not in self.counts:  # on the device, made once for each size of batch
-                self.counts[n] = _counts(n, self.count)
+                self.counts[n] = _counts(n, mean)
             count = self.counts[n]
         else:
-            count = _counts(n, self.count)
-        pooled = (self.m, self.v, self.w)
-        new, brought = (new_mean, new_var, count), any(layer.brought for layer in self.layers)
-        moved = entered(self.mean, self.var, self.count, pooled, new, self.powers, self.owner, brought)
-        for own, value in zip((self.mean, self.var, self.count, *pooled), moved, strict=True):
-            own.copy_(value)
+            count = _counts(n, mean)
+        brought = any(layer.brought for layer in self.layers)
+        enter_batch(self.memory, (mean, var, count), self.powers, self.owner, brought)
 
 
 class Averages:
@@ -119,7 +119,7 @@ class Averages:
         new_mean, new_var, _ = _take_notes(self.layers, mean)
         tracked = torch.stack([layer.num_batches_tracked for layer in self.layers])
         new = (new_mean, (new_var + self.eps).sqrt())
-        mean, std, tracked = moved_averages(mean, std, tracked, new, self.layers[0].momentum, self.owner)
+        move_averages((mean, std, tracked), new, self.layers[0].momentum, self.owner)
         averages = [layer.running_mean for layer in self.layers] + [layer.running_std for layer in self.layers]
         torch._foreach_copy_(averages, [*mean.split(self.widths), *std.split(self.widths)])
         torch._foreach_copy_([layer.num_batches_tracked for layer in self.layers], list(tracked.unbind()))
@@ -127,17 +127,12 @@ class Averages:
 
 def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
     """Enter what the layers have noted, into memories that each layer has on its own."""
-    mean, var, count, m, v, w = _joined(layers)
-    new_mean, new_var, n = _take_notes(layers, mean)
-    new = (new_mean, new_var, _counts(n, count))
+    memory = _joined(layers)
+    mean, var, n = _take_notes(layers, memory[0])
     brought = any(layer.brought for layer in layers)
-    moved = entered(mean, var, count, (m, v, w), new, _powers(layers[0]), _owner(layers), brought)
-    buffers = [
-        buffer
-        for x in layers
-        for buffer in (x.memory_mean, x.memory_var, x.memory_count, x.running_mean, x.running_var, x.memory_weight)
-    ]
-    torch._foreach_copy_(buffers, [part for parts in _split(layers, *moved) for part in parts])
+    enter_batch(memory, (mean, var, _counts(n, mean)), _powers(layers[0]), _owner(layers), brought)
+    buffers = [getattr(layer, name) for layer in layers for name in MEMORY]
+    torch._foreach_copy_(buffers, [part for parts in _split(layers, memory) for part in parts])
 
 
 def _alike(
@@ -181,25 +176,17 @@ def _counts(counts: tuple[int | Tensor, ...], like: Tensor) -> Tensor:
 
 
 def _joined(layers: list[_MemorizedBatchNorm]) -> tuple[Tensor, ...]:
-    """mean, var (k, sum of C), count (k, L), m, v (sum of C) and w (L,) of several layers."""
-    return (
-        torch.cat([layer.memory_mean for layer in layers], 1),
-        torch.cat([layer.memory_var for layer in layers], 1),
-        torch.stack([layer.memory_count for layer in layers], 1),
-        torch.cat([layer.running_mean for layer in layers]),
-        torch.cat([layer.running_var for layer in layers]),
-        torch.cat([layer.memory_weight for layer in layers]),
-    )
+    """The memories of several layers in one, in the order of MEMORY."""
+    mean, var, count, m, v, w = ([getattr(layer, name) for layer in layers] for name in MEMORY)
+    return torch.cat(mean, 1), torch.cat(var, 1), torch.stack(count, 1), torch.cat(m), torch.cat(v), torch.cat(w)
 
 
-def _split(
-    layers: list[_MemorizedBatchNorm], mean: Tensor, var: Tensor, count: Tensor, m: Tensor, v: Tensor, w: Tensor
-) -> list[tuple[Tensor, ...]]:
-    """The parts of joined tensors that are each layer's, as views."""
+def _split(layers: list[_MemorizedBatchNorm], memory: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The parts of joined memories that are each layer's, as views, in the order of MEMORY."""
     widths = [layer.num_features for layer in layers]
-    wide = [tensor.split(widths, -1) for tensor in (mean, var, m, v)]
-    each = zip(*wide, count.unbind(1), w.split(1), strict=True)
-    return [(mean, var, count, m, v, w) for mean, var, m, v, count, w in each]
+    mean, var, count, m, v, w = memory
+    parts = (mean.split(widths, 1), var.split(widths, 1), count.unbind(1), m.split(widths), v.split(widths), w.split(1))
+    return list(zip(*parts, strict=True))
 
 
 def _owner(layers: Sequence[BatchStatisticsNorm]) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .base import BatchStatisticsNorm, is_trained, norm_layers
 from .functional import (
     batch_moments,
-    entered,
+    enter_batch,
     is_capturing,
     joint_batch_norm,
     memorized_batch_norm,
@@ -199,26 +199,10 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         like = self.memory_mean
         count = n.to(like.dtype) if isinstance(n, Tensor) else like.new_full((1,), n)
         powers = self.decay ** torch.arange(self.memory, device=like.device, dtype=like.dtype)
-        self.replace(
-            *entered(
-                self.memory_mean,
-                self.memory_var,
-                self.memory_count[:, None],
-                (self.running_mean, self.running_var, self.memory_weight),
-                (mu.to(like.dtype), s2.to(like.dtype), count),
-                powers[:, None],
-                brought=self.brought,
-            )
-        )
-
-    def replace(self, mean: Tensor, var: Tensor, count: Tensor, m: Tensor, v: Tensor, w: Tensor) -> None:
-        """Write a whole new memory and its pool in place."""
-        self.memory_mean.copy_(mean)
-        self.memory_var.copy_(var)
-        self.memory_count.copy_(count.view(-1))
-        self.running_mean.copy_(m)
-        self.running_var.copy_(v)
-        self.memory_weight.copy_(w)
+        memory = (self.memory_mean, self.memory_var, self.memory_count[:, None])
+        pooled = (self.running_mean, self.running_var, self.memory_weight)
+        new = (mu.to(like.dtype), s2.to(like.dtype), count)
+        enter_batch((*memory, *pooled), new, powers[:, None], brought=self.brought)
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         return self.running_mean, self.running_var

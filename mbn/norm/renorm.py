@@ -10,7 +10,7 @@ from .base import BatchStatisticsNorm, is_trained, norm_layers
 from .functional import (
     batch_moments,
     joint_batch_norm,
-    moved_averages,
+    move_averages,
     renormalized_batch_norm,
     snapshot,
     statistics_dtype,
@@ -138,9 +138,7 @@ class _BatchRenorm(BatchStatisticsNorm):
     def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
         dtype = self.running_mean.dtype
         new = (mu.to(dtype), (s2.to(dtype) + self.eps).sqrt())
-        moved = moved_averages(self.running_mean, self.running_std, self.num_batches_tracked, new, self.momentum)
-        for buffer, value in zip((self.running_mean, self.running_std, self.num_batches_tracked), moved, strict=True):
-            buffer.copy_(value)
+        move_averages((self.running_mean, self.running_std, self.num_batches_tracked), new, self.momentum)
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         # The shared evaluation adds eps to a variance; sigma already has it inside.
