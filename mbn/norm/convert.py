@@ -25,7 +25,8 @@ NORMS: dict[str, tuple[type[BatchStatisticsNorm], ...]] = {
 SETTERS = {"lam": "set_lambda changes it", "r_max": "set_renorm changes it", "d_max": "set_renorm changes it"}
 
 Network = TypeVar("Network", bound=nn.Module)
-Replace = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
+# From classes: not Mapping[type[nn.Module], ...], whose keys mypy takes as they are and not as subclasses.
+Replace = Mapping[Any, Callable[[Any], nn.Module]]
 
 
 def norm_of(layer: nn.Module) -> str | None:

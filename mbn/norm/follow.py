@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import BatchNorm2d
-from .carry import carry_parameters
+from .carry import HOOKS, carry_parameters
 
 # The classes that normalise and do no more.
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -26,9 +26,9 @@ def what_follows(old: nn.Module, dims: tuple[int, ...]) -> Follows | None:
     """What our layer must apply to the normalised x so that it does what old does; None if it is not known.
 
     Candidates are old's own children, some of them or all in any order, and well-known activations. The first one
-    with which ours equals old is taken: on random inputs of so many dims, in eval and in training mode, with the same
-    random numbers drawn by both. It is tried with copies on the CPU that have random parameters and statistics. old and
-    the random number generators stay as they are.
+    with which ours equals old is taken: outputs and gradients on random inputs of so many dims, in eval and in training
+    mode, with the same random numbers drawn by both. It is tried with copies on the CPU that have random parameters and
+    statistics. old and the random number generators stay as they are.
     """
     if type(old) in PLAIN and not old._modules:
         return {}, ()
@@ -38,11 +38,11 @@ def what_follows(old: nn.Module, dims: tuple[int, ...]) -> Follows | None:
         torch.default_generator.manual_seed(0)
         trial = _trial(old)
         inputs = [_input(trial.running_mean, d) for d in dims]
-        expected = [_outputs(copy.deepcopy(trial), x) for x in inputs]
+        expected = [_outputs(trial, x) for x in inputs]
         if not any(expected):
             return None
         for children, names in _candidates(old):
-            new = _candidate(copy.deepcopy(trial), dims, children, names)
+            new = _candidate(trial, dims, children, names)
             if all(ys is None or _close(ys, _outputs(new, x)) for x, ys in zip(inputs, expected, strict=True)):
                 return children, names
     return None
@@ -53,10 +53,9 @@ def _candidates(old: nn.Module) -> Iterator[Follows]:
     if type(old).forward in [cls.forward for cls in PLAIN]:
         yield children, ()
         return
-    for length in range(len(children), -1, -1):
-        # All orders only of a few: of many there are too many.
-        orders = itertools.permutations if len(children) < 4 else itertools.combinations
-        for names in orders(children, length):
+    # First all in the order of registration. Of many there would be too many orders.
+    for length in range(len(children), -1, -1) if len(children) < 4 else (len(children), 0):
+        for names in itertools.permutations(children, length) if len(children) < 4 else [tuple(children)[:length]]:
             yield children, names
     own = [value for name, value in vars(old).items() if isinstance(value, float) and name not in ("eps", "momentum")]
     for activation in (
@@ -67,18 +66,23 @@ def _candidates(old: nn.Module) -> Iterator[Follows]:
         yield children | {ACTIVATION: activation}, (ACTIVATION,)
 
 
-def without_hooks(old: nn.Module) -> nn.Module:
-    """A layer with the very same attributes, tensors and children as old, and no hooks."""
-    new = old.__class__.__new__(old.__class__)
-    new.__dict__.update(old.__dict__)
-    new.__dict__.update({name: type(value)() for name, value in vars(old).items() if name.endswith("_hooks")})
-    return new
+class _OneProcess(nn.SyncBatchNorm):
+    """A SyncBatchNorm that also trains on the CPU beside other processes."""
+
+    forward = nn.modules.batchnorm._BatchNorm.forward
 
 
 def _trial(old: nn.Module) -> Any:
-    """A copy of old on the CPU, with random parameters and statistics that tell activations apart."""
+    """A copy of old on the CPU without hooks, with random parameters and statistics that tell activations apart."""
+    cls: Any = type(old)
+    without_hooks: Any = cls.__new__(cls)
+    without_hooks.__dict__.update(
+        {name: type(value)() if name in HOOKS else value for name, value in vars(old).items()}
+    )
     group = getattr(old, "process_group", None)
-    trial: Any = copy.deepcopy(without_hooks(old), {id(group): group})  # which cannot be copied
+    trial = copy.deepcopy(without_hooks, {id(group): group})  # a group cannot be copied
+    if isinstance(old, nn.SyncBatchNorm):
+        trial.__class__ = type(cls.__name__, (cls, _OneProcess), {})
     if any(t.is_meta for t in (*trial.parameters(), *trial.buffers())):
         trial.to_empty(device="cpu")
         for t in (*trial.parameters(), *trial.buffers()):
@@ -110,20 +114,31 @@ def _input(mean: Tensor, dims: int) -> Tensor:
     return x
 
 
-def _outputs(layer: nn.Module, x: Tensor) -> list[Tensor] | None:
-    """What layer makes of x in eval and in training mode; None where it raises, or goes into another mode."""
-    outputs = []
-    with contextlib.suppress(Exception):
+def _outputs(layer: Any, x: Tensor) -> list[Any] | None:
+    """What layer makes of x, and the gradients of x, weight and bias, in eval and in training mode.
+
+    None where it raises, or goes into another mode.
+    """
+    outputs, layer = [], copy.deepcopy(layer)
+    with contextlib.suppress(Exception), torch.enable_grad():
         for training in (False, True):
             torch.default_generator.manual_seed(1)
-            y = layer.train(training)(x.clone())
+            leaf = x.clone().requires_grad_()
+            y = layer.train(training)(leaf.clone())
+            leaves = [leaf, *(p for p in (layer.weight, layer.bias) if p is not None)]
+            gradients = torch.autograd.grad(y, leaves, y.detach().cos(), allow_unused=True)
             if layer.training == training:
-                outputs.append(y)
-    return outputs if len(outputs) == 2 and all(isinstance(y, Tensor) for y in outputs) else None
+                outputs.append((y.detach(), gradients))
+    return outputs if len(outputs) == 2 else None
 
 
-def _close(ys: list[Tensor], others: list[Tensor] | None) -> bool:
-    return others is not None and all(
-        y.shape == other.shape and torch.allclose(y, other, rtol=1e-5, atol=1e-5)
-        for y, other in zip(ys, others, strict=True)
+def _close(one: list[Any], other: list[Any] | None) -> bool:
+    return other is not None and all(
+        y.shape == z.shape
+        and torch.allclose(y, z, rtol=1e-5, atol=1e-5)
+        and all(
+            a is b or (a is not None and b is not None and bool((a - b).abs().max() <= 1e-3 * a.abs().max()))
+            for a, b in zip(dy, dz, strict=True)
+        )
+        for (y, dy), (z, dz) in zip(one, other, strict=True)
     )

@@ -41,11 +41,12 @@ def to_ours(
     of_any_dims = isinstance(old, nn.SyncBatchNorm)
     ours = layers[1] if of_any_dims else next(b for a, b in zip(TORCH, layers, strict=True) if isinstance(old, a))
     dims = ANY_DIMS if of_any_dims else ours.input_dims
-    follows = what_follows(old, dims)
+    try:
+        follows = what_follows(old, dims)
+    except Exception as error:
+        raise refuse(f"cannot be copied and tried ({error}): {otherwise}") from error
     if follows is None:
-        raise refuse(
-            f"does something else than batch norm and an activation that it holds or is well known: {otherwise}"
-        )
+        raise refuse(f"does more than batch norm, and what it does is not known: {otherwise}")
 
     if issubclass(ours, _BatchNorm):
         settings = {"momentum": old.momentum, **settings}
@@ -117,9 +118,7 @@ def to_torchs(
     plain = ours(1)
     problem = cannot_carry(old, tuple(plain._buffers), "take it off before")
     if problem is None and type(old).forward is not BatchStatisticsNorm.forward:
-        problem = (
-            "has a forward of its own, which a BatchNorm would not have: write the class as one that holds a layer"
-        )
+        problem = "has a forward of its own, which a BatchNorm has not: let a module hold the layer and do the rest"
     if problem is not None:
         raise TypeError(f"{what}, a {type(old).__name__}, cannot become a BatchNorm: it {problem}")
     new: Any = old.origin if old.origin is not None else torchs(1, affine=False)
