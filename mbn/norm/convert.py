@@ -11,7 +11,7 @@ from .base import BatchStatisticsNorm
 from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .carry import move_hooks
 from .exchange import exchange
-from .layer_for_layer import TORCH, to_ours, to_torchs
+from .layer_for_layer import TORCH, check_for_torch, to_ours, to_torchs
 from .memorized import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d
 from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 
@@ -138,16 +138,16 @@ def convert(
     checked = settings | {name: value for name, value in common.items() if value is not None}
     replaced: dict[nn.Module, nn.Module] = {}
     converted: dict[nn.Module, nn.Module] = {}
-    ours = 0
+    ours, sharded = 0, any(_is_sharded(parent) for parent in module.modules())
     for name, layer in list(_walk(module, "", replace or {}, replaced, set())):
         what = f"layer {name}" if name else "the module"
         if isinstance(layer, BatchStatisticsNorm):
             _check_ours(what, layer, norm, checked)
             ours += 1
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if sharded:
+                raise TypeError("FSDP has sharded the module, and knows the old layers: call convert before FSDP")
             converted[layer] = to_ours(what, layer, layers, settings, sync, process_group)
-    if converted and any(_is_sharded(parent) for parent in module.modules()):
-        raise TypeError("the module is sharded by FSDP already, which knows the old layers: call convert before FSDP")
     if not (replaced or converted or ours):
         warnings.warn("convert found no nn.BatchNorm1d, 2d or 3d in the module and changed nothing", stacklevel=2)
 
@@ -227,6 +227,9 @@ def to_batch_norm(module: Network) -> Network:
     Errors: TypeError, by its name, for a layer that is parametrized or pruned, or has a forward or tensors that a
     BatchNorm has not; RuntimeError under FSDP2, which lets nobody copy a module.
     """
+    for name, layer in module.named_modules():
+        if isinstance(layer, BatchStatisticsNorm):
+            check_for_torch(f"layer {name}" if name else "the module", layer)
     try:
         copied = copy.deepcopy(module)
     except AssertionError as error:  # of FSDP2
@@ -236,10 +239,9 @@ def to_batch_norm(module: Network) -> Network:
         ) from error
     wide: dict[nn.Parameter, nn.Parameter] = {}
     instead: dict[nn.Module, nn.Module] = {}
-    for name, layer in copied.named_modules():
-        what = f"layer {name}" if name else "the module"
+    for layer in copied.modules():
         for layers in NORMS.values():
             for ours, torchs in zip(layers, TORCH, strict=True):
                 if isinstance(layer, ours):
-                    instead[layer] = to_torchs(what, layer, ours, torchs, wide)
+                    instead[layer] = to_torchs(layer, ours, torchs, wide)
     return _put(copied, instead, [*copied.modules(), *instead.values()])  # type: ignore[return-value]

@@ -71,16 +71,13 @@ def to_ours(
     new.affine, new.training = old.affine, old.training
     carry_parameters(old, new)
     state = {name: old._buffers[name] for name in STATISTICS if old._buffers[name] is not None}
-    errors: list[str] = []
-    new._load_from_state_dict(state, "", {}, False, [], [], errors)
-    if errors:
-        raise refuse(f"has running statistics that do not fit: {errors[0]}")
+    new._load_from_state_dict(state, "", {}, False, [], [], [])
     new._modules.update(children)
     new.__dict__.update(more, origin=_without_tensors(old))
     return new
 
 
-def _why_not_ours(old: nn.Module, sync: bool | None, otherwise: str) -> str | None:
+def _why_not_ours(old: Any, sync: bool | None, otherwise: str) -> str | None:
     """What stands against a layer of ours in old's place, as a sentence without its subject."""
     if isinstance(old, nn.modules.lazy.LazyModuleMixin):
         return "is lazy and has no channels yet: run the network once before"
@@ -93,6 +90,9 @@ def _why_not_ours(old: nn.Module, sync: bool | None, otherwise: str) -> str | No
             "has no running statistics and evaluates by the batch's own, which our layers never do: give it "
             f"track_running_stats=True, or {otherwise}"
         )
+    own = (old.weight, old.bias, old.running_var)
+    if any(t is not None and t.shape != old.running_mean.shape for t in own):
+        return f"has parameters and statistics of different shapes: {otherwise}"
     return None
 
 
@@ -107,20 +107,21 @@ def _without_tensors(old: Any) -> nn.Module:
     return shell
 
 
-def to_torchs(
-    what: str, old: Any, ours: type[Any], torchs: type[Any], wide: dict[nn.Parameter, nn.Parameter]
-) -> nn.Module:
+def check_for_torch(what: str, layer: BatchStatisticsNorm) -> None:
+    """Raise TypeError if no layer of torch can take the place of this one, whose name is what."""
+    problem = cannot_carry(layer, (*layer.statistics, "num_batches_tracked"), "take it off before")
+    if problem is None and type(layer).forward is not BatchStatisticsNorm.forward:
+        problem = "has a forward of its own, which a BatchNorm has not: let a module hold the layer and do the rest"
+    if problem is not None:
+        raise TypeError(f"{what}, a {type(layer).__name__}, cannot become a BatchNorm: it {problem}")
+
+
+def to_torchs(old: Any, ours: type[Any], torchs: type[Any], wide: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
     """The layer of torch that is to take the place of old, which is of class ours. old must not be used any more.
 
     torchs: the BatchNorm for its number of dimensions, if old was not converted from another. wide: for parameters in
-    half precision the same in float32. TypeError if no layer can.
+    half precision the same in float32.
     """
-    plain = ours(1)
-    problem = cannot_carry(old, tuple(plain._buffers), "take it off before")
-    if problem is None and type(old).forward is not BatchStatisticsNorm.forward:
-        problem = "has a forward of its own, which a BatchNorm has not: let a module hold the layer and do the rest"
-    if problem is not None:
-        raise TypeError(f"{what}, a {type(old).__name__}, cannot become a BatchNorm: it {problem}")
     new: Any = old.origin if old.origin is not None else torchs(1, affine=False)
     mean, var = old.test_statistics()
     seen = new.__dict__.pop("num_batches_tracked", 0)
@@ -141,5 +142,5 @@ def to_torchs(
     for name, value in zip(STATISTICS, (mean.to(dtype), var.to(dtype), tracked), strict=True):
         new._buffers[name] = value
     new._modules.update({name: child for name, child in old._modules.items() if name != ACTIVATION})
-    new.__dict__.update(more_attributes(old, plain))
+    new.__dict__.update(more_attributes(old, ours(1)))
     return new
