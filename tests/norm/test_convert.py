@@ -384,6 +384,47 @@ def test_a_converted_model_continues_from_the_statistics_it_brought(norm, settin
     assert_close(new.running_mean, old.running_mean + share * (mu - old.running_mean))
 
 
+@norms
+@pytest.mark.parametrize("own", [True, False])
+def test_a_network_made_on_the_meta_device_trains_after_a_state_is_assigned(norm, own):
+    """Its own state, or that of the BatchNorms."""
+    old = train(network())
+    trained = train(convert(copy.deepcopy(old), norm)) if own else old
+    with torch.device("meta"):
+        model = convert(network(), norm)
+    model.load_state_dict(copy.deepcopy(trained.state_dict()), assign=True)
+    x = torch.randn(4, 3, 5, 5)
+    assert_close(model.eval()(x), trained.eval()(x))
+    beside = trained if own else convert(old, norm)
+    for again in (model, beside):
+        torch.manual_seed(1)
+        train(again.train())
+    for name, value in beside.state_dict().items():
+        assert_close(model.state_dict()[name], value)
+
+
+@norms
+def test_parameters_that_registering_would_move_are_left_where_they_are(norm, monkeypatch):
+    """As in accelerate's init_empty_weights, which puts parameters on the meta device, and leaves buffers."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module, name, param):
+        register(module, name, param)
+        if param is not None:
+            module._parameters[name] = nn.Parameter(param.to("meta"))
+
+    before = network()
+    weights = dict(before.named_parameters())
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "register_parameter", register_empty)
+        after, empty = convert(before, norm), convert(network(), norm)
+    assert all(weights[name] is p for name, p in after.named_parameters())
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    assert {b.device.type for b in empty.buffers()} == {"cpu"}
+    empty.load_state_dict(after.state_dict(), assign=True)
+    train(empty)
+
+
 # And back.
 
 

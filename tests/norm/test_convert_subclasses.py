@@ -123,7 +123,7 @@ def test_a_subclass_becomes_our_layer_followed_by_what_it_does(make):
 @norms
 @shapes
 def test_it_does_so_for_every_norm_and_number_of_dimensions(norm, dims, shape):
-    old, x = random_state(with_function(F.relu, TORCH[dims])).eval(), torch.randn(shape)
+    old, x = random_state(with_function(F.relu, TORCH[dims])).eval(), 9 * torch.randn(shape)
     new = convert(copy.deepcopy(old), norm)
     assert type(new) is NORMS[norm][dims - 1]
     assert (old(x) == 0).any()
