@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import typing
 
 import pytest
 import torch
@@ -326,6 +327,24 @@ def test_settings_reach_every_layer_by_name(norm, settings):
         assert {name: getattr(layer, name) for name in layer.settings} == settings
         for name, value in settings.items():
             assert f"{name}={value!r}" in repr(layer)
+
+
+def test_the_types_of_the_settings_are_those_of_the_layers():
+    """Names, defaults and annotations of the overloads."""
+    of_networks = {"replace", "sync", "process_group"}
+    not_settings = {"self", "num_features", "eps", "affine", "bias", "device", "dtype", "sync", "process_group"}
+    found = {}
+    for overload in typing.get_overloads(convert):
+        parameters = dict(inspect.signature(overload).parameters)
+        parameters.pop("module")
+        norm = parameters.pop("norm").annotation
+        assert of_networks < set(parameters)
+        found[typing.get_args(norm)[0]] = [str(p) for name, p in parameters.items() if name not in of_networks]
+    assert found.keys() == NORMS.keys()
+    for norm, layers in NORMS.items():
+        parameters = inspect.signature(layers[0].__init__).parameters
+        assert found[norm] == [str(p) for name, p in parameters.items() if name not in not_settings]
+        assert layers[0].settings == tuple(name for name in parameters if name not in not_settings)
 
 
 # State.
