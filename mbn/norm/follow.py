@@ -115,10 +115,7 @@ def _input(mean: Tensor, dims: int) -> Tensor:
 
 
 def _outputs(layer: Any, x: Tensor) -> list[Any] | None:
-    """What layer makes of x, and the gradients of x, weight and bias, in eval and in training mode.
-
-    None where it raises, or goes into another mode.
-    """
+    """What layer makes of x, and the gradients of x, weight and bias, in eval and in training mode; None where it raises."""
     outputs, layer = [], copy.deepcopy(layer)
     with contextlib.suppress(Exception), torch.enable_grad():
         for training in (False, True):
@@ -127,8 +124,7 @@ def _outputs(layer: Any, x: Tensor) -> list[Any] | None:
             y = layer.train(training)(leaf.clone())
             leaves = [leaf, *(p for p in (layer.weight, layer.bias) if p is not None)]
             gradients = torch.autograd.grad(y, leaves, y.detach().cos(), allow_unused=True)
-            if layer.training == training:
-                outputs.append((y.detach(), gradients))
+            outputs.append((y.detach(), gradients))
     return outputs if len(outputs) == 2 else None
 
 

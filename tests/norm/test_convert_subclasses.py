@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from layer_kinds import SHAPES, shapes
 from torch import nn
@@ -179,6 +180,36 @@ def test_a_subclass_on_the_meta_device_is_tried_on_the_cpu():
         new = convert(BatchNormAct(3, lambda inplace: nn.PReLU()))
     assert new.followed_by == ("drop", "act")
     assert {t.device.type for t in new.state_dict().values()} == {"meta"}
+
+
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """As timm's."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_subclass_of_sync_batch_norm_is_tried_where_it_cannot_train_on_the_cpu():
+    old, x = SyncBatchNormAct(3), torch.randn(SHAPES["2d"])
+    with pytest.raises(ValueError, match="expected input tensor to be on GPU"):
+        old(x)
+    new = convert(copy.deepcopy(old), sync=True)
+    assert_close(new.eval()(x), old.eval()(x))
+    back = to_batch_norm(new)
+    assert type(back) is SyncBatchNormAct
+    assert_close(back(x), old(x))
 
 
 # What is refused.
