@@ -138,7 +138,7 @@ def convert(
     checked = settings | {name: value for name, value in common.items() if value is not None}
     replaced: dict[nn.Module, nn.Module] = {}
     converted: dict[nn.Module, nn.Module] = {}
-    ours, sharded = 0, any(_is_sharded(parent) for parent in module.modules())
+    ours, sharded = 0, _is_sharded(module)
     for name, layer in list(_walk(module, "", replace or {}, replaced, set())):
         what = f"layer {name}" if name else "the module"
         if isinstance(layer, BatchStatisticsNorm):
@@ -192,8 +192,9 @@ def _walk(
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP manages the module's parameters. By name: to import FSDP takes long."""
-    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
+    """Whether FSDP manages parameters inside module. By name: to import FSDP takes long."""
+    classes = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
+    return bool(classes & {"FSDPModule", "FullyShardedDataParallel"})
 
 
 def _check_ours(what: str, layer: BatchStatisticsNorm, norm: str, settings: dict[str, Any]) -> None:
@@ -225,18 +226,17 @@ def to_batch_norm(module: Network) -> Network:
     same: a small variance would be 0 in float16.
 
     Errors: TypeError, by its name, for a layer that is parametrized or pruned, or has a forward or tensors that a
-    BatchNorm has not; RuntimeError under FSDP2, which lets nobody copy a module.
+    BatchNorm has not; RuntimeError under FSDP, which lets nobody copy a module.
     """
+    if _is_sharded(module):
+        raise RuntimeError(
+            "to_batch_norm works on a copy, and FSDP lets nobody copy a module: load its full state dict "
+            "(torch.distributed.checkpoint.state_dict) into the same network without FSDP, and give it that one"
+        )
     for name, layer in module.named_modules():
         if isinstance(layer, BatchStatisticsNorm):
             check_for_torch(f"layer {name}" if name else "the module", layer)
-    try:
-        copied = copy.deepcopy(module)
-    except AssertionError as error:  # of FSDP2
-        raise RuntimeError(
-            "to_batch_norm works on a copy, which FSDP does not allow: load the full state dict "
-            "(torch.distributed.checkpoint.state_dict) into the same network without FSDP, and give it that one"
-        ) from error
+    copied = copy.deepcopy(module)
     wide: dict[nn.Parameter, nn.Parameter] = {}
     instead: dict[nn.Module, nn.Module] = {}
     for layer in copied.modules():

@@ -115,7 +115,7 @@ def _input(mean: Tensor, dims: int) -> Tensor:
 
 
 def _outputs(layer: Any, x: Tensor) -> list[Any] | None:
-    """What layer makes of x, and the gradients of x, weight and bias, in eval and in training mode; None where it raises."""
+    """What layer makes of x and the gradients of x, weight and bias, in eval and training mode; None if it raises."""
     outputs, layer = [], copy.deepcopy(layer)
     with contextlib.suppress(Exception), torch.enable_grad():
         for training in (False, True):

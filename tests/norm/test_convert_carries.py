@@ -325,17 +325,13 @@ def test_layers_that_never_convert_are_refused(layer, settings, words):
         convert(nn.Sequential(layer), **settings)
 
 
-def test_a_module_that_fsdp_has_sharded_is_refused_both_ways():
-    class FSDPModule:
-        def __deepcopy__(self, memo):
-            raise AssertionError("FSDP does not support deepcopy. Please use state dict for serialization.")
-
-    class Sharded(FSDPModule, nn.Sequential):
-        pass
-
-    model = Sharded(nn.BatchNorm2d(3))
+@pytest.mark.parametrize("name", ["FSDPModule", "FullyShardedDataParallel"])
+def test_a_module_that_fsdp_has_sharded_is_refused_both_ways(name):
+    """It is known by the name of a class of its own."""
+    sharded = type("Sharded", (type(name, (), {}), nn.Sequential), {})
+    model = nn.Sequential(sharded(nn.BatchNorm2d(3)))
     with pytest.raises(TypeError, match="call convert before FSDP"):
         convert(model)
-    assert type(model[0]) is nn.BatchNorm2d
-    with pytest.raises(RuntimeError, match=r"load the full state dict .* into the same network without FSDP"):
-        to_batch_norm(Sharded(convert(nn.BatchNorm2d(3))))
+    assert type(model[0][0]) is nn.BatchNorm2d
+    with pytest.raises(RuntimeError, match=r"load its full state dict .* into the same network without FSDP"):
+        to_batch_norm(sharded(convert(nn.BatchNorm2d(3))))
