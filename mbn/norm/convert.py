@@ -24,8 +24,9 @@ NORMS: dict[str, tuple[type[BatchStatisticsNorm], ...]] = {
 # What changes a setting of layers that are there already; other settings need new layers.
 SETTERS = {"lam": "set_lambda changes it", "r_max": "set_renorm changes it", "d_max": "set_renorm changes it"}
 
+# True of all networks; only for a BatchNorm itself is what convert returns of another class.
 Network = TypeVar("Network", bound=nn.Module)
-# From classes: not Mapping[type[nn.Module], ...], whose keys mypy takes as they are and not as subclasses.
+# Of classes. Mapping[type[nn.Module], ...] would refuse a dict whose keys are all of one subclass.
 Replace = Mapping[Any, Callable[[Any], nn.Module]]
 
 
