@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# torch 2.14 has renamed it.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision statistics are computed and kept in: float32, or float64 for float64 inputs."""
@@ -356,9 +359,9 @@ def joint_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
         else:
             mu = s2 = torch.zeros(x.shape[1], device=x.device, dtype=statistics_dtype(x.dtype))
         own = torch.cat([mu, s2, mu.new_full((1,), n)])
-        every = own.new_empty(dist.get_world_size(group), len(own))
-        dist.all_gather_into_tensor(every, own, group=group)
-        mus, s2s, ns = every.split([len(mu), len(mu), 1], 1)
+        every = own.new_empty(dist.get_world_size(group) * len(own))
+        _all_gather(every, own, group=group)
+        mus, s2s, ns = every.view(-1, len(own)).split([len(mu), len(mu), 1], 1)
         mu, s2, n_joint = pool(mus, s2s, ns[:, 0])
         return mu, s2, n_joint.reshape(1)
 
