@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .functional import affine_normalize, batch_moments, joint_moments, statistics_dtype, values_per_channel
+from .functional import (
+    affine_normalize,
+    batch_moments,
+    is_capturing,
+    joint_moments,
+    statistics_dtype,
+    values_per_channel,
+)
 
 # A batch's mean and biased variance (C,), and the number of values they were taken over.
 Note = tuple[Tensor, Tensor, int | Tensor]
+
+
+class Joint(NamedTuple):
+    """The batch of all processes in group together: its mean and biased variance (C,), and n (1,)."""
+
+    mu: Tensor
+    s2: Tensor
+    n: Tensor
+    group: Any
 
 
 class BatchStatisticsNorm(nn.Module):
@@ -94,10 +110,10 @@ class BatchStatisticsNorm(nn.Module):
 
     # What a subclass defines.
 
-    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
+    def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
         """Normalise x as in training. If remember is true, the layer also remembers the statistics of x.
 
-        group: the processes whose x are normalised as one batch; None for this process alone.
+        joint: the batch that x is a part of, if it is one of several processes; x itself may be empty then.
         """
         raise NotImplementedError
 
@@ -161,14 +177,19 @@ class BatchStatisticsNorm(nn.Module):
         remember = self.phase == ("first", "second")[self.forwards - 1]
         if self.phase == "first" and self.forwards == 2:
             self._note_first_forward()
-        group = self.joint_group()
-        if group is None:
-            n = values_per_channel(x)
-            if n == 0:  # as in torch: nothing to normalise, and gradients of zero
-                return F.batch_norm(x, None, None, *self._affine(x), True, 0.0, self.eps)
-            if n == 1:
-                self.check_single_value(x)
-        return self.normalize_training(x, remember, group)
+        joint = self.joint_batch(x)
+        n = values_per_channel(x)
+        if n <= 1 and joint is not None:
+            n = 2 if is_capturing(x) else int(joint.n.item())  # a captured graph cannot ask
+        if n == 0:
+            return self.normalize_empty(x, remember)
+        if n == 1:
+            self.check_single_value(x)
+        return self.normalize_training(x, remember, joint)
+
+    def normalize_empty(self, x: Tensor, remember: bool) -> Tensor:
+        """As in torch: nothing to normalise, and gradients of zero."""
+        return F.batch_norm(x, None, None, *self._affine(x), True, 0.0, self.eps)
 
     def take(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
         """Remember a batch: now, or at the end of the second forward with what other calls of the layer have noted."""
@@ -182,17 +203,15 @@ class BatchStatisticsNorm(nn.Module):
         """Whether a batch that this forward remembers is only noted now: what is remembered stays until later."""
         return self.phase == "second" or self.deferred
 
-    def joint_moments(self, x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """mu, s2 (C,) and n (1,) of the joint batch of all processes in group, without gradients."""
-        mu, s2, n = joint_moments(x, group)
-        if values_per_channel(x) <= 1 and not torch.compiler.is_compiling() and n.item() == 1:
-            self.check_single_value(x)
-        return mu, s2, n
+    def joint_batch(self, x: Tensor) -> Joint | None:
+        """The joint batch that x is a part of; None where x is the whole batch."""
+        group = self.joint_group()
+        return None if group is None else Joint(*joint_moments(x, group), group)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
         """mu, s2 and n by which a training forward would normalise x: of this process's batch, or of the joint one."""
-        group = self.joint_group()
-        return self.joint_moments(x, group) if group else (*batch_moments(x), values_per_channel(x))
+        joint = self.joint_batch(x)
+        return (*batch_moments(x), values_per_channel(x)) if joint is None else joint[:3]
 
     def _note_first_forward(self) -> None:
         """Keep what `eval()` and `second_forward` need to know to warn of a second forward that is missing."""
