@@ -14,6 +14,7 @@ from .functional import (
     affine_normalize,
     batch_moments,
     is_capturing,
+    is_transformed,
     joint_moments,
     statistics_dtype,
     values_per_channel,
@@ -229,14 +230,22 @@ class BatchStatisticsNorm(nn.Module):
 
     def joint_group(self) -> Any:
         """The processes over which training takes this layer's statistics; None for this one alone."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not several_processes():
             return None
-        if self.sync:
-            group = self.process_group or dist.group.WORLD
-            return group if dist.get_world_size(group) > 1 else None
-        if self.sync is None and not torch.compiler.is_compiling() and dist.get_world_size() > 1:
+        if not self.sync:
+            self._tell_of_processes()
+            return None
+        group = self.process_group or dist.group.WORLD
+        size = dist.get_world_size(group)
+        if size < 1:
+            raise RuntimeError("this process is not in process_group: give the layers of each process its own group")
+        if size > 1 and not torch.compiler.is_compiling() and is_transformed():
+            raise RuntimeError("sync=True does not work under torch.func and forward-mode AD: use sync=False there")
+        return group if size > 1 else None
+
+    def _tell_of_processes(self) -> None:
+        if self.sync is None and not torch.compiler.is_compiling() and several_processes():
             _warn_of_processes()
-        return None
 
     @property
     def process_group(self) -> Any:
@@ -263,6 +272,8 @@ class BatchStatisticsNorm(nn.Module):
 
     def train(self, mode: bool = True):
         mode = mode and not self.frozen
+        if mode:
+            self._tell_of_processes()  # which compiled code cannot
         if not mode and self._waiting | self._forgotten:
             stepped = bool(self.forward_versions) and self.versions() != self.forward_versions
             if self._forgotten or stepped:
@@ -347,6 +358,10 @@ class _Shared:
         return self
 
 
+def several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
     """Whether a BatchNorm's running statistics come from data."""
     if mean.is_meta or not bool((mean.isfinite() & var.isfinite()).all()):
@@ -374,10 +389,10 @@ def _warn_forgotten() -> None:
 def _warn_of_processes() -> None:
     """Warn only once in a process, as above."""
     warnings.warn(
-        "there are several processes, and each of these layers takes its statistics over its own process's batch: "
-        "convert(model, sync=True) takes them over all processes; to keep one memory a process (sync=False says so) "
-        "DistributedDataParallel must not broadcast buffers: forward_sync_buffers=False, or broadcast_buffers=False "
-        "before torch 2.14",
+        "there are several processes, and each takes the statistics of mbn's layers over its own batch (also after "
+        "convert_sync_batchnorm): convert(model, sync=True) takes them over all processes; to keep one memory a "
+        "process, say sync=False and let DistributedDataParallel broadcast no buffers: forward_sync_buffers=False, or "
+        "broadcast_buffers=False in an older torch",
         stacklevel=6,
     )
 
