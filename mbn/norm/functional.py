@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# torch 2.14 has renamed it.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision statistics are computed and kept in: float32, or float64 for float64 inputs."""
@@ -363,9 +366,9 @@ def joint_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
         else:
             mu = s2 = torch.zeros(x.shape[1], device=x.device, dtype=statistics_dtype(x.dtype))
         own = torch.cat([mu, s2, mu.new_full((1,), n)])
-        every = own.new_empty(dist.get_world_size(group), len(own))
-        dist.all_gather_into_tensor(every, own, group=group)
-        mus, s2s, ns = every.split([len(mu), len(mu), 1], 1)
+        every = own.new_empty(dist.get_world_size(group) * len(own))
+        _all_gather(every, own, group=group)
+        mus, s2s, ns = every.view(-1, len(own)).split([len(mu), len(mu), 1], 1)
         mu, s2, n_joint = pool(mus, s2s, ns[:, 0])
         return mu, s2, n_joint.reshape(1)
 
@@ -374,7 +377,7 @@ def joint_batch_norm(
     x: Tensor,
     mu: Tensor,
     s2: Tensor,
-    share: float | Tensor,
+    share: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -398,8 +401,6 @@ class _JointBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, mu, s2, share, weight, r, d)
         ctx.eps, ctx.group = eps, group
         scale, shift = (weight, bias) if r is None else _renormalized_affine(r, d, weight, bias)
-        if x.numel() == 0:
-            return x.clone()
         return affine_normalize(x, mu, s2, scale, shift, eps)
 
     @staticmethod
@@ -407,16 +408,20 @@ class _JointBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("sync=True has no second derivatives: call backward without create_graph")
         x, mu, s2, share, weight, r, d = ctx.saved_tensors
+        scale = weight if r is None else _renormalized_affine(r, d, weight, None)[0]
         invstd = (s2 + ctx.eps).rsqrt()
-        wide_dy, xhat = dy.to(mu.dtype), (x.to(mu.dtype) - per_channel(mu, x)) * per_channel(invstd, x)
-        dims = _all_but_channels(x)
-        sums = torch.stack([(wide_dy * xhat).sum(dims), wide_dy.sum(dims)])
-        dscale, dshift = sums.clone()
+        if x.numel() > 0:
+            dx, *both = _batch_norm_backward(dy, x, scale, mu, invstd)  # corrected by this process's own sums
+        else:  # the kernel takes no empty tensor; from dy, so that a compiler leaves the message in the backward
+            dx, both = dy, 2 * [dy.to(mu.dtype).sum(_all_but_channels(dy))]
+        own = torch.stack(both)
+        sums = own.clone()
         dist.all_reduce(sums, group=ctx.group)
-        scale = invstd if weight is None else weight * invstd
-        scale = scale if r is None else scale * r
-        a, b = (per_channel(share * each, x) for each in sums)
-        dx = ((wide_dy - b - xhat * a) * per_channel(scale, x)).to(dy.dtype)
+        if x.numel() > 0:
+            factor = invstd if scale is None else scale * invstd
+            a, b = (own / values_per_channel(x) - share * sums) * factor
+            dx = dx + affine_normalize(x, mu, s2, a, b, ctx.eps)
+        dscale, dshift = own
         dweight = dscale if r is None else dscale * r + dshift * d
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dshift), None, None, None, None
 

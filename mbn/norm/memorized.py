@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BatchStatisticsNorm, is_trained, norm_layers
+from .base import BatchStatisticsNorm, Joint, is_trained, norm_layers
 from .functional import (
     batch_moments,
     enter_batch,
@@ -156,33 +156,30 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
             w = torch.where(w < 0, -w * n, w)
         return self.lam_tensor * w
 
-    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
+    def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
         weight, bias = self._affine(x)
-        if group is None:
-            n: int | Tensor = values_per_channel(x)
-        else:
-            mu, s2, n = self.joint_moments(x, group)
+        n: int | Tensor = values_per_channel(x) if joint is None else joint.n
         m, v, W = self.running_mean, self.running_var, self._weight_beside(n)
         if remember and not self.waits:  # this forward overwrites them
             m, v, W = snapshot(m, v, W)
         if self.gradient == "paper":
-            if group is None:
+            if joint is None:
                 y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
             else:
+                mu, s2, _, group = joint
                 mu_hat, s2_hat, rho = memorized_moments(mu, s2, n, m, v, W)
                 y = joint_batch_norm(x, mu_hat, s2_hat, rho / n, weight, bias, self.eps, group)
         else:
             with torch.no_grad():
-                if group is None:
-                    mu, s2 = batch_moments(x)
+                mu, s2 = batch_moments(x) if joint is None else joint[:2]
                 mu_hat, s2_hat, _ = memorized_moments(mu, s2, n, m, v, W)
                 inv_hat = (s2_hat + self.eps).rsqrt()
                 r = (s2 + self.eps).sqrt() * inv_hat
                 d = (mu - mu_hat) * inv_hat
-            if group is None:
+            if joint is None:
                 y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
             else:
-                y = joint_batch_norm(x, mu, s2, 1 / n, weight, bias, self.eps, group, r, d)
+                y = joint_batch_norm(x, mu, s2, 1 / joint.n, weight, bias, self.eps, joint.group, r, d)
         if remember:
             self.take(mu, s2, n)
         return y
