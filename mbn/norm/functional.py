@@ -61,9 +61,7 @@ def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean mu_B and biased variance s2_B of x, in at least float32. Differentiable if x needs gradients."""
     x = x.to(statistics_dtype(x.dtype))
-    if torch.compiler.is_compiling():
-        return _Moments.apply(x)
-    if is_transformed():
+    if is_transformed():  # in compiled code too
         s2, mu = torch.var_mean(x, _all_but_channels(x), correction=0)
         return mu, s2
     if has_native_kernels(x) and not (torch.is_grad_enabled() and x.requires_grad):
@@ -269,9 +267,9 @@ class _PaperGradient(torch.autograd.Function):
     def backward(ctx, dy, _dmu, _ds2):
         x, weight, mu_hat, s2_hat, rho = ctx.saved_tensors
         if torch.is_grad_enabled():
-            y = _affine_formula(x, *_about_the_memory(x, mu_hat, s2_hat, rho), weight, None, ctx.eps)
-            dx, dweight, dbias = _differentiable_gradients(y, dy, x, weight)
-            return dx, None, None, None, *_wanted(ctx, 4, dweight, dbias), None
+            moments = _about_the_memory(x, mu_hat, s2_hat, rho)
+            dx, *affine = _gradient_formula(dy, x, weight, *moments, rho / values_per_channel(x), ctx.eps)
+            return dx, None, None, None, *_wanted(ctx, 4, *affine), None
         invstd = (s2_hat + ctx.eps).rsqrt()
         # Batch norm's backward has both correction terms whole. rho times it, plus 1 - rho times the term without
         # corrections, is the paper's gradient with its misprints corrected.
@@ -329,12 +327,12 @@ class _RenormalizedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, mu, s2, r, d, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            y = _affine_formula(x, *batch_moments(x), *_renormalized_affine(r, d, weight, None), ctx.eps)
-            dx, dweight, dbias = _differentiable_gradients(y, dy, x, weight)
-            return dx, None, None, None, None, *_wanted(ctx, 5, dweight, dbias), None
         scale = r if weight is None else weight * r
-        dx, dscale, dshift = _batch_norm_backward(dy, x, scale, mu, (s2 + ctx.eps).rsqrt())
+        if torch.is_grad_enabled():
+            got = _gradient_formula(dy, x, scale, *batch_moments(x), 1 / values_per_channel(x), ctx.eps)
+        else:
+            got = _batch_norm_backward(dy, x, scale, mu, (s2 + ctx.eps).rsqrt())
+        dx, dscale, dshift = got
         return dx, None, None, None, None, *_wanted(ctx, 5, dscale * r + dshift * d, dshift), None
 
 
@@ -401,16 +399,8 @@ class _JointBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("sync=True has no second derivatives: call backward without create_graph")
         x, mu, s2, share, weight, r, d = ctx.saved_tensors
-        invstd = (s2 + ctx.eps).rsqrt()
-        wide_dy, xhat = dy.to(mu.dtype), (x.to(mu.dtype) - per_channel(mu, x)) * per_channel(invstd, x)
-        dims = _all_but_channels(x)
-        sums = torch.stack([(wide_dy * xhat).sum(dims), wide_dy.sum(dims)])
-        dscale, dshift = sums.clone()
-        dist.all_reduce(sums, group=ctx.group)
-        scale = invstd if weight is None else weight * invstd
-        scale = scale if r is None else scale * r
-        a, b = (per_channel(share * each, x) for each in sums)
-        dx = ((wide_dy - b - xhat * a) * per_channel(scale, x)).to(dy.dtype)
+        scale = weight if r is None else r if weight is None else weight * r
+        dx, dscale, dshift = _gradient_formula(dy, x, scale, mu, s2, share, ctx.eps, ctx.group)
         dweight = dscale if r is None else dscale * r + dshift * d
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dshift), None, None, None, None
 
@@ -421,16 +411,30 @@ def _wanted(ctx, first: int, *gradients: Tensor | None) -> tuple[Tensor | None, 
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=False))
 
 
-def _differentiable_gradients(
-    y: Tensor, dy: Tensor, x: Tensor, weight: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dx, dweight and dbias of the formula's y (without a bias), for second derivatives: with their own graph."""
-    wanted = [t for t in (x, weight) if t is not None and t.requires_grad]
-    got = (
-        dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, dy, create_graph=True), strict=True)) if wanted else {}
-    )
-    dbias = dy.to(statistics_dtype(dy.dtype)).sum(_all_but_channels(dy))
-    return got.get(id(x)), got.get(id(weight)), dbias
+def _gradient_formula(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    mu: Tensor,
+    s2: Tensor,
+    share: float | Tensor,
+    eps: float,
+    group: Any = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dscale and dshift of y = scale (x - mu) / sqrt(s2 + eps) + shift, in operations that autograd differentiates.
+
+    The corrections in dx are sums over all processes in group, if there is one.
+    """
+    invstd = (s2 + eps).rsqrt()
+    dy, xhat = dy.to(mu.dtype), (x.to(mu.dtype) - per_channel(mu, x)) * per_channel(invstd, x)
+    dims = _all_but_channels(x)
+    dscale, dshift = (dy * xhat).sum(dims), dy.sum(dims)
+    sums = torch.stack([dscale, dshift])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    a, b = (per_channel(share * each, x) for each in sums)
+    dx = (dy - b - xhat * a) * per_channel(invstd if scale is None else scale * invstd, x)
+    return dx.to(x.dtype), dscale, dshift
 
 
 def _batch_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, invstd: Tensor):
