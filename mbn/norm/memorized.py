@@ -174,7 +174,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         else:
             with torch.no_grad():
                 if group is None:
-                    mu, s2 = batch_moments(x)
+                    mu, s2 = batch_moments(x.detach())  # no_grad does not stop forward-mode AD
                 mu_hat, s2_hat, _ = memorized_moments(mu, s2, n, m, v, W)
                 inv_hat = (s2_hat + self.eps).rsqrt()
                 r = (s2 + self.eps).sqrt() * inv_hat

@@ -122,7 +122,8 @@ class _BatchRenorm(BatchStatisticsNorm):
     def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
         weight, bias = self._affine(x)
         with torch.no_grad():
-            mu, s2, n = self.joint_moments(x, group) if group else (*batch_moments(x), values_per_channel(x))
+            constant = x.detach()  # no_grad does not stop forward-mode AD
+            mu, s2, n = self.joint_moments(x, group) if group else (*batch_moments(constant), values_per_channel(x))
             r, d = self._correction(mu, (s2 + self.eps).sqrt())
             if remember and not self.waits:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
