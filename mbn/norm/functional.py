@@ -115,6 +115,16 @@ def pool(mu: Tensor, s2: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     return m, v, w
 
 
+def as_values(count: Tensor, n: int | Tensor) -> Tensor:
+    """count, where one below 0 stands for that many batches of n values: statistics that a BatchNorm brought along.
+
+    Never asked beforehand whether there is one: others write buffers too (DistributedDataParallel, loaders).
+    """
+    if isinstance(n, int):
+        return F.leaky_relu(count, -n)  # the same in one operation
+    return torch.maximum(count, count * -n)
+
+
 def entered(
     mean: Tensor,
     var: Tensor,
@@ -123,7 +133,6 @@ def entered(
     new: tuple[Tensor, Tensor, Tensor],
     powers: Tensor,
     owner: Tensor | None = None,
-    brought: bool = False,
 ) -> tuple[Tensor, ...]:
     """The memories of L layers, with C channels together, after each has taken in a batch as the entry of age 0.
 
@@ -131,15 +140,14 @@ def entered(
     batch's mean and biased variance (C,) and its n (L,); powers: (k, 1), eta**a; owner: (C,), the layer of each
     channel, None for one layer. Returns the new mean, var, count, m, v and w.
 
-    A layer whose batch is not finite keeps what it had, without the host being asked. brought: whether a count may be
-    below 0, which stands for that many batches of the new one's n.
+    A layer whose batch is not finite keeps what it had, without the host being asked. A count below 0 stands for that
+    many batches of the new one's n.
     """
     new_mean, new_var, n = new
     of_layers, of_channels = _finite(new_mean, new_var, n, owner)
-    known = torch.where(count < 0, -count * n, count) if brought else count
     next_mean = torch.where(of_channels, torch.cat([new_mean[None], mean[:-1]]), mean)
     next_var = torch.where(of_channels, torch.cat([new_var[None], var[:-1]]), var)
-    next_count = torch.where(of_layers, torch.cat([n[None], known[:-1]]), count)
+    next_count = torch.where(of_layers, torch.cat([n[None], as_values(count, n)[:-1]]), count)
     weight = powers * next_count
     w = weight.sum(0)
     share = weight / w

@@ -98,8 +98,7 @@ class Memories:
         else:
             count = _counts(n, self.count)
         pooled = (self.m, self.v, self.w)
-        new, brought = (new_mean, new_var, count), any(layer.brought for layer in self.layers)
-        moved = entered(self.mean, self.var, self.count, pooled, new, self.powers, self.owner, brought)
+        moved = entered(self.mean, self.var, self.count, pooled, (new_mean, new_var, count), self.powers, self.owner)
         for own, value in zip((self.mean, self.var, self.count, *pooled), moved, strict=True):
             own.copy_(value)
 
@@ -130,8 +129,7 @@ def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
     mean, var, count, m, v, w = _joined(layers)
     new_mean, new_var, n = _take_notes(layers, mean)
     new = (new_mean, new_var, _counts(n, count))
-    brought = any(layer.brought for layer in layers)
-    moved = entered(mean, var, count, (m, v, w), new, _powers(layers[0]), _owner(layers), brought)
+    moved = entered(mean, var, count, (m, v, w), new, _powers(layers[0]), _owner(layers))
     buffers = [
         buffer
         for x in layers

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .base import BatchStatisticsNorm, is_trained, norm_layers
 from .functional import (
+    as_values,
     batch_moments,
     entered,
     is_capturing,
@@ -91,8 +92,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     memory_count: Tensor
     memory_weight: Tensor
     lam_tensor: Tensor
-    # Whether the memory may hold statistics of a BatchNorm, whose n is not known yet.
-    brought = False
 
     def __init__(
         self,
@@ -151,10 +150,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     def _weight_beside(self, n: int | Tensor) -> Tensor:
         """W = lambda w (1,), the memory's weight beside a batch of n values."""
-        w = self.memory_weight
-        if self.brought:
-            w = torch.where(w < 0, -w * n, w)
-        return self.lam_tensor * w
+        return self.lam_tensor * as_values(self.memory_weight, n)
 
     def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
         weight, bias = self._affine(x)
@@ -207,7 +203,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
                 (self.running_mean, self.running_var, self.memory_weight),
                 (mu.to(like.dtype), s2.to(like.dtype), count),
                 powers[:, None],
-                brought=self.brought,
             )
         )
 
@@ -240,7 +235,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         for name in ("memory_mean", "memory_var", "memory_count", "memory_weight", "running_mean"):
             getattr(self, name).zero_()
         self.running_var.fill_(1)
-        self.brought = False
 
     reset_running_stats = forget
 
@@ -262,7 +256,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         weight = state_dict.get(prefix + "memory_weight")
         if weight is not None:  # of shape () in older state dicts
             state_dict[prefix + "memory_weight"] = weight.reshape(self.memory_weight.shape)
-            self.brought = not weight.is_meta and bool((weight < 0).any())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
