@@ -193,7 +193,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     @torch.no_grad()
     def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
         like = self.memory_mean
-        count = n.to(like.dtype) if isinstance(n, Tensor) else like.new_full((1,), n)
+        count = n.to(like).reshape(1) if isinstance(n, Tensor) else like.new_full((1,), n)
         powers = self.decay ** torch.arange(self.memory, device=like.device, dtype=like.dtype)
         self.replace(
             *entered(
