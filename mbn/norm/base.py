@@ -336,6 +336,12 @@ class BatchStatisticsNorm(nn.Module):
             state_dict[prefix + self.scheduled] = values.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __prepare_scriptable__(self) -> "BatchStatisticsNorm":
+        raise RuntimeError(
+            f"torch.jit.script cannot read {type(self).__name__}: script to_batch_norm(model), which is equal in eval "
+            "mode, or use torch.export or torch.jit.trace"
+        )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy enters its batches on its own, and not in a second forward that someone else has begun.

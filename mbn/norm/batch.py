@@ -79,10 +79,9 @@ class _BatchNorm(BatchStatisticsNorm):
         # Without buffers there is nothing to update. Momentum 0 would not be enough: 0 * NaN is NaN.
         mean, var = (self.running_mean, self.running_var) if remember else (None, None)
         momentum = self._share_of_newest() if remember else 0.0
-        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
-        if remember:
+        if remember:  # before the averages move, as in torch: under torch.func it may raise
             self._count()
-        return y
+        return F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
 
     def _share_of_newest(self) -> float:
         return self.momentum if self.momentum is not None else 1 / (float(self.num_batches_tracked) + 1)

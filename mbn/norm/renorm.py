@@ -122,7 +122,8 @@ class _BatchRenorm(BatchStatisticsNorm):
     def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
         weight, bias = self._affine(x)
         with torch.no_grad():
-            mu, s2, n = (*batch_moments(x), values_per_channel(x)) if joint is None else joint[:3]
+            # detach: no_grad does not stop forward-mode AD
+            mu, s2, n = (*batch_moments(x.detach()), values_per_channel(x)) if joint is None else joint[:3]
             r, d = self._correction(mu, (s2 + self.eps).sqrt())
             if remember and not self.waits:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
