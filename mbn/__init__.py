@@ -27,6 +27,7 @@ _HOME = {
     "convert": "convert",
     "freeze": "freeze",
     "held": "second_forward",
+    "norm_layers": "base",
     "project_unit_rows": "normprop",
     "second_forward": "second_forward",
     "set_lambda": "memorized",
@@ -38,6 +39,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from .norm.base import norm_layers as norm_layers
     from .norm.batch import BatchNorm1d as BatchNorm1d
     from .norm.batch import BatchNorm2d as BatchNorm2d
     from .norm.batch import BatchNorm3d as BatchNorm3d

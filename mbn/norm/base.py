@@ -292,7 +292,7 @@ class BatchStatisticsNorm(nn.Module):
             values = tensor.flatten().tolist()
         except (RuntimeError, NotImplementedError):  # on the meta device, or under a transform: there are none to read
             return self.known
-        rounded = torch.tensor(self.known, dtype=tensor.dtype).tolist()
+        rounded = torch.tensor(self.known, dtype=tensor.dtype, device="cpu").tolist()  # not the default device
         return tuple(
             known if value == as_held else _shortest(value, tensor.dtype)
             for known, as_held, value in zip(self.known, rounded, values, strict=True)
@@ -380,7 +380,7 @@ def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
 def _shortest(value: float, dtype: torch.dtype) -> float:
     """The decimal number of fewest digits that is this value in dtype: 0.9 and not 0.8999999761581421."""
     decimals = (float(f"{value:.{digits}g}") for digits in range(6, 18))
-    return next((d for d in decimals if torch.tensor(d, dtype=dtype).item() == value), value)
+    return next((d for d in decimals if torch.tensor(d, dtype=dtype, device="cpu").item() == value), value)
 
 
 @functools.cache

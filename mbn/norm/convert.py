@@ -1,16 +1,17 @@
 """Exchange the BatchNorm layers of any network for ours, and back."""
 
 import copy
-import inspect
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeVar, overload
 
-import torch
 from torch import nn
 
 from .base import BatchStatisticsNorm
-from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .carry import move_hooks
+from .exchange import exchange
+from .layer_for_layer import TORCH, check_for_torch, to_ours, to_torchs
 from .memorized import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d
 from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 
@@ -20,9 +21,12 @@ NORMS: dict[str, tuple[type[BatchStatisticsNorm], ...]] = {
     "brn": (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
     "bn": (BatchNorm1d, BatchNorm2d, BatchNorm3d),
 }
-TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # What changes a setting of layers that are there already; other settings need new layers.
 SETTERS = {"lam": "set_lambda changes it", "r_max": "set_renorm changes it", "d_max": "set_renorm changes it"}
+
+Network = TypeVar("Network", bound=nn.Module)
+# From classes: not Mapping[type[nn.Module], ...], whose keys mypy takes as they are and not as subclasses.
+Replace = Mapping[Any, Callable[[Any], nn.Module]]
 
 
 def norm_of(layer: nn.Module) -> str | None:
@@ -30,139 +34,214 @@ def norm_of(layer: nn.Module) -> str | None:
     return next((norm for norm, layers in NORMS.items() if isinstance(layer, layers)), None)
 
 
-def convert(module: nn.Module, norm: str = "mbn", **settings: Any) -> nn.Module:
-    """Exchange every `nn.BatchNorm1d/2d/3d` inside module for a layer of ours, in place, and return module.
+@overload
+def convert(
+    module: Network,
+    norm: Literal["mbn"] = "mbn",
+    *,
+    memory: int = 20,
+    decay: float = 0.9,
+    lam: float = 0.1,
+    gradient: str = "paper",
+    forwards: int = 2,
+    pretrained_batches: float = 10,
+    replace: Replace | None = None,
+    sync: bool | None = None,
+    process_group: Any = None,
+) -> Network: ...
+@overload
+def convert(
+    module: Network,
+    norm: Literal["brn"],
+    *,
+    momentum: float = 0.01,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    warmup_steps: int = 0,
+    forwards: int = 1,
+    replace: Replace | None = None,
+    sync: bool | None = None,
+    process_group: Any = None,
+) -> Network: ...
+@overload
+def convert(
+    module: Network,
+    norm: Literal["bn"],
+    *,
+    momentum: float | None = 0.1,
+    forwards: int = 1,
+    replace: Replace | None = None,
+    sync: bool | None = None,
+    process_group: Any = None,
+) -> Network: ...
+def convert(
+    module: nn.Module,
+    norm: str = "mbn",
+    *,
+    replace: Replace | None = None,
+    sync: bool | None = None,
+    process_group: Any = None,
+    **settings: Any,
+) -> nn.Module:
+    """Exchange every BatchNorm inside module for a layer of ours, in place, and return module.
 
-    The new layers hold the very same parameters (an optimiser made before still works), and take over the running
-    statistics, eps, device, dtype, requires_grad and train mode of the old ones. A BatchNorm that is used in two places
-    stays one layer. If module is itself a BatchNorm, its replacement is returned. Layers that are already ours stay as
-    they are, if they are of this norm and have these settings. Forward hooks on a BatchNorm are not carried over. "bn"
-    keeps the old layer's momentum.
+    If module is itself a BatchNorm, its replacement is returned. A BatchNorm that is used in two places stays one
+    layer. Layers that are already ours stay as they are, if they are of this norm and have these settings.
+
+    The new layers hold the very same parameters (an optimiser made before still works). They take over running
+    statistics (see pretrained_batches), eps, device, dtype, train mode, forward and backward hooks, child modules, and
+    attributes that were set on the old ones; "bn" also takes over the momentum. A layer that the network also holds in
+    a list, tuple, dict or set of its own is exchanged there too.
+
+    A subclass of BatchNorm with a forward of its own (timm's BatchNormAct2d, a BatchNorm with a ReLU) becomes a layer
+    of ours that applies the same activation or dropout after it has normalised. What it applies is found by comparing
+    copies on random inputs: its own child modules, or a well-known activation. Where none fits, say it with replace.
 
     Arguments:
         module: any network. For layers of two norms, convert its parts one by one.
         norm: "mbn", "brn" or "bn" (ours, whose averages can wait for a second forward).
         settings: the layer's own settings by name, such as memory=40 or gradient="batch" for "mbn". forwards is 2 by
             default for "mbn" (call `second_forward` after each step), and 1 for "brn" and "bn".
+        replace: {class: function} for layers that convert does not know. function(layer) returns the module that takes
+            the place of a layer of this class or of a subclass; BatchNorm layers in it are converted as all others. A
+            layer that function returns itself stays as it is. Example, for torchvision's FrozenBatchNorm2d:
+
+                def unfrozen(old):
+                    new = nn.BatchNorm2d(len(old.weight), old.eps)
+                    new.load_state_dict(old.state_dict(), strict=False)
+                    return new
+
+                convert(model, replace={FrozenBatchNorm2d: unfrozen})
+
+        sync, process_group: True takes the statistics over the batches of all processes in the group (default: of all).
+            Then SyncBatchNorm layers are converted too, with a process group of their own if they have one and none is
+            given. They do not know the dimensions of their input: they become the layers for 2d, and accept 2D to 5D.
 
     Warns where module holds no BatchNorm and no layer of ours.
 
     Errors: ValueError for an unknown norm, and for a layer of ours in module that is of another norm or has another
-    value of a setting that is given; TypeError for a setting the layer does not have (the message lists those it has),
-    and for a SyncBatchNorm or a lazy BatchNorm inside module. In that case nothing is changed.
+    value of a setting that is given. TypeError for a setting the layer does not have (the message lists those it has),
+    and, by its name, for a layer that cannot be converted: it is lazy; a SyncBatchNorm without sync=True; has no
+    running statistics; is parametrized or pruned; has a forward that was set on this one object, hooks on its state
+    dict, or parameters and buffers that BatchNorm has not; is of a class whose forward is not understood. After an
+    error nothing has been changed.
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
-    allowed = [
-        name for name in inspect.signature(NORMS[norm][0]).parameters if name not in ("num_features", "eps", "affine")
-    ]
+    layers = NORMS[norm]
     for name in settings:
-        if name not in allowed:
-            raise TypeError(f"{norm} layers have no setting {name!r}; theirs are {', '.join(allowed)}")
-    for name, layer in module.named_modules():
-        _check_torchs(layer)
-        _check_ours(name, layer, norm, settings)
-    if not any(isinstance(layer, (BatchStatisticsNorm, *TORCH)) for layer in module.modules()):
+        if name not in layers[0].settings:
+            raise TypeError(f"{norm} layers have no setting {name!r}; theirs are {', '.join(layers[0].settings)}")
+    if sync is None and process_group is not None:
+        sync = True
+    common = {"sync": sync, "process_group": process_group}
+    checked = settings | {name: value for name, value in common.items() if value is not None}
+    replaced: dict[nn.Module, nn.Module] = {}
+    converted: dict[nn.Module, nn.Module] = {}
+    ours, sharded = 0, _is_sharded(module)
+    for name, layer in list(_walk(module, "", replace or {}, replaced, set())):
+        what = f"layer {name}" if name else "the module"
+        if isinstance(layer, BatchStatisticsNorm):
+            _check_ours(what, layer, norm, checked)
+            ours += 1
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if sharded:
+                raise TypeError("FSDP has sharded the module, and knows the old layers: call convert before FSDP")
+            converted[layer] = to_ours(what, layer, layers, settings, sync, process_group)
+    if not (replaced or converted or ours):
         warnings.warn("convert found no nn.BatchNorm1d, 2d or 3d in the module and changed nothing", stacklevel=2)
 
-    def exchange(layer: nn.Module) -> nn.Module | None:
-        for ours, torchs in zip(NORMS[norm], TORCH, strict=True):
-            if isinstance(layer, torchs):
-                return _to_ours(layer, ours, settings)
-        return None
-
-    return _exchange(module, exchange)
+    # Not in what replace has given, which may hold the old layer.
+    module = _put(module, replaced, list(module.modules()))
+    return _put(module, converted, [*module.modules(), *converted.values()])
 
 
-def _check_torchs(layer: nn.Module) -> None:
-    """Refuse a BatchNorm that cannot be converted."""
-    if isinstance(layer, nn.SyncBatchNorm):
-        raise TypeError(
-            "SyncBatchNorm cannot be converted: its statistics are taken over all processes, ours over one; "
-            "call convert before convert_sync_batchnorm, or do without it"
-        )
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        raise TypeError("a lazy BatchNorm has no channels yet: run the network once before convert")
-    if isinstance(layer, TORCH) and type(layer).forward is not nn.modules.batchnorm._BatchNorm.forward:
-        raise TypeError(f"{type(layer).__name__} has a forward of its own, which convert would lose")
+def _put(module: nn.Module, instead: dict[nn.Module, nn.Module], parents: list[nn.Module]) -> nn.Module:
+    """Put new layers in place of old ones in parents, with the old ones' hooks; return what module is then."""
+    exchange(parents, instead)
+    for old, new in instead.items():
+        if new is not old:
+            move_hooks(old, new)
+    return instead.get(module, module)
 
 
-def _check_ours(name: str, layer: nn.Module, norm: str, settings: dict[str, Any]) -> None:
-    """Refuse a layer of ours that is not what was asked for."""
-    has = norm_of(layer)
-    if has is None:
+def _walk(
+    module: nn.Module, name: str, replace: Replace, replaced: dict[nn.Module, nn.Module], seen: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Each module once, with its name, as the network will be when all in replaced has taken its place.
+
+    Fills replaced with what the functions of replace return, and does not look into what they replace.
+    """
+    if module in seen or module in replaced:
         return
-    what = f"layer {name} is" if name else "the module is"
+    function = next((replace[cls] for cls in type(module).__mro__ if cls in replace), None)
+    if function is None:
+        seen.add(module)
+        yield name, module
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from _walk(child, f"{name}.{child_name}".lstrip("."), replace, replaced, seen)
+        return
+    new = function(module)
+    if not isinstance(new, nn.Module):
+        raise TypeError(f"replace of {type(module).__name__} must return a module, not {type(new).__name__}")
+    replaced[module] = new
+    if new is not module:
+        new.train(module.training)
+        yield from new.named_modules(seen, name)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP manages parameters inside module. By name: to import FSDP takes long."""
+    classes = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
+    return bool(classes & {"FSDPModule", "FullyShardedDataParallel"})
+
+
+def _check_ours(what: str, layer: BatchStatisticsNorm, norm: str, settings: dict[str, Any]) -> None:
+    """Refuse a layer of ours that is not what was asked for."""
+    has, is_already = norm_of(layer), f"{what} is a {type(layer).__name__} already"
     if has != norm:
         raise ValueError(
-            f"{what} a {type(layer).__name__} already, of norm={has!r} and not {norm!r}: "
+            f"{is_already}, of norm={has!r} and not {norm!r}: "
             f"convert(to_batch_norm(model), norm={norm!r}) makes a copy with such layers, for a new optimizer"
         )
     for setting, value in settings.items():
         if getattr(layer, setting) != value:
             copied = f"convert(to_batch_norm(model), norm={norm!r}, {setting}={value!r}) makes a copy with it"
             raise ValueError(
-                f"{what} a {type(layer).__name__} already, with {setting}={getattr(layer, setting)!r} and not "
+                f"{is_already}, with {setting}={getattr(layer, setting)!r} and not "
                 f"{value!r}: {SETTERS.get(setting, copied + ', for a new optimizer')}"
             )
 
 
-def to_batch_norm(module: nn.Module) -> nn.Module:
-    """Return a copy of module with `nn.BatchNorm` in place of our layers, equal to it in eval mode.
+def to_batch_norm(module: Network) -> Network:
+    """Return a copy of module with torch's layers in place of ours, equal to it in eval mode.
 
     For export (ONNX, serving, fusing) and for everything else that knows only torch's layers. The copy shares nothing
     with module, whose training can go on. Its running statistics are those that module's evaluation uses.
-    """
 
-    def exchange(layer: nn.Module) -> nn.Module | None:
+    A layer that `convert` made becomes one of the class that it was before, with its old momentum; num_batches_tracked
+    counts also the batches in the memory. Any other layer of ours becomes an `nn.BatchNorm1d/2d/3d`. Its parameters and
+    statistics have at least float32, also in a network in half precision, whose inputs torch's BatchNorm takes all the
+    same: a small variance would be 0 in float16.
+
+    Errors: TypeError, by its name, for a layer that is parametrized or pruned, or has a forward or tensors that a
+    BatchNorm has not; RuntimeError under FSDP, which lets nobody copy a module.
+    """
+    if _is_sharded(module):
+        raise RuntimeError(
+            "to_batch_norm works on a copy, and FSDP lets nobody copy a module: load its full state dict "
+            "(torch.distributed.checkpoint.state_dict) into the same network without FSDP, and give it that one"
+        )
+    for name, layer in module.named_modules():
+        if isinstance(layer, BatchStatisticsNorm):
+            check_for_torch(f"layer {name}" if name else "the module", layer)
+    copied = copy.deepcopy(module)
+    wide: dict[nn.Parameter, nn.Parameter] = {}
+    instead: dict[nn.Module, nn.Module] = {}
+    for layer in copied.modules():
         for layers in NORMS.values():
             for ours, torchs in zip(layers, TORCH, strict=True):
                 if isinstance(layer, ours):
-                    return _to_torch(layer, torchs)
-        return None
-
-    return _exchange(copy.deepcopy(module), exchange)
-
-
-def _exchange(module: nn.Module, exchange) -> nn.Module:
-    """Replace each layer for which exchange gives another; a shared layer is replaced by the same one everywhere."""
-    replaced: dict[nn.Module, nn.Module] = {}
-    for layer in list(module.modules()):
-        new = exchange(layer)
-        if new is not None:
-            replaced[layer] = new
-    for parent in list(module.modules()):
-        # Not named_children(): it lists a layer only once if one parent holds it twice.
-        for name, child in parent._modules.items():
-            if child in replaced:
-                parent._modules[name] = replaced[child]
-    return replaced.get(module, module)
-
-
-def _to_ours(old: Any, ours: type[Any], settings: dict[str, Any]) -> BatchStatisticsNorm:
-    if issubclass(ours, _BatchNorm) and old.momentum is not None:
-        settings = {"momentum": old.momentum, **settings}
-    new = ours(old.num_features, eps=old.eps, affine=False, **settings)
-    like = old.weight if old.weight is not None else old.running_mean
-    if like is not None:
-        new.to(device=like.device, dtype=like.dtype)
-    new.affine, new.weight, new.bias = old.affine, old.weight, old.bias
-    if old.running_mean is not None:
-        state = {k: v for k, v in old.state_dict().items() if k not in ("weight", "bias")}
-        problems: tuple[list[str], list[str], list[str]] = ([], [], [])
-        new._load_from_state_dict(state, "", {}, False, *problems)
-    new.train(old.training)
-    return new
-
-
-def _to_torch(old: BatchStatisticsNorm, torchs: Callable[..., Any]) -> nn.Module:
-    new = torchs(old.num_features, eps=old.eps, affine=False)
-    mean, variance = old.test_statistics()
-    dtype = mean.dtype if old.weight is None else old.weight.dtype
-    new.to(device=mean.device, dtype=dtype)
-    with torch.no_grad():
-        new.running_mean.copy_(mean)
-        new.running_var.copy_(variance)
-    new.affine, new.weight, new.bias = old.affine, old.weight, old.bias
-    new.train(old.training)
-    return new
+                    instead[layer] = to_torchs(layer, ours, torchs, wide)
+    return _put(copied, instead, [*copied.modules(), *instead.values()])  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import venv
 import zipfile
 from importlib import metadata
 
@@ -97,3 +98,58 @@ def test_installed_beside_torch_alone_a_converted_network_takes_both_forwards(wh
     program = [sys.executable, "-P", "-W", "ignore", "-c", PROGRAM, target, *needed_by("torch")]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def user(wheel, tmp_path_factory):
+    """A function that gives what mypy finds in a user's code, where the wheel is installed and nothing else."""
+    folder = tmp_path_factory.mktemp("user")
+    venv.create(folder / "venv")
+    (site_packages,) = (folder / "venv").glob("**/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site_packages)
+    (python,) = (path for path in (folder / "venv").glob("*/python*") if path.stem == "python")
+
+    def found(*lines):
+        """The numbers of the lines with an error, from 1, and all that mypy says."""
+        (folder / "train.py").write_text("\n".join(lines))
+        # torch is missing: to read it would take minutes.
+        options = ["--ignore-missing-imports", "--python-executable", python, "--cache-dir", folder / "cache"]
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", *options, "train.py"], cwd=folder, capture_output=True, text=True
+        )
+        errors = re.findall(r"^train\.py:(\d+): error: ", done.stdout, re.MULTILINE)
+        return sorted({int(number) for number in errors}), done.stdout + done.stderr
+
+    return found
+
+
+def test_mypy_finds_a_wrong_keyword_in_two_lines_of_a_users_code(user):
+    lines, said = user("from mbn import convert", "model = convert(model, memry=40)")
+    assert lines == [2], said
+    assert 'Unexpected keyword argument "memry"' in said
+
+
+def test_mypy_knows_the_settings_of_each_norm_and_layer(user):
+    right = [
+        "from torch import nn",
+        "from mbn import BatchRenorm1d, MemorizedBatchNorm2d, convert, norm_layers, to_batch_norm",
+        "net = nn.Sequential()",
+        'convert(net, memory=40, gradient="batch", pretrained_batches=0)',
+        'convert(net, "brn", r_max=2.0, warmup_steps=9, sync=True)',
+        'convert(net, norm="bn", momentum=None, replace={nn.Linear: lambda layer: layer}, process_group=None)',
+        "MemorizedBatchNorm2d(3, 1e-3, memory=40), BatchRenorm1d(3, momentum=0.1)",
+        "to_batch_norm(net), [layer.forwards + 1 for layer in norm_layers(net)]",
+    ]
+    wrong = [
+        'convert(net, memory="40")',
+        'convert(net, "brn", memory=40)',
+        'convert(net, "bn", r_max=2.0)',
+        'convert(net, "gn")',
+        "convert(net, affine=False)",
+        "MemorizedBatchNorm2d(3, memry=40)",
+        "BatchRenorm1d(3, 1e-5, 0.1)",
+        'norm_layers(net)[0].forwards + "1"',
+    ]
+    lines, said = user(*right, *wrong)
+    assert lines == [len(right) + i + 1 for i in range(len(wrong))], said
