@@ -42,7 +42,7 @@ def mean_of(states, first):
 
 @clients
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_average_evaluates_by_the_averaged_statistics(client, kind, figure):
+def test_an_average_evaluates_by_the_averaged_statistics(client, kind, figure):
     net = network(kind)
     start = copy.deepcopy(net)
     average, seen = averaged(net, client)
@@ -57,7 +57,7 @@ def test_the_average_evaluates_by_the_averaged_statistics(client, kind, figure):
 
 
 @clients
-def test_its_memory_can_be_trained_on_after_k_second_forwards(client, figure):
+def test_an_averages_memory_can_be_trained_on_after_k_second_forwards(client, figure):
     """The rows are averages over entries of different ages, and their counts are no numbers of values."""
     average, _ = averaged(network("mbn"), client)
     net = average.module.train()

@@ -20,7 +20,7 @@ def images():
 
 @pytest.mark.clients("torchvision")
 @kinds
-def test_torchvisions_extractor_of_a_converted_network_has_its_features_and_trains(kind, figure):
+def test_an_extractor_of_torchvision_from_a_converted_network_has_its_features_and_trains(kind, figure):
     net = convert(torchvision.models.resnet18(), **KINDS[kind])
     extractor = create_feature_extractor(net, ["layer1", "layer2"])
     found = {}
@@ -45,7 +45,7 @@ def test_torchvisions_extractor_of_a_converted_network_has_its_features_and_trai
 
 @pytest.mark.clients("timm")
 @kinds
-def test_timms_graph_of_a_converted_network_has_its_features(kind, figure):
+def test_a_graph_of_timm_from_a_converted_network_has_its_features(kind, figure):
     net = convert(timm.create_model("resnet18", num_classes=4), **KINDS[kind]).eval()
     graph = FeatureGraphNet(net, out_indices=(1, 2), out_map=["layer1", "layer2"]).eval()
     expected = net.layer1(net.maxpool(net.act1(net.bn1(net.conv1(images())))))
@@ -55,14 +55,14 @@ def test_timms_graph_of_a_converted_network_has_its_features(kind, figure):
 
 @pytest.mark.clients("timm")
 @kinds
-def test_a_graph_of_timm_converts_with_the_same_features(kind, figure):
+def test_a_graph_of_timm_converts_and_keeps_its_features(kind, figure):
     net = timm.create_model("resnet18", features_only=True, feature_cfg={"feature_cls": "fx"}).eval()
     expected = net(images())
     convert(net, **KINDS[kind])
     assert len(norm_layers(net)) == 20
     apart = max(float((a - b).detach().abs().max()) for a, b in zip(net(images()), expected, strict=True))
     assert apart < 1e-4
-    figure(f"20 layers, largest difference {apart:.1e}")
+    figure(f"20 layers, within {apart:.0e}")
 
 
 @pytest.mark.clients("torch")

@@ -7,9 +7,10 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from little import KINDS, differences, loader, network, remembers_in_second, sgd, train
 from torch.multiprocessing import ProcessRaisedException
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from mbn import convert, second_forward, set_lambda, set_renorm
 from mbn.norm import base
@@ -41,7 +42,8 @@ class SecondForward(lightning.Callback):
 @pytest.fixture
 def fit(tmp_path):
     def run(module, data, callbacks=(), ckpt_path=None, val=None, **settings):
-        callbacks = [*callbacks, *[SecondForward()] * remembers_in_second(module.net)]
+        if remembers_in_second(module.net):
+            callbacks = [SecondForward(), *callbacks]
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         usual = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": tmp_path}
         kept = {"enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks)}
@@ -175,6 +177,41 @@ def test_two_processes_with_sync_equal_one_process_on_the_joint_batch(kind, fit,
     difference = differences(together.net, train(network(kind).double(), loader(8, torch.float64)))
     assert difference < 1e-12
     figure(f"{difference:.1e} after 3 iterations in float64")
+
+
+def test_its_average_of_weights_equals_torchs_in_the_plain_loop(fit, figure):
+    module = fit(Classifier(network()), loader(), [EMAWeightAveraging(decay=0.5)])
+    net = network()
+    average = AveragedModel(net, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+    optimizer = sgd(net)
+    for batch in loader():
+        train(net, [batch], optimizer)
+        average.update_parameters(net)
+    assert differences(module.net, average.module) == 0
+    figure("difference 0 after 6 iterations")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_network_that_fabric_has_set_up_equals_the_plain_loop(precision, figure):
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
+    net, plain = network(), network()
+    model, optimizer = fabric.setup(net, sgd(net))
+    for images, labels in loader():
+        fabric.backward(F.cross_entropy(model(images), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        second_forward(model, images)
+    optimizer = sgd(plain)
+    for images, labels in loader():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            outputs = plain(images)
+        F.cross_entropy(outputs.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            second_forward(plain, images)
+    assert differences(net, plain) == 0
+    figure("difference 0 after 6 iterations")
 
 
 def test_averaged_weights_want_second_forwards_before_they_are_evaluated(fit, figure):

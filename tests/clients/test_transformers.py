@@ -101,7 +101,7 @@ def images(n=4):
     return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
-def test_its_resnet_converts_with_the_same_outputs_and_comes_back(figure, tmp_path):
+def test_a_resnet_of_the_library_converts_with_the_same_outputs_and_comes_back(figure, tmp_path):
     net = ResNetForImageClassification(resnet_config()).train()
     for _ in range(3):
         net(images())
