@@ -230,6 +230,11 @@ class BatchStatisticsNorm(nn.Module):
         """Called after each second forward, whether it used the layer or not."""
         self._waiting = self._forgotten = False
 
+    def _forget_forwards(self) -> None:
+        """Of this state there was no training forward yet: no second forward is missing."""
+        self.forward_versions, self.second_versions = (), ()
+        self._waiting = self._forgotten = False
+
     def joint_group(self) -> Any:
         """The processes over which training takes this layer's statistics; None for this one alone."""
         if not several_processes():
@@ -335,6 +340,7 @@ class BatchStatisticsNorm(nn.Module):
             values = torch.tensor(self.scheduled_values(), dtype=own.dtype, device=like.device)
             state_dict[prefix + self.scheduled] = values.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._forget_forwards()
 
     def __prepare_scriptable__(self) -> "BatchStatisticsNorm":
         raise RuntimeError(
@@ -346,8 +352,8 @@ class BatchStatisticsNorm(nn.Module):
         super().__setstate__(state)
         # A copy enters its batches on its own, and not in a second forward that someone else has begun.
         self.deferred = False
-        self.phase, self.noted, self.forward_versions, self.second_versions = "first", (), (), ()
-        self._waiting = self._forgotten = False
+        self.phase, self.noted = "first", ()
+        self._forget_forwards()
 
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self, name)!r}" for name in self.settings]
