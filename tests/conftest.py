@@ -1,5 +1,6 @@
 import shlex
 import time
+from pathlib import Path
 
 import killing
 import pytest
@@ -16,16 +17,23 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the long tests alone; they write results/reliability.md")
+    parser.addoption("--clients", action="store_true", help="tests in other software; they write results/clients.md")
     parser.addoption("--long-scale", type=float, default=1.0, help="a part of their counts, to try them: no file")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Without --clients their folder is not even imported: what it imports need not be installed."""
+    if collection_path == Path(__file__).with_name("clients") and not config.getoption("--clients"):
+        return True
+
+
 def pytest_collection_modifyitems(config, items):
-    wanted = config.getoption("--long")
-    left = [item for item in items if (item.get_closest_marker("long") is not None) != wanted]
+    wanted = {mark for mark in ("long", "clients") if config.getoption(f"--{mark}")}
+    left = [item for item in items if {mark.name for mark in item.iter_markers()} & {"long", "clients"} != wanted]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
     for item in items:
-        if wanted:
+        if "long" in wanted:
             item.add_marker(pytest.mark.timeout(3600))
 
 

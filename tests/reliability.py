@@ -1,4 +1,4 @@
-"""results/reliability.md: a table with one row for each long test, its date and commit. Only long tests write it."""
+"""Tables of figures that only tests write: results/reliability.md has one row for each long test, with its commit."""
 
 import datetime
 import os
@@ -22,19 +22,44 @@ COLUMNS = ("item", "what", "figure", "seconds", "command", "date", "commit", "ve
 
 
 def read(path: Path = PATH) -> dict[str, dict[str, str]]:
-    """The rows by their commands. Errors: ValueError where the file is no such table."""
+    """The rows of the long tests by their commands."""
+    return {row["command"]: row for row in rows_of(path, COLUMNS)}
+
+
+def rows_of(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a table. Errors: ValueError where the file is no such table."""
     if not path.exists():
-        return {}
+        return []
     table = [line for line in path.read_text().splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    if rows[:1] != [list(COLUMNS)] or any(len(row) != len(COLUMNS) for row in rows):
-        raise ValueError(f"{path} is not the table that the long tests write: restore it from git")
-    return {row[4]: dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]}
+    if rows[:1] != [list(columns)] or any(len(row) != len(columns) for row in rows):
+        raise ValueError(f"{path} is not the table that tests write: restore it from git")
+    return [dict(zip(columns, row, strict=True)) for row in rows[2:]]
+
+
+def write(path: Path, head: str, columns: tuple[str, ...], rows: list[dict[str, str]]) -> None:
+    """Write a whole table below its head."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row[column]) for column in columns) + " |" for row in rows]
+    write_atomically(path, (head + "\n".join(lines) + "\n").encode())
+
+
+def cell(text: str) -> str:
+    """As it can stand in a table."""
+    return " ".join(text.replace("|", "/").split())
+
+
+def made_by() -> dict[str, str]:
+    """The date and the commit of a row."""
+    commit, dirty = COMMIT
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": f"{(commit or 'none')[:10]}{' (changed)' if dirty else ''}",
+    }
 
 
 def put(item: str, what: str, figure: str, seconds: float, command: str, path: Path = PATH) -> None:
     """Write the row of one command; the others stay as they are."""
-    commit, dirty = COMMIT
     versions = provenance.versions()
     row = {
         "item": item,
@@ -42,13 +67,9 @@ def put(item: str, what: str, figure: str, seconds: float, command: str, path: P
         "figure": figure,
         "seconds": f"{seconds:.0f}",
         "command": f"`{command}`",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": f"{(commit or 'none')[:10]}{' (changed)' if dirty else ''}",
+        **made_by(),
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "numpy")),
         "machine": f"{provenance.device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
     }
-    cells = {key: " ".join(value.replace("|", "/").split()) for key, value in row.items()}
-    rows = sorted((read(path) | {cells["command"]: cells}).values(), key=lambda r: (int(r["item"]), r["command"]))
-    lines = ["| " + " | ".join(r[key] for key in COLUMNS) + " |" for r in rows]
-    head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    write_atomically(path, (HEAD + "\n".join([*head, *lines]) + "\n").encode())
+    rows = (read(path) | {cell(row["command"]): row}).values()
+    write(path, HEAD, COLUMNS, sorted(rows, key=lambda r: (int(r["item"]), r["command"])))

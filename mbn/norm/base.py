@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .functional import affine_normalize, batch_moments, joint_moments, statistics_dtype, values_per_channel
+from .functional import (
+    affine_normalize,
+    batch_moments,
+    is_capturing,
+    is_transformed,
+    joint_moments,
+    statistics_dtype,
+    values_per_channel,
+)
 
 # A batch's mean and biased variance (C,), and the number of values they were taken over.
 Note = tuple[Tensor, Tensor, int | Tensor]
+
+
+class Joint(NamedTuple):
+    """The batch of all processes in group together: its mean and biased variance (C,), and n (1,)."""
+
+    mu: Tensor
+    s2: Tensor
+    n: Tensor
+    group: Any
 
 
 class BatchStatisticsNorm(nn.Module):
@@ -96,10 +113,10 @@ class BatchStatisticsNorm(nn.Module):
 
     # What a subclass defines.
 
-    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
+    def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
         """Normalise x as in training. If remember is true, the layer also remembers the statistics of x.
 
-        group: the processes whose x are normalised as one batch; None for this process alone.
+        joint: the batch that x is a part of, if it is one of several processes; x itself may be empty then.
         """
         raise NotImplementedError
 
@@ -163,14 +180,19 @@ class BatchStatisticsNorm(nn.Module):
         remember = self.phase == ("first", "second")[self.forwards - 1]
         if self.phase == "first" and self.forwards == 2:
             self._note_first_forward()
-        group = self.joint_group()
-        if group is None:
-            n = values_per_channel(x)
-            if n == 0:  # as in torch: nothing to normalise, and gradients of zero
-                return F.batch_norm(x, None, None, *self._affine(x), True, 0.0, self.eps)
-            if n == 1:
-                self.check_single_value(x)
-        return self.normalize_training(x, remember, group)
+        joint = self.joint_batch(x)
+        n = values_per_channel(x)
+        if n <= 1 and joint is not None:
+            n = 2 if is_capturing(x) else int(joint.n.item())  # a captured graph cannot ask
+        if n == 0:
+            return self.normalize_empty(x, remember)
+        if n == 1:
+            self.check_single_value(x)
+        return self.normalize_training(x, remember, joint)
+
+    def normalize_empty(self, x: Tensor, remember: bool) -> Tensor:
+        """As in torch: nothing to normalise, and gradients of zero."""
+        return F.batch_norm(x, None, None, *self._affine(x), True, 0.0, self.eps)
 
     def take(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
         """Remember a batch: now, or at the end of the second forward with what other calls of the layer have noted."""
@@ -184,17 +206,15 @@ class BatchStatisticsNorm(nn.Module):
         """Whether a batch that this forward remembers is only noted now: what is remembered stays until later."""
         return self.phase == "second" or self.deferred
 
-    def joint_moments(self, x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """mu, s2 (C,) and n (1,) of the joint batch of all processes in group, without gradients."""
-        mu, s2, n = joint_moments(x, group)
-        if values_per_channel(x) <= 1 and not torch.compiler.is_compiling() and n.item() == 1:
-            self.check_single_value(x)
-        return mu, s2, n
+    def joint_batch(self, x: Tensor) -> Joint | None:
+        """The joint batch that x is a part of; None where x is the whole batch."""
+        group = self.joint_group()
+        return None if group is None else Joint(*joint_moments(x, group), group)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
         """mu, s2 and n by which a training forward would normalise x: of this process's batch, or of the joint one."""
-        group = self.joint_group()
-        return self.joint_moments(x, group) if group else (*batch_moments(x), values_per_channel(x))
+        joint = self.joint_batch(x)
+        return (*batch_moments(x), values_per_channel(x)) if joint is None else joint[:3]
 
     def _note_first_forward(self) -> None:
         """Keep what `eval()` and `second_forward` need to know to warn of a second forward that is missing."""
@@ -210,16 +230,29 @@ class BatchStatisticsNorm(nn.Module):
         """Called after each second forward, whether it used the layer or not."""
         self._waiting = self._forgotten = False
 
+    def _forget_forwards(self) -> None:
+        """Of this state there was no training forward yet: no second forward is missing."""
+        self.forward_versions, self.second_versions = (), ()
+        self._waiting = self._forgotten = False
+
     def joint_group(self) -> Any:
         """The processes over which training takes this layer's statistics; None for this one alone."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not several_processes():
             return None
-        if self.sync:
-            group = self.process_group or dist.group.WORLD
-            return group if dist.get_world_size(group) > 1 else None
-        if self.sync is None and not torch.compiler.is_compiling() and dist.get_world_size() > 1:
+        if not self.sync:
+            self._tell_of_processes()
+            return None
+        group = self.process_group or dist.group.WORLD
+        size = dist.get_world_size(group)
+        if size < 1:
+            raise RuntimeError("this process is not in process_group: give the layers of each process its own group")
+        if size > 1 and not torch.compiler.is_compiling() and is_transformed():
+            raise RuntimeError("sync=True does not work under torch.func and forward-mode AD: use sync=False there")
+        return group if size > 1 else None
+
+    def _tell_of_processes(self) -> None:
+        if self.sync is None and not torch.compiler.is_compiling() and several_processes():
             _warn_of_processes()
-        return None
 
     @property
     def process_group(self) -> Any:
@@ -246,6 +279,8 @@ class BatchStatisticsNorm(nn.Module):
 
     def train(self, mode: bool = True):
         mode = mode and not self.frozen
+        if mode:
+            self._tell_of_processes()  # which compiled code cannot
         if not mode and self._waiting | self._forgotten:
             stepped = bool(self.forward_versions) and self.versions() != self.forward_versions
             if self._forgotten or stepped:
@@ -305,13 +340,20 @@ class BatchStatisticsNorm(nn.Module):
             values = torch.tensor(self.scheduled_values(), dtype=own.dtype, device=like.device)
             state_dict[prefix + self.scheduled] = values.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._forget_forwards()
+
+    def __prepare_scriptable__(self) -> "BatchStatisticsNorm":
+        raise RuntimeError(
+            f"torch.jit.script cannot read {type(self).__name__}: script to_batch_norm(model), which is equal in eval "
+            "mode, or use torch.export or torch.jit.trace"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy enters its batches on its own, and not in a second forward that someone else has begun.
         self.deferred = False
-        self.phase, self.noted, self.forward_versions, self.second_versions = "first", (), (), ()
-        self._waiting = self._forgotten = False
+        self.phase, self.noted = "first", ()
+        self._forget_forwards()
 
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self, name)!r}" for name in self.settings]
@@ -328,6 +370,10 @@ class _Shared:
 
     def __deepcopy__(self, memo: dict) -> "_Shared":
         return self
+
+
+def several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
@@ -357,10 +403,10 @@ def _warn_forgotten() -> None:
 def _warn_of_processes() -> None:
     """Warn only once in a process, as above."""
     warnings.warn(
-        "there are several processes, and each of these layers takes its statistics over its own process's batch: "
-        "convert(model, sync=True) takes them over all processes; to keep one memory a process (sync=False says so) "
-        "DistributedDataParallel must not broadcast buffers: forward_sync_buffers=False, or broadcast_buffers=False "
-        "before torch 2.14",
+        "there are several processes, and each takes the statistics of mbn's layers over its own batch (also after "
+        "convert_sync_batchnorm): convert(model, sync=True) takes them over all processes; to keep one memory a "
+        "process, say sync=False and let DistributedDataParallel broadcast no buffers: forward_sync_buffers=False, or "
+        "broadcast_buffers=False in an older torch",
         stacklevel=6,
     )
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import BatchStatisticsNorm
+from .base import BatchStatisticsNorm, Joint
 from .functional import joint_batch_norm
 
 
@@ -65,15 +65,13 @@ class _BatchNorm(BatchStatisticsNorm):
         self.register_buffer("running_var", torch.ones(num_features, **self._like))
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
 
-    def _train(self, x: Tensor) -> Tensor:
-        if x.numel() == 0 and self.joint_group() is None:  # torch counts it too
-            return self.normalize_training(x, self.phase == ("first", "second")[self.forwards - 1], None)
-        return super()._train(x)
+    def normalize_empty(self, x: Tensor, remember: bool) -> Tensor:
+        return self.normalize_training(x, remember, None)  # torch counts it too
 
-    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
+    def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
         weight, bias = self._affine(x)
-        if group is not None:
-            mu, s2, n = self.joint_moments(x, group)
+        if joint is not None:
+            mu, s2, n, group = joint
             if remember:
                 self._move_averages(mu, s2 * (n / (n - 1)))
                 self._count()
@@ -81,10 +79,9 @@ class _BatchNorm(BatchStatisticsNorm):
         # Without buffers there is nothing to update. Momentum 0 would not be enough: 0 * NaN is NaN.
         mean, var = (self.running_mean, self.running_var) if remember else (None, None)
         momentum = self._share_of_newest() if remember else 0.0
-        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
-        if remember:
+        if remember:  # before the averages move, as in torch: under torch.func it may raise
             self._count()
-        return y
+        return F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
 
     def _share_of_newest(self) -> float:
         return self.momentum if self.momentum is not None else 1 / (float(self.num_batches_tracked) + 1)

@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# torch 2.14 has renamed it.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision statistics are computed and kept in: float32, or float64 for float64 inputs."""
@@ -61,9 +64,7 @@ def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean mu_B and biased variance s2_B of x, in at least float32. Differentiable if x needs gradients."""
     x = x.to(statistics_dtype(x.dtype))
-    if torch.compiler.is_compiling():
-        return _Moments.apply(x)
-    if is_transformed():
+    if is_transformed():  # in compiled code too
         s2, mu = torch.var_mean(x, _all_but_channels(x), correction=0)
         return mu, s2
     if has_native_kernels(x) and not (torch.is_grad_enabled() and x.requires_grad):
@@ -117,12 +118,21 @@ def pool(mu: Tensor, s2: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     return m, v, w
 
 
+def as_values(count: Tensor, n: int | Tensor) -> Tensor:
+    """count, where one below 0 stands for that many batches of n values: statistics that a BatchNorm brought along.
+
+    Never asked beforehand whether there is one: others write buffers too (DistributedDataParallel, loaders).
+    """
+    if isinstance(n, int):
+        return F.leaky_relu(count, -n)  # the same in one operation
+    return torch.maximum(count, count * -n)
+
+
 def enter_batch(
     memory: tuple[Tensor, ...],
     new: tuple[Tensor, Tensor, Tensor],
     powers: Tensor,
     owner: Tensor | None = None,
-    brought: bool = False,
 ) -> None:
     """Enter a batch as the entry of age 0 into the memories of L layers with C channels together, in place.
 
@@ -130,16 +140,15 @@ def enter_batch(
     batch's mean and biased variance (C,) and its n (L,). powers: (k, 1), eta**a. owner: (C,), the layer of each
     channel; None for one layer.
 
-    A layer whose batch is not finite keeps what it has, without the host being asked. brought: whether a count may be
-    below 0, which stands for that many batches of the new one's n.
+    A layer whose batch is not finite keeps what it has, without the host being asked. A count below 0 stands for that
+    many batches of the new one's n.
     """
     mean, var, count, m, v, w = memory
     new_mean, new_var, n = new
     of_layers, of_channels = _finite(new_mean, new_var, n, owner)
-    known = torch.where(count < 0, -count * n, count) if brought else count
     next_mean = torch.cat([new_mean[None], mean[:-1]])
     next_var = torch.cat([new_var[None], var[:-1]])
-    next_count = torch.cat([n[None], known[:-1]])
+    next_count = torch.cat([n[None], as_values(count, n)[:-1]])
     weight = powers * next_count
     next_w = weight.sum(0)
     share = weight / next_w
@@ -275,9 +284,9 @@ class _PaperGradient(torch.autograd.Function):
     def backward(ctx, dy, _dmu, _ds2):
         x, weight, mu_hat, s2_hat, rho = ctx.saved_tensors
         if torch.is_grad_enabled():
-            y = _affine_formula(x, *_about_the_memory(x, mu_hat, s2_hat, rho), weight, None, ctx.eps)
-            dx, dweight, dbias = _differentiable_gradients(y, dy, x, weight)
-            return dx, None, None, None, *_wanted(ctx, 4, dweight, dbias), None
+            moments = _about_the_memory(x, mu_hat, s2_hat, rho)
+            dx, *affine = _gradient_formula(dy, x, weight, *moments, rho / values_per_channel(x), ctx.eps)
+            return dx, None, None, None, *_wanted(ctx, 4, *affine), None
         invstd = (s2_hat + ctx.eps).rsqrt()
         # Batch norm's backward has both correction terms whole. rho times it, plus 1 - rho times the term without
         # corrections, is the paper's gradient with its misprints corrected.
@@ -335,12 +344,12 @@ class _RenormalizedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, mu, s2, r, d, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            y = _affine_formula(x, *batch_moments(x), *_renormalized_affine(r, d, weight, None), ctx.eps)
-            dx, dweight, dbias = _differentiable_gradients(y, dy, x, weight)
-            return dx, None, None, None, None, *_wanted(ctx, 5, dweight, dbias), None
         scale = r if weight is None else weight * r
-        dx, dscale, dshift = _batch_norm_backward(dy, x, scale, mu, (s2 + ctx.eps).rsqrt())
+        if torch.is_grad_enabled():
+            got = _gradient_formula(dy, x, scale, *batch_moments(x), 1 / values_per_channel(x), ctx.eps)
+        else:
+            got = _batch_norm_backward(dy, x, scale, mu, (s2 + ctx.eps).rsqrt())
+        dx, dscale, dshift = got
         return dx, None, None, None, None, *_wanted(ctx, 5, dscale * r + dshift * d, dshift), None
 
 
@@ -363,9 +372,9 @@ def joint_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
         else:
             mu = s2 = torch.zeros(x.shape[1], device=x.device, dtype=statistics_dtype(x.dtype))
         own = torch.cat([mu, s2, mu.new_full((1,), n)])
-        every = own.new_empty(dist.get_world_size(group), len(own))
-        dist.all_gather_into_tensor(every, own, group=group)
-        mus, s2s, ns = every.split([len(mu), len(mu), 1], 1)
+        every = own.new_empty(dist.get_world_size(group) * len(own))
+        _all_gather(every, own, group=group)
+        mus, s2s, ns = every.view(-1, len(own)).split([len(mu), len(mu), 1], 1)
         mu, s2, n_joint = pool(mus, s2s, ns[:, 0])
         return mu, s2, n_joint.reshape(1)
 
@@ -374,7 +383,7 @@ def joint_batch_norm(
     x: Tensor,
     mu: Tensor,
     s2: Tensor,
-    share: float | Tensor,
+    share: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -398,8 +407,6 @@ class _JointBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, mu, s2, share, weight, r, d)
         ctx.eps, ctx.group = eps, group
         scale, shift = (weight, bias) if r is None else _renormalized_affine(r, d, weight, bias)
-        if x.numel() == 0:
-            return x.clone()
         return affine_normalize(x, mu, s2, scale, shift, eps)
 
     @staticmethod
@@ -407,16 +414,20 @@ class _JointBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("sync=True has no second derivatives: call backward without create_graph")
         x, mu, s2, share, weight, r, d = ctx.saved_tensors
+        scale = weight if r is None else _renormalized_affine(r, d, weight, None)[0]
         invstd = (s2 + ctx.eps).rsqrt()
-        wide_dy, xhat = dy.to(mu.dtype), (x.to(mu.dtype) - per_channel(mu, x)) * per_channel(invstd, x)
-        dims = _all_but_channels(x)
-        sums = torch.stack([(wide_dy * xhat).sum(dims), wide_dy.sum(dims)])
-        dscale, dshift = sums.clone()
+        if x.numel() > 0:
+            dx, *both = _batch_norm_backward(dy, x, scale, mu, invstd)  # corrected by this process's own sums
+        else:  # the kernel takes no empty tensor; from dy, so that a compiler leaves the message in the backward
+            dx, both = dy, 2 * [dy.to(mu.dtype).sum(_all_but_channels(dy))]
+        own = torch.stack(both)
+        sums = own.clone()
         dist.all_reduce(sums, group=ctx.group)
-        scale = invstd if weight is None else weight * invstd
-        scale = scale if r is None else scale * r
-        a, b = (per_channel(share * each, x) for each in sums)
-        dx = ((wide_dy - b - xhat * a) * per_channel(scale, x)).to(dy.dtype)
+        if x.numel() > 0:
+            factor = invstd if scale is None else scale * invstd
+            a, b = (own / values_per_channel(x) - share * sums) * factor
+            dx = dx + affine_normalize(x, mu, s2, a, b, ctx.eps)
+        dscale, dshift = own
         dweight = dscale if r is None else dscale * r + dshift * d
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dshift), None, None, None, None
 
@@ -427,16 +438,26 @@ def _wanted(ctx, first: int, *gradients: Tensor | None) -> tuple[Tensor | None, 
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=False))
 
 
-def _differentiable_gradients(
-    y: Tensor, dy: Tensor, x: Tensor, weight: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dx, dweight and dbias of the formula's y (without a bias), for second derivatives: with their own graph."""
-    wanted = [t for t in (x, weight) if t is not None and t.requires_grad]
-    got = (
-        dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, dy, create_graph=True), strict=True)) if wanted else {}
-    )
-    dbias = dy.to(statistics_dtype(dy.dtype)).sum(_all_but_channels(dy))
-    return got.get(id(x)), got.get(id(weight)), dbias
+def _gradient_formula(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    mu: Tensor,
+    s2: Tensor,
+    share: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dscale and dshift of y = scale (x - mu) / sqrt(s2 + eps) + shift, in operations that autograd differentiates.
+
+    share: of batch norm's corrections in dx, as in `joint_batch_norm`.
+    """
+    invstd = (s2 + eps).rsqrt()
+    dy, xhat = dy.to(mu.dtype), (x.to(mu.dtype) - per_channel(mu, x)) * per_channel(invstd, x)
+    dims = _all_but_channels(x)
+    dscale, dshift = (dy * xhat).sum(dims), dy.sum(dims)
+    a, b = (per_channel(share * each, x) for each in (dscale, dshift))
+    dx = (dy - b - xhat * a) * per_channel(invstd if scale is None else scale * invstd, x)
+    return dx.to(x.dtype), dscale, dshift
 
 
 def _batch_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, invstd: Tensor):

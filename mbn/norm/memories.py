@@ -100,8 +100,7 @@ class Memories:
             count = self.counts[n]
         else:
             count = _counts(n, mean)
-        brought = any(layer.brought for layer in self.layers)
-        enter_batch(self.memory, (mean, var, count), self.powers, self.owner, brought)
+        enter_batch(self.memory, (mean, var, count), self.powers, self.owner)
 
 
 class Averages:
@@ -129,8 +128,7 @@ def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
     """Enter what the layers have noted, into memories that each layer has on its own."""
     memory = _joined(layers)
     mean, var, n = _take_notes(layers, memory[0])
-    brought = any(layer.brought for layer in layers)
-    enter_batch(memory, (mean, var, _counts(n, mean)), _powers(layers[0]), _owner(layers), brought)
+    enter_batch(memory, (mean, var, _counts(n, mean)), _powers(layers[0]), _owner(layers))
     buffers = [getattr(layer, name) for layer in layers for name in MEMORY]
     torch._foreach_copy_(buffers, [part for parts in _split(layers, memory) for part in parts])
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BatchStatisticsNorm, is_trained, norm_layers
+from .base import BatchStatisticsNorm, Joint, is_trained, norm_layers
 from .functional import (
+    as_values,
     batch_moments,
     enter_batch,
     is_capturing,
@@ -91,8 +92,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     memory_count: Tensor
     memory_weight: Tensor
     lam_tensor: Tensor
-    # Whether the memory may hold statistics of a BatchNorm, whose n is not known yet.
-    brought = False
 
     def __init__(
         self,
@@ -137,6 +136,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         # A tensor, so that a compiled or captured iteration uses a new lambda without being compiled or captured again.
         self.register_buffer("lam_tensor", torch.zeros((), **self._like))
         self.lam = lam
+        self.brought = self._is_without_values()
 
     @property
     def lam(self) -> float:
@@ -149,40 +149,39 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
             raise ValueError(f"lambda must be in [0, 1], not {value!r}")
         self.set_scheduled_values(float(value))
 
+    def _is_without_values(self) -> bool:
+        """Whether a loader that does not call load_state_dict may yet bring values, which these tensors do not have."""
+        return self.memory_weight.is_meta or (self.weight is not None and self.weight.is_meta)
+
     def _weight_beside(self, n: int | Tensor) -> Tensor:
         """W = lambda w (1,), the memory's weight beside a batch of n values."""
-        w = self.memory_weight
-        if self.brought:
-            w = torch.where(w < 0, -w * n, w)
-        return self.lam_tensor * w
+        return self.lam_tensor * as_values(self.memory_weight, n)
 
-    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
+    def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
         weight, bias = self._affine(x)
-        if group is None:
-            n: int | Tensor = values_per_channel(x)
-        else:
-            mu, s2, n = self.joint_moments(x, group)
+        n: int | Tensor = values_per_channel(x) if joint is None else joint.n
         m, v, W = self.running_mean, self.running_var, self._weight_beside(n)
         if remember and not self.waits:  # this forward overwrites them
             m, v, W = snapshot(m, v, W)
         if self.gradient == "paper":
-            if group is None:
+            if joint is None:
                 y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
             else:
+                mu, s2, _, group = joint
                 mu_hat, s2_hat, rho = memorized_moments(mu, s2, n, m, v, W)
                 y = joint_batch_norm(x, mu_hat, s2_hat, rho / n, weight, bias, self.eps, group)
         else:
             with torch.no_grad():
-                if group is None:
-                    mu, s2 = batch_moments(x)
+                # detach: no_grad does not stop forward-mode AD
+                mu, s2 = batch_moments(x.detach()) if joint is None else joint[:2]
                 mu_hat, s2_hat, _ = memorized_moments(mu, s2, n, m, v, W)
                 inv_hat = (s2_hat + self.eps).rsqrt()
                 r = (s2 + self.eps).sqrt() * inv_hat
                 d = (mu - mu_hat) * inv_hat
-            if group is None:
+            if joint is None:
                 y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
             else:
-                y = joint_batch_norm(x, mu, s2, 1 / n, weight, bias, self.eps, group, r, d)
+                y = joint_batch_norm(x, mu, s2, 1 / joint.n, weight, bias, self.eps, joint.group, r, d)
         if remember:
             self.take(mu, s2, n)
         return y
@@ -197,12 +196,11 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     @torch.no_grad()
     def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
         like = self.memory_mean
-        count = n.to(like.dtype) if isinstance(n, Tensor) else like.new_full((1,), n)
+        count = n.to(like).reshape(1) if isinstance(n, Tensor) else like.new_full((1,), n)
         powers = self.decay ** torch.arange(self.memory, device=like.device, dtype=like.dtype)
         memory = (self.memory_mean, self.memory_var, self.memory_count[:, None])
         pooled = (self.running_mean, self.running_var, self.memory_weight)
-        new = (mu.to(like.dtype), s2.to(like.dtype), count)
-        enter_batch((*memory, *pooled), new, powers[:, None], brought=self.brought)
+        enter_batch((*memory, *pooled), (mu.to(like.dtype), s2.to(like.dtype), count), powers[:, None])
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         return self.running_mean, self.running_var
@@ -224,7 +222,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         for name in ("memory_mean", "memory_var", "memory_count", "memory_weight", "running_mean"):
             getattr(self, name).zero_()
         self.running_var.fill_(1)
-        self.brought = False
 
     reset_running_stats = forget
 
@@ -246,8 +243,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         weight = state_dict.get(prefix + "memory_weight")
         if weight is not None:  # of shape () in older state dicts
             state_dict[prefix + "memory_weight"] = weight.reshape(self.memory_weight.shape)
-            self.brought = not weight.is_meta and bool((weight < 0).any())
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.brought = self._is_without_values() or bool((self.memory_weight < 0).any())
 
 
 class MemorizedBatchNorm1d(_MemorizedBatchNorm):

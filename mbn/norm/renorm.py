@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BatchStatisticsNorm, is_trained, norm_layers
+from .base import BatchStatisticsNorm, Joint, is_trained, norm_layers
 from .functional import (
     batch_moments,
     joint_batch_norm,
@@ -119,15 +119,16 @@ class _BatchRenorm(BatchStatisticsNorm):
         d = ((mu - self.running_mean) / self.running_std).clamp(-d_max, d_max)
         return r, d
 
-    def normalize_training(self, x: Tensor, remember: bool, group: Any) -> Tensor:
+    def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
         weight, bias = self._affine(x)
         with torch.no_grad():
-            mu, s2, n = self.joint_moments(x, group) if group else (*batch_moments(x), values_per_channel(x))
+            # detach: no_grad does not stop forward-mode AD
+            mu, s2, n = (*batch_moments(x.detach()), values_per_channel(x)) if joint is None else joint[:3]
             r, d = self._correction(mu, (s2 + self.eps).sqrt())
             if remember and not self.waits:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
-        if group:
-            y = joint_batch_norm(x, mu, s2, 1 / n, weight, bias, self.eps, group, r, d)
+        if joint is not None:
+            y = joint_batch_norm(x, mu, s2, 1 / joint.n, weight, bias, self.eps, joint.group, r, d)
         else:
             y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
         if remember:
