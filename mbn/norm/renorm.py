@@ -122,7 +122,7 @@ class _BatchRenorm(BatchStatisticsNorm):
     def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
         weight, bias = self._affine(x)
         with torch.no_grad():
-            mu, s2, n = (*batch_moments(x), values_per_channel(x)) if joint is None else joint[:3]
+            mu, s2 = batch_moments(x) if joint is None else (joint.mu, joint.s2)
             r, d = self._correction(mu, (s2 + self.eps).sqrt())
             if remember and not self.waits:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
@@ -131,7 +131,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         else:
             y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
         if remember:
-            self.take(mu, s2, n)
+            self.take(mu, s2, values_per_channel(x) if joint is None else joint.n)
         return y
 
     @torch.no_grad()
