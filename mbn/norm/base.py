@@ -214,7 +214,7 @@ class BatchStatisticsNorm(nn.Module):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
         """mu, s2 and n by which a training forward would normalise x: of this process's batch, or of the joint one."""
         joint = self.joint_batch(x)
-        return (*batch_moments(x), values_per_channel(x)) if joint is None else joint[:3]
+        return (*batch_moments(x), values_per_channel(x)) if joint is None else (joint.mu, joint.s2, joint.n)
 
     def _note_first_forward(self) -> None:
         """Keep what `eval()` and `second_forward` need to know to warn of a second forward that is missing."""

@@ -245,7 +245,9 @@ def _affine_formula(
     y = (x.to(scale.dtype) - per_channel(mu, x)) * per_channel(scale, x)
     if bias is not None:
         y = y + per_channel(bias, x)
-    return y.to(x.dtype)
+    # Where there is nothing to cast, torch 2.11's compiler takes y and y.to(x.dtype) for two outputs of a Function, and
+    # gives the gradient of one to the other.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def memorized_batch_norm(
@@ -434,8 +436,7 @@ class _JointBatchNorm(torch.autograd.Function):
 
 def _wanted(ctx, first: int, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs from position first on; None for one that needs none, such as an absent weight."""
-    wanted = ctx.needs_input_grad[first:]
-    return tuple(g if w else None for g, w in zip(gradients, wanted, strict=False))
+    return tuple(g if ctx.needs_input_grad[i] else None for i, g in enumerate(gradients, first))
 
 
 def _gradient_formula(

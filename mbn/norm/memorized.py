@@ -167,13 +167,13 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
             if joint is None:
                 y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
             else:
-                mu, s2, _, group = joint
+                mu, s2 = joint.mu, joint.s2
                 mu_hat, s2_hat, rho = memorized_moments(mu, s2, n, m, v, W)
-                y = joint_batch_norm(x, mu_hat, s2_hat, rho / n, weight, bias, self.eps, group)
+                y = joint_batch_norm(x, mu_hat, s2_hat, rho / n, weight, bias, self.eps, joint.group)
         else:
             with torch.no_grad():
                 # detach: no_grad does not stop forward-mode AD
-                mu, s2 = batch_moments(x.detach()) if joint is None else joint[:2]
+                mu, s2 = batch_moments(x.detach()) if joint is None else (joint.mu, joint.s2)
                 mu_hat, s2_hat, _ = memorized_moments(mu, s2, n, m, v, W)
                 inv_hat = (s2_hat + self.eps).rsqrt()
                 r = (s2 + self.eps).sqrt() * inv_hat

@@ -123,7 +123,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         weight, bias = self._affine(x)
         with torch.no_grad():
             # detach: no_grad does not stop forward-mode AD
-            mu, s2, n = (*batch_moments(x.detach()), values_per_channel(x)) if joint is None else joint[:3]
+            mu, s2 = batch_moments(x.detach()) if joint is None else (joint.mu, joint.s2)
             r, d = self._correction(mu, (s2 + self.eps).sqrt())
             if remember and not self.waits:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
@@ -132,7 +132,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         else:
             y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
         if remember:
-            self.take(mu, s2, n)
+            self.take(mu, s2, values_per_channel(x) if joint is None else joint.n)
         return y
 
     @torch.no_grad()

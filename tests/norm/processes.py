@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import pickle
+import time
 import traceback
 import warnings
 from datetime import timedelta
@@ -66,6 +67,7 @@ def serve(pipe) -> None:
             except BaseException:
                 failure = traceback.format_exc()
             finally:
+                time.sleep(0.01)  # for gloo's threads, which destroy_process_group of torch 2.6 can lock out for ever
                 if dist.is_initialized():
                     dist.destroy_process_group()
             pipe.send_bytes(pickle.dumps((result, failure)))

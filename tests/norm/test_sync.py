@@ -348,6 +348,7 @@ def refused(kind):
 
 def test_a_group_of_some_processes(processes):
     *pair, outside = processes.run(3, grouped)
+    torch.manual_seed(0)
     expected = make("mbn paper", forwards=1)(inputs(8, 3, 2, 2)).detach()
     equal(torch.cat([y for y, _ in pair]), expected, 1e-12)
     equal(torch.cat([again for _, again in pair]), expected, 1e-12)
@@ -405,7 +406,7 @@ def compiled(sizes):
         for _ in range(2):
             x = inputs(7, 3, 2, 2)[mine(sizes)].requires_grad_()
             y = call(x)
-            result += [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+            result += [y, *torch.autograd.grad(y, [x, *model.parameters()], torch.randn_like(y))]
         results.append([*result, *model.buffers()])
     return [float(((a - b).abs().sum() / (b.abs().sum() + 1)).detach()) for a, b in zip(*results, strict=True)]
 
