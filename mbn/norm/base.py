@@ -70,6 +70,8 @@ class BatchStatisticsNorm(nn.Module):
     frozen = False
     # Whether gamma and beta needed gradients before `freeze`.
     needed_gradients: tuple[bool, ...] = ()
+    # torch sets it in the copies that nn.DataParallel makes for one forward.
+    _is_replica = False
     # Whether there was a training forward since the last second forward, and whether it looks forgotten.
     _waiting = False
     _forgotten = False
@@ -203,8 +205,11 @@ class BatchStatisticsNorm(nn.Module):
 
     @property
     def waits(self) -> bool:
-        """Whether a batch that this forward remembers is only noted now: what is remembered stays until later."""
-        return self.phase == "second" or self.deferred
+        """Whether a batch that this forward remembers is only noted now: what is remembered stays until later.
+
+        A replica of nn.DataParallel is gone after its forward; the first one writes into the layer's own buffers.
+        """
+        return (self.phase == "second" or self.deferred) and not self._is_replica
 
     def joint_batch(self, x: Tensor) -> Joint | None:
         """The joint batch that x is a part of; None where x is the whole batch."""
@@ -339,6 +344,8 @@ class BatchStatisticsNorm(nn.Module):
             own: Tensor = getattr(self, self.scheduled)
             values = torch.tensor(self.scheduled_values(), dtype=own.dtype, device=like.device)
             state_dict[prefix + self.scheduled] = values.reshape(own.shape)
+        if args[0].get("assign_to_params_buffers"):
+            self.deferred = False  # its buffers are its own again
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._forget_forwards()
 

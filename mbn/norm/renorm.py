@@ -167,10 +167,10 @@ class _BatchRenorm(BatchStatisticsNorm):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Also load a BatchNorm's state, whose running_var holds a variance without eps."""
         variance, mean = state_dict.pop(prefix + "running_var", None), state_dict.get(prefix + "running_mean")
-        if variance is not None and mean is not None:
+        if variance is not None:
             wide = variance.to(statistics_dtype(variance.dtype))
             state_dict[prefix + "running_std"] = (wide + self.eps).sqrt()
-            if prefix + "num_batches_tracked" not in state_dict:  # older BatchNorms have no counter
+            if mean is not None and prefix + "num_batches_tracked" not in state_dict:  # older BatchNorms have none
                 # If it were 0, the first update would overwrite their averages.
                 tracked = torch.tensor(int(is_trained(mean, variance, None)), device=mean.device)
                 state_dict[prefix + "num_batches_tracked"] = tracked
