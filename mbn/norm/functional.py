@@ -106,13 +106,10 @@ def pool(mu: Tensor, s2: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
         w = sum weight_i;  m = sum weight_i mu_i / w;  v = sum weight_i ((mu_i - m)**2 + s2_i) / w
 
     mu, s2: (k, C), the batches' means and biased variances; weight: (k,), alpha_i n_i, zero for an entry that is not
-    there; or (k, C) where channels have their own. Returns m (C,), v (C,) and w, () or (C,). At least one weight must
-    be positive.
+    there. Returns m (C,), v (C,) and w (). At least one weight must be positive.
     """
-    w = weight.sum(0)
-    share = weight / w
-    if share.dim() == 1:
-        share = share[:, None]
+    w = weight.sum()
+    share = (weight / w)[:, None]
     m = (share * mu).sum(0)
     v = (share * ((mu - m).square() + s2)).sum(0)
     return m, v, w
