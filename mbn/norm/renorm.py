@@ -82,7 +82,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
-        if not 0 < momentum <= 1:
+        if momentum is None or not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], not {momentum!r}")
         if not warmup_steps >= 0:
             raise ValueError(f"warmup_steps must be at least 0, not {warmup_steps!r}")
