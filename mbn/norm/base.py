@@ -104,7 +104,7 @@ class BatchStatisticsNorm(nn.Module):
         self.affine = affine
         self.forwards = forwards
         self.phase = "first"
-        self.sync = process_group is not None if sync is None and process_group is not None else sync
+        self.sync = True if sync is None and process_group is not None else sync
         self._process_group = _Shared(process_group)
         like = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.ones(num_features, **like)) if affine else None

@@ -191,8 +191,11 @@ def _put(buffer: Tensor, chosen: Tensor, value: Tensor) -> None:
 
 
 def _finite(mu: Tensor, s2: Tensor, like: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which layers have finite statistics in all channels: for each layer (the shape of like), and for each channel."""
-    total = mu + s2
+    """Which layers have finite statistics in all channels: for each layer (the shape of like), and for each channel.
+
+    A mean counts as infinite where the pool could not square its distance from another such mean.
+    """
+    total = torch.addcmul(s2, mu, mu, value=4)
     finite = total - total == 0
     if owner is None:
         finite = finite.all()

@@ -24,14 +24,13 @@ def enter_noted(layers: Iterable[BatchStatisticsNorm]) -> None:
     noted = [layer for layer in layers if layer.noted]
     # torch.func has no rule for operations on lists of tensors, and a CUDA graph takes no numbers from the host.
     if is_transformed() or any(is_capturing(layer.running_mean) for layer in noted):
-        for layer in noted:
-            layer.enter(*_pooled(layer))
-            layer.noted = ()
+        _enter_one_by_one(noted)
         return
     for memorized in _alike(noted, _MemorizedBatchNorm, lambda x: (x.memory, x.decay)):
         _enter_memorized(memorized)
     for renorm in _alike(noted, _BatchRenorm, lambda x: (x.momentum,)):
         Averages(renorm).enter()
+    _enter_one_by_one(layer for layer in noted if layer.noted)
 
 
 class AllMemories:
@@ -63,6 +62,7 @@ class AllMemories:
             raise RuntimeError("a layer was moved or cast since its AllMemories was made: make a new one")
         for memories in self.memories:
             memories.enter()
+        _enter_one_by_one(layer for layer in self.layers if layer.noted)
         if self.counters:
             torch._foreach_add_(self.counters, 1)
 
@@ -124,6 +124,12 @@ class Averages:
         torch._foreach_copy_([layer.num_batches_tracked for layer in self.layers], list(tracked.unbind()))
 
 
+def _enter_one_by_one(layers: Iterable[BatchStatisticsNorm]) -> None:
+    for layer in layers:
+        layer.enter(*_pooled(layer))
+        layer.noted = ()
+
+
 def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
     """Enter what the layers have noted, into memories that each layer has on its own."""
     memory = _joined(layers)
@@ -136,10 +142,13 @@ def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
 def _alike(
     layers: Iterable[BatchStatisticsNorm], cls: type[Layer], settings: Callable[[Layer], tuple]
 ) -> list[list[Layer]]:
-    """The layers of a class in groups with the same settings, device and precision."""
+    """The layers of a class in groups with the same settings, device and precision.
+
+    Without those of a subclass that enters its batches in a way of its own.
+    """
     groups: dict[Hashable, list[Layer]] = {}
     for layer in layers:
-        if isinstance(layer, cls):
+        if isinstance(layer, cls) and type(layer).enter is cls.enter:
             key = (*settings(layer), layer.running_mean.device, layer.running_mean.dtype)
             groups.setdefault(key, []).append(layer)
     return list(groups.values())

@@ -136,7 +136,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         # A tensor, so that a compiled or captured iteration uses a new lambda without being compiled or captured again.
         self.register_buffer("lam_tensor", torch.zeros((), **self._like))
         self.lam = lam
-        self.brought = self._is_without_values()
 
     @property
     def lam(self) -> float:
@@ -148,10 +147,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         if not 0 <= value <= 1:
             raise ValueError(f"lambda must be in [0, 1], not {value!r}")
         self.set_scheduled_values(float(value))
-
-    def _is_without_values(self) -> bool:
-        """Whether a loader that does not call load_state_dict may yet bring values, which these tensors do not have."""
-        return self.memory_weight.is_meta or (self.weight is not None and self.weight.is_meta)
 
     def _weight_beside(self, n: int | Tensor) -> Tensor:
         """W = lambda w (1,), the memory's weight beside a batch of n values."""
@@ -244,7 +239,6 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         if weight is not None:  # of shape () in older state dicts
             state_dict[prefix + "memory_weight"] = weight.reshape(self.memory_weight.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.brought = self._is_without_values() or bool((self.memory_weight < 0).any())
 
 
 class MemorizedBatchNorm1d(_MemorizedBatchNorm):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .base import BatchStatisticsNorm, norm_layers
-from .functional import batch_moments, values_per_channel
 from .memories import enter_noted
 from .second_forward import held, phase
 
@@ -35,7 +34,7 @@ def set_precise_statistics(
         roll: let the memories and averages go along with the batches, the weights being fixed, and put them back at the
             end. False holds them, which is wrong where the batches are not those at the end of training.
 
-    Dropout is off. Frozen layers (`freeze`) are left alone.
+    Dropout is off. Frozen layers (`freeze`) are left alone. With sync=True the statistics are those of all processes.
 
     Errors: ValueError where batches is empty.
 
@@ -77,12 +76,13 @@ class _Moments:
     def __init__(self, layer: BatchStatisticsNorm) -> None:
         wide = torch.float32 if layer.running_mean.device.type == "mps" else torch.float64  # which mps lacks
         self.mean = torch.zeros_like(layer.running_mean, dtype=wide)
-        self.variance, self.n = self.mean.clone(), self.mean.new_zeros(())
+        self.variance, self.n = self.mean.clone(), self.mean.new_zeros(1)
 
     def note(self, layer: BatchStatisticsNorm, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         """Take in the values that were normalised: a forward hook."""
-        mean, variance = batch_moments(inputs[0])
-        n = values_per_channel(inputs[0])
+        if inputs[0].numel() == 0 and layer.joint_group() is None:
+            return
+        mean, variance, n = layer.moments(inputs[0])
         self.n += n
         share = n / self.n
         distance = mean - self.mean

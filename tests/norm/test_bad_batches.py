@@ -59,6 +59,17 @@ def test_a_batch_that_is_not_finite_is_not_remembered(path, kind, forwards, valu
     assert layer.eval()(good[0]).isfinite().all()
 
 
+@pytest.mark.parametrize("number", [1, 2])
+@remembering
+def test_a_batch_that_is_too_large_to_be_pooled_is_not_remembered(path, kind, number):
+    """Its moments are finite, but the square of its distance from an empty row, or from another such batch, is not."""
+    layers = [make(kind, dims=2, dtype=torch.float32, forwards=2) for _ in range(number)]
+    good, net = torch.randn(4, 3), nn.Sequential(*layers)
+    for x in (good * 1e15 + 3e19, good, good - 3e19, good + 9e18, good - 9e18):
+        second_forward(net, x)
+        assert all(b.isfinite().all() for b in net.buffers())
+
+
 @values
 @remembering
 def test_statistics_that_a_batch_norm_brought_wait_for_a_batch_that_is_finite(kind, value):

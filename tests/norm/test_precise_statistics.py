@@ -46,6 +46,16 @@ def test_held_memories_stay_where_training_ended():
     assert expected[True] < 0.4 < 0.8 < expected[False]
 
 
+@kinds
+def test_an_empty_batch_does_not_count(kind):
+    """As the head of a detector meets one where nothing was found."""
+    first, second = make(kind), make(kind)
+    xs = [inputs(n, 3, 2, 2, at=n) for n in (3, 4)]
+    set_precise_statistics(first, [xs[0][:0], xs[0], xs[0][:0], xs[1]])
+    set_precise_statistics(second, xs)
+    assert_close(list(first.test_statistics()), list(second.test_statistics()), atol=0, rtol=0)
+
+
 def test_frozen_layers_and_modes_stay_and_a_forward_can_be_given():
     net = network("mbn paper")
     freeze(net[1])

@@ -15,6 +15,7 @@ import mbn.norm.base as base
 import mbn.norm.second_forward as home
 from mbn import BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d, convert, held, second_forward
 from mbn.norm.base import BatchStatisticsNorm, norm_layers
+from mbn.norm.memories import AllMemories
 
 layers = pytest.mark.parametrize("layer", [BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d])
 
@@ -170,6 +171,26 @@ def test_a_layer_that_is_called_twice_in_a_second_forward_takes_both_in_as_one_b
     assert_close(swapped.state_dict(), model.state_dict(), atol=1e-12, rtol=1e-12)
     # A layer behind it meets other inputs, because each call was normalised by its own batch.
     assert_close(joint.layers[0].state_dict(), model.layers[0].state_dict(), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("base", [MemorizedBatchNorm1d, BatchRenorm1d])
+def test_a_subclass_may_enter_its_batches_in_its_own_way(base, together):
+    class Own(base):
+        def enter(self, mu, s2, n):
+            self.entered = (mu, s2, n)
+
+    layer, x = Own(3, forwards=2), torch.randn(4, 3)
+    before, memories = snapshot(layer), AllMemories([layer]) if together else None
+    if together:
+        with torch.no_grad(), home.phase([layer], "second"):
+            layer(x)
+        memories.enter()
+    else:
+        second_forward(layer, x)
+    assert layer.entered[2] == 4
+    assert_close(layer.entered[0], x.mean(0))
+    assert unchanged(before, layer)
 
 
 def test_with_one_forward_each_call_is_an_entry():

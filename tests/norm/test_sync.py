@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mbn.norm.base as base
 import mbn.norm.functional as functional
-from mbn import MemorizedBatchNorm2d, convert, second_forward
+from mbn import MemorizedBatchNorm2d, convert, second_forward, set_precise_statistics
 from mbn.norm.base import norm_layers
 from mbn.norm.memories import AllMemories
 from mbn.norm.second_forward import phase
@@ -263,6 +263,19 @@ def one_value(kind):
 
 def test_a_memory_makes_one_value_in_the_joint_batch_meaningful(processes):
     assert_same_step(processes, (0, 1), trained("mbn paper", dims=2), inputs(1, 3))
+
+
+@kinds
+def test_precise_statistics_are_those_of_all_processes(processes, kind):
+    for statistics in processes.run(2, precise, kind):
+        equal(statistics, precise(kind), 1e-12)
+
+
+def precise(kind):
+    torch.manual_seed(1)
+    net = nn.Sequential(*(make(kind, sync=None if alone() else True) for _ in range(2)))
+    set_precise_statistics(net, [inputs(8, 3, 2, 2, at=t)[mine(sizes)] for t, sizes in enumerate(TWO)])
+    return torch.stack([t for layer in net for t in layer.test_statistics()])
 
 
 @one_or_two
