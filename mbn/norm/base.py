@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,16 @@ class Joint(NamedTuple):
     s2: Tensor
     n: Tensor
     group: Any
+
+
+def check_number(name: str, value: object, holds: Callable[[], bool], wanted: str) -> None:
+    """Raise ValueError where value is not as wanted; holds compares it, which a string or a list does not allow."""
+    try:
+        right = holds()
+    except TypeError:
+        right = False
+    if not right:
+        raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 
 class BatchStatisticsNorm(nn.Module):
@@ -97,8 +108,7 @@ class BatchStatisticsNorm(nn.Module):
         super().__init__()
         if forwards not in (1, 2):
             raise ValueError(f"forwards must be 1 or 2, not {forwards!r}")
-        if not eps > 0:
-            raise ValueError(f"eps must be above 0, not {eps!r}")
+        check_number("eps", eps, lambda: eps > 0, "above 0")
         self.num_features = num_features
         self.eps = eps
         self.affine = affine

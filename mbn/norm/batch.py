@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import BatchStatisticsNorm, Joint
+from .base import BatchStatisticsNorm, Joint, check_number
 from .functional import joint_batch_norm
 
 
@@ -59,8 +59,7 @@ class _BatchNorm(BatchStatisticsNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
-        if momentum is not None and not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1] or None, not {momentum!r}")
+        check_number("momentum", momentum, lambda: momentum is None or 0 < momentum <= 1, "in (0, 1] or None")
         self.momentum = momentum
         self.register_buffer("running_var", torch.ones(num_features, **self._like))
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))

@@ -3,12 +3,13 @@
 import contextlib
 import operator
 import warnings
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import BatchStatisticsNorm, Joint, is_trained, norm_layers
+from .base import BatchStatisticsNorm, Joint, check_number, is_trained, norm_layers
 from .functional import (
     as_values,
     batch_moments,
@@ -118,12 +119,10 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
             self.memory = 0
         if isinstance(memory, bool) or self.memory < 1:
             raise ValueError(f"memory must be a whole number of at least 1, not {memory!r}")
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], not {decay!r}")
+        check_number("decay", decay, lambda: 0 < decay <= 1, "in (0, 1]")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be 'paper' or 'batch', not {gradient!r}")
-        if not 0 <= pretrained_batches < float("inf"):
-            raise ValueError(f"pretrained_batches must be at least 0, not {pretrained_batches!r}")
+        check_number("pretrained_batches", pretrained_batches, lambda: 0 <= pretrained_batches < inf, "at least 0")
         self.decay = decay
         self.gradient = gradient
         self.pretrained_batches = pretrained_batches
@@ -144,8 +143,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     @lam.setter
     def lam(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise ValueError(f"lambda must be in [0, 1], not {value!r}")
+        check_number("lambda", value, lambda: 0 <= value <= 1, "in [0, 1]")
         self.set_scheduled_values(float(value))
 
     def _weight_beside(self, n: int | Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BatchStatisticsNorm, Joint, is_trained, norm_layers
+from .base import BatchStatisticsNorm, Joint, check_number, is_trained, norm_layers
 from .functional import (
     batch_moments,
     joint_batch_norm,
@@ -82,10 +82,8 @@ class _BatchRenorm(BatchStatisticsNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
-        if momentum is None or not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1], not {momentum!r}")
-        if not warmup_steps >= 0:
-            raise ValueError(f"warmup_steps must be at least 0, not {warmup_steps!r}")
+        check_number("momentum", momentum, lambda: 0 < momentum <= 1, "in (0, 1]")
+        check_number("warmup_steps", warmup_steps, lambda: warmup_steps >= 0, "at least 0")
         self.momentum = momentum
         self.warmup_steps = warmup_steps
         self.register_buffer("running_std", torch.ones(num_features, **self._like))
@@ -193,8 +191,7 @@ class BatchRenorm3d(_BatchRenorm):
 
 
 def _check_bounds(r_max: float, d_max: float) -> None:
-    if not (r_max >= 1 and d_max >= 0):
-        raise ValueError(f"r_max must be at least 1 and d_max at least 0, not {r_max!r} and {d_max!r}")
+    check_number("r_max", (r_max, d_max), lambda: r_max >= 1 and d_max >= 0, "at least 1 and d_max at least 0")
 
 
 def set_renorm(module: nn.Module, r_max: float, d_max: float) -> None:

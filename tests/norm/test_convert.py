@@ -280,6 +280,19 @@ def test_a_network_may_have_layers_of_two_norms_part_by_part():
         (nn.ReLU(), "mbn", {"memory": 0}, ValueError, "memory"),
         (nn.ReLU(), "brn", {"r_max": 0.5}, ValueError, "r_max"),
         (nn.ReLU(), "bn", {"momentum": 2}, ValueError, "momentum"),
+        *(  # PyYAML reads 1e-3 as a string
+            (nn.ReLU(), norm, {name: "1e-3"}, ValueError, f"{word} must be .*1e-3")
+            for norm, name, word in (
+                ("mbn", "decay", "decay"),
+                ("mbn", "lam", "lambda"),
+                ("mbn", "pretrained_batches", "pretrained_batches"),
+                ("brn", "momentum", "momentum"),
+                ("brn", "warmup_steps", "warmup_steps"),
+                ("brn", "r_max", "r_max"),
+                ("brn", "d_max", "r_max"),
+                ("bn", "momentum", "momentum"),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_refused_in_one_sentence_and_nothing_is_changed(
