@@ -90,6 +90,8 @@ def _why_not_ours(old: Any, sync: bool | None, otherwise: str) -> str | None:
             "has no running statistics and evaluates by the batch's own, which our layers never do: give it "
             f"track_running_stats=True, or {otherwise}"
         )
+    if not old.eps > 0:
+        return f"has eps={old.eps!r}, which must be above 0: set it before"
     own = (old.weight, old.bias, old.running_var)
     if any(t is not None and t.shape != old.running_mean.shape for t in own):
         return f"has parameters and statistics of different shapes: {otherwise}"

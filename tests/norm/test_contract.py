@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from layer_kinds import (
 from torch import nn
 from torch.testing import assert_close
 
-from mbn import held, second_forward, set_lambda, set_renorm
+from mbn import MemorizedBatchNorm2d, held, second_forward, set_lambda, set_renorm
 from mbn.norm.base import norm_layers
 from mbn.norm.convert import NORMS
 
@@ -309,6 +310,10 @@ def test_scheduled_values_reach_every_layer_and_its_state_dict(kind, put, settin
     twin = nn.Sequential(make(kind), nn.Sequential(make(kind, dims=2)), nn.BatchNorm1d(2))
     twin.load_state_dict(net.state_dict())
     assert all(getattr(twin[0], name) == value for name, value in settings.items())
+
+
+def test_a_memory_of_numpys_integers_is_a_whole_number():
+    assert type(MemorizedBatchNorm2d(3, memory=np.int64(4)).memory) is int
 
 
 def test_settings_are_given_by_name():

@@ -318,6 +318,7 @@ def test_a_subclass_of_ours_with_a_forward_of_its_own_is_refused_on_the_way_back
         (nn.SyncBatchNorm(3), {}, r"convert\(model, sync=True\) makes layers that do so too"),
         (nn.SyncBatchNorm(3), {"sync": False}, r"convert\(model, sync=True\)"),
         (nn.BatchNorm2d(3, track_running_stats=False), {}, "has no running statistics"),
+        (nn.BatchNorm2d(3, eps=0.0), {}, r"layer 0, a BatchNorm2d, .* has eps=0\.0, which must be above 0"),
     ],
 )
 def test_layers_that_never_convert_are_refused(layer, settings, words):

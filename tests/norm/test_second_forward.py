@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from layer_kinds import KINDS, close, inputs, kinds, make, network, reference_of, remember, renew, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import mbn.norm.base as base
 import mbn.norm.second_forward as home
@@ -191,6 +192,23 @@ def test_a_subclass_may_enter_its_batches_in_its_own_way(base, together):
     assert layer.entered[2] == 4
     assert_close(layer.entered[0], x.mean(0))
     assert unchanged(before, layer)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@kinds
+def test_activation_checkpointing_changes_nothing(kind, reentrant):
+    """The forward that it repeats in the backward remembers nothing, and meets the memory of the first one."""
+    net = network(kind, forwards=2)
+    twin = copy.deepcopy(net)
+    for t in range(3):
+        x = inputs(4, 3, 5, 5, at=t).requires_grad_()
+        for model, y in ((net, net(x)), (twin, checkpoint(twin, x, use_reentrant=reentrant))):
+            model.zero_grad()
+            y.square().sum().backward()
+            second_forward(model, x)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+        assert unchanged(snapshot(net), twin)
 
 
 def test_with_one_forward_each_call_is_an_entry():
