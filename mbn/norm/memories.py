@@ -29,7 +29,7 @@ def enter_noted(layers: Iterable[BatchStatisticsNorm]) -> None:
     for memorized in _alike(noted, _MemorizedBatchNorm, lambda x: (x.memory, x.decay)):
         _enter_memorized(memorized)
     for renorm in _alike(noted, _BatchRenorm, lambda x: (x.momentum,)):
-        Averages(renorm).enter()
+        _enter_averages(renorm)
     _enter_one_by_one(layer for layer in noted if layer.noted)
 
 
@@ -103,25 +103,28 @@ class Memories:
         enter_batch(self.memory, (mean, var, count), self.powers, self.owner)
 
 
+# The buffers of a layer's averages, in the order of `functional.move_averages`.
+AVERAGES = ("running_mean", "running_std", "num_batches_tracked")
+
+
 class Averages:
-    """The moving averages of BatchRenorm layers with the same momentum."""
+    """The moving averages of BatchRenorm layers with the same momentum, in shared tensors.
+
+    averages: mean, std (sum of C) and how many batches they have seen (L,), of all L layers.
+    """
 
     def __init__(self, layers: list[_BatchRenorm]) -> None:
         self.layers = layers
-        self.widths = [layer.num_features for layer in layers]
-        self.owner = _owner(layers)
-        self.eps = torch.cat([layer.running_mean.new_full((layer.num_features,), layer.eps) for layer in layers])
+        self.averages = _joined_averages(layers)
+        for layer, parts in zip(layers, _split_averages(layers, self.averages), strict=True):
+            for name, part in zip(AVERAGES, parts, strict=True):
+                setattr(layer, name, part)
+        self.owner, self.eps = _owner(layers), _eps(layers)
 
     def enter(self) -> None:
         """Move the averages towards what the layers have noted."""
-        mean, std = (torch.cat([getattr(x, f"running_{name}") for x in self.layers]) for name in ("mean", "std"))
-        new_mean, new_var, _ = _take_notes(self.layers, mean)
-        tracked = torch.stack([layer.num_batches_tracked for layer in self.layers])
-        new = (new_mean, (new_var + self.eps).sqrt())
-        move_averages((mean, std, tracked), new, self.layers[0].momentum, self.owner)
-        averages = [layer.running_mean for layer in self.layers] + [layer.running_std for layer in self.layers]
-        torch._foreach_copy_(averages, [*mean.split(self.widths), *std.split(self.widths)])
-        torch._foreach_copy_([layer.num_batches_tracked for layer in self.layers], list(tracked.unbind()))
+        mean, var, _ = _take_notes(self.layers, self.averages[0])
+        move_averages(self.averages, (mean, (var + self.eps).sqrt()), self.layers[0].momentum, self.owner)
 
 
 def _enter_one_by_one(layers: Iterable[BatchStatisticsNorm]) -> None:
@@ -137,6 +140,17 @@ def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
     enter_batch(memory, (mean, var, _counts(n, mean)), _powers(layers[0]), _owner(layers))
     buffers = [getattr(layer, name) for layer in layers for name in MEMORY]
     torch._foreach_copy_(buffers, [part for parts in _split(layers, memory) for part in parts])
+
+
+def _enter_averages(layers: list[_BatchRenorm]) -> None:
+    """Move averages that each layer has on its own towards what the layers have noted."""
+    averages = _joined_averages(layers)
+    mean, var, _ = _take_notes(layers, averages[0])
+    move_averages(averages, (mean, (var + _eps(layers)).sqrt()), layers[0].momentum, _owner(layers))
+    buffers = [getattr(layer, name) for name in AVERAGES[:2] for layer in layers]
+    parts = list(zip(*_split_averages(layers, averages), strict=True))
+    torch._foreach_copy_(buffers, [*parts[0], *parts[1]])
+    torch._foreach_copy_([layer.num_batches_tracked for layer in layers], list(parts[2]))
 
 
 def _alike(
@@ -194,6 +208,24 @@ def _split(layers: list[_MemorizedBatchNorm], memory: tuple[Tensor, ...]) -> lis
     mean, var, count, m, v, w = memory
     parts = (mean.split(widths, 1), var.split(widths, 1), count.unbind(1), m.split(widths), v.split(widths), w.split(1))
     return list(zip(*parts, strict=True))
+
+
+def _joined_averages(layers: list[_BatchRenorm]) -> tuple[Tensor, Tensor, Tensor]:
+    """The averages of several layers in one, in the order of AVERAGES."""
+    mean, std, tracked = ([getattr(layer, name) for layer in layers] for name in AVERAGES)
+    return torch.cat(mean), torch.cat(std), torch.stack(tracked)
+
+
+def _split_averages(layers: list[_BatchRenorm], averages: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The parts of joined averages that are each layer's, as views, in the order of AVERAGES."""
+    widths = [layer.num_features for layer in layers]
+    mean, std, tracked = averages
+    return list(zip(mean.split(widths), std.split(widths), tracked.unbind(), strict=True))
+
+
+def _eps(layers: list[_BatchRenorm]) -> Tensor:
+    """Each channel's eps."""
+    return torch.cat([layer.running_mean.new_full((layer.num_features,), layer.eps) for layer in layers])
 
 
 def _owner(layers: Sequence[BatchStatisticsNorm]) -> Tensor | None:
