@@ -127,12 +127,16 @@ def convert(
     dict, or parameters and buffers that BatchNorm has not; is of a class whose forward is not understood. After an
     error nothing has been changed.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"convert needs a module, such as Network(), and not {module!r}")
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
     layers = NORMS[norm]
     for name in settings:
         if name not in layers[0].settings:
-            raise TypeError(f"{norm} layers have no setting {name!r}; theirs are {', '.join(layers[0].settings)}")
+            kept = "; eps, weight and bias stay those of the old layer" if name in ("eps", "affine", "bias") else ""
+            raise TypeError(f"{norm} takes no setting {name!r} here; theirs are {', '.join(layers[0].settings)}{kept}")
+    _check_replace(replace or {})
     if sync is None and process_group is not None:
         sync = True
     common = {"sync": sync, "process_group": process_group}
@@ -155,6 +159,15 @@ def convert(
     # Not in what replace has given, which may hold the old layer.
     module = _put(module, replaced, list(module.modules()))
     return _put(module, converted, [*module.modules(), *converted.values()])
+
+
+def _check_replace(replace: Replace) -> None:
+    for cls, function in replace.items():
+        if not isinstance(cls, type) or not callable(function) or isinstance(function, type | nn.Module):
+            raise TypeError(
+                "replace must be {class: function}, where function(layer) returns the module that takes its place, and "
+                f"not {{{cls!r}: {function!r}}}"
+            )
 
 
 def _put(module: nn.Module, instead: dict[nn.Module, nn.Module], parents: list[nn.Module]) -> nn.Module:

@@ -122,7 +122,7 @@ def as_values(count: Tensor, n: int | Tensor) -> Tensor:
     """
     if isinstance(n, int):
         return F.leaky_relu(count, -n)  # the same in one operation
-    return torch.maximum(count, count * -n)
+    return torch.maximum(count, count * -n) + 0  # 0. and not -0., which looks strange in a memory
 
 
 def enter_batch(

@@ -244,10 +244,10 @@ def test_a_network_may_have_layers_of_two_norms_part_by_part():
     ("layer", "norm", "settings", "error", "words"),
     [
         (nn.ReLU(), "gn", {}, ValueError, "norm must be one of mbn, brn, bn, not 'gn'"),
-        (nn.ReLU(), "mbn", {"lambda_": 1}, TypeError, "'lambda_'; theirs are memory, .*, pretrained_batches$"),
-        (nn.ReLU(), "brn", {"affine": False}, TypeError, "'affine'; theirs are momentum, .*, forwards$"),
-        (nn.ReLU(), "bn", {"eps": 1e-3}, TypeError, "'eps'; theirs are momentum, forwards$"),
-        (nn.ReLU(), "bn", {"num_features": 2}, TypeError, "'num_features'; theirs are momentum, forwards$"),
+        (nn.ReLU(), "mbn", {"lambda_": 1}, TypeError, "'lambda_' here; theirs are memory, .*, pretrained_batches$"),
+        (nn.ReLU(), "brn", {"affine": False}, TypeError, "'affine' here; .*, forwards; eps, weight and bias stay"),
+        (nn.ReLU(), "bn", {"eps": 1e-3}, TypeError, "'eps' here; theirs are momentum, forwards; eps, .* stay"),
+        (nn.ReLU(), "bn", {"num_features": 2}, TypeError, "'num_features' here; theirs are momentum, forwards$"),
         *(
             (
                 convert(nn.BatchNorm2d(3), has),
@@ -490,3 +490,15 @@ def test_averages_from_a_batch_norm_that_counted_nothing_are_not_copied_over():
     new.load_state_dict(state)
     new(torch.randn(4, 3, 2, 2))
     assert (new.running_mean > 1.9).all()
+
+
+@pytest.mark.parametrize("module", [nn.Linear, network, "resnet"])
+def test_what_is_no_module_is_refused(module):
+    with pytest.raises(TypeError, match=r"convert needs a module, such as Network\(\), and not "):
+        convert(module)
+
+
+@pytest.mark.parametrize("replace", [{"Odd": lambda old: old}, {nn.Linear: MemorizedBatchNorm2d}, {nn.ReLU: nn.ReLU()}])
+def test_a_wrong_replace_is_refused_whether_it_would_be_used_or_not(replace):
+    with pytest.raises(TypeError, match=r"replace must be \{class: function\}, where function\(layer\) returns"):
+        convert(network(), replace=replace)
