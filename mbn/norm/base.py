@@ -114,6 +114,8 @@ class BatchStatisticsNorm(nn.Module):
         self.affine = affine
         self.forwards = forwards
         self.phase = "first"
+        # What forwards write is there from the start: for new attributes torch 2.11 compiles again.
+        self.noted, self.deferred, self._waiting, self._forgotten = (), False, False, False
         self.sync = True if sync is None and process_group is not None else sync
         self._process_group = _Shared(process_group)
         like = {"device": device, "dtype": dtype}

@@ -80,7 +80,7 @@ def memory_off(monkeypatch):
     def enter(self):
         original(self)
         if recorded_now:
-            self.m.mul_(1.01)
+            self.memory[3].mul_(1.01)  # m
 
     recorded_now = []
 
