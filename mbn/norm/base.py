@@ -56,8 +56,13 @@ class BatchStatisticsNorm(nn.Module):
     `second_forward` and `held` set the phase; a copy of the layer starts in `"first"`. Evaluation uses
     `test_statistics()` and changes nothing.
 
+    With sync=True the batches of all processes in the group are normalised as one. A training forward sends one message
+    of 2 C + 1 numbers, its backward one of 2 C: every process must run both, also with an empty batch. torch.compile
+    works; with fullgraph=True it refuses a process with fewer than two values a channel.
+
     Errors: ValueError for an input of the wrong shape, and for an eps that is not above 0; RuntimeError where the
-    statistics have been cast to half precision.
+    statistics have been cast to half precision, and with sync=True for second derivatives, `torch.func` and a process
+    outside the group.
     """
 
     input_dims: tuple[int, ...] = ()

@@ -428,7 +428,7 @@ class _JointBatchNorm(torch.autograd.Function):
         if x.numel() > 0:
             factor = invstd if scale is None else scale * invstd
             a, b = (own / values_per_channel(x) - share * sums) * factor
-            dx = dx + affine_normalize(x, mu, s2, a, b, ctx.eps)
+            dx.add_(affine_normalize(x, mu, s2, a, b, ctx.eps))
         dscale, dshift = own
         dweight = dscale if r is None else dscale * r + dshift * d
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dshift), None, None, None, None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PATIENCE = 100  # seconds, until a job counts as hanging
+PATIENCE = 120  # seconds, until a job counts as hanging
 
 
 class Processes:
@@ -59,7 +59,7 @@ def serve(pipe) -> None:
             try:
                 torch.manual_seed(0)
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+                    "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
                 )
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
