@@ -16,7 +16,9 @@ from .functional import (
     batch_moments,
     is_capturing,
     is_transformed,
+    joint_batch_norm,
     joint_moments,
+    renormalized_batch_norm,
     statistics_dtype,
     values_per_channel,
 )
@@ -237,6 +239,13 @@ class BatchStatisticsNorm(nn.Module):
         """mu, s2 and n by which a training forward would normalise x: of this process's batch, or of the joint one."""
         joint = self.joint_batch(x)
         return (*batch_moments(x), values_per_channel(x)) if joint is None else (joint.mu, joint.s2, joint.n)
+
+    def renormalize(self, x: Tensor, mu: Tensor, s2: Tensor, r: Tensor, d: Tensor, joint: Joint | None) -> Tensor:
+        """y = gamma ((x - mu) / sqrt(s2 + eps) * r + d) + beta, with mu and s2 of x, or of the joint batch."""
+        weight, bias = self._affine(x)
+        if joint is None:
+            return renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
+        return joint_batch_norm(x, mu, s2, 1 / joint.n, weight, bias, self.eps, joint.group, r, d)
 
     def _note_first_forward(self) -> None:
         """Keep what `eval()` and `second_forward` need to know to warn of a second forward that is missing."""

@@ -87,8 +87,9 @@ class _BatchNorm(BatchStatisticsNorm):
 
     @torch.no_grad()
     def _move_averages(self, mean: Tensor, variance: Tensor) -> None:
+        share = self._share_of_newest()
         for average, value in ((self.running_mean, mean), (self.running_var, variance)):
-            average.lerp_(value.to(average.dtype), self._share_of_newest())
+            average.lerp_(value.to(average.dtype), share)
 
     def _count(self) -> None:
         if not self.deferred:

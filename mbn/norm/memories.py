@@ -85,10 +85,8 @@ class Memories:
     def __init__(self, layers: list[_MemorizedBatchNorm]) -> None:
         self.layers = layers
         self.memory = _joined(layers)
-        for layer, parts in zip(layers, _split(layers, self.memory), strict=True):
-            for name, part in zip(MEMORY, parts, strict=True):
-                setattr(layer, name, part)
-        self.owner, self.powers = _owner(layers), _powers(layers[0])
+        _share(layers, MEMORY, _split(layers, self.memory))
+        self.owner, self.powers = _owner(layers), layers[0].powers()
         self.counts: dict[tuple[int | Tensor, ...], Tensor] = {}
 
     def enter(self) -> None:
@@ -116,9 +114,7 @@ class Averages:
     def __init__(self, layers: list[_BatchRenorm]) -> None:
         self.layers = layers
         self.averages = _joined_averages(layers)
-        for layer, parts in zip(layers, _split_averages(layers, self.averages), strict=True):
-            for name, part in zip(AVERAGES, parts, strict=True):
-                setattr(layer, name, part)
+        _share(layers, AVERAGES, _split_averages(layers, self.averages))
         self.owner, self.eps = _owner(layers), _eps(layers)
 
     def enter(self) -> None:
@@ -137,7 +133,7 @@ def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
     """Enter what the layers have noted, into memories that each layer has on its own."""
     memory = _joined(layers)
     mean, var, n = _take_notes(layers, memory[0])
-    enter_batch(memory, (mean, var, _counts(n, mean)), _powers(layers[0]), _owner(layers))
+    enter_batch(memory, (mean, var, _counts(n, mean)), layers[0].powers(), _owner(layers))
     buffers = [getattr(layer, name) for layer in layers for name in MEMORY]
     torch._foreach_copy_(buffers, [part for parts in _split(layers, memory) for part in parts])
 
@@ -196,6 +192,13 @@ def _counts(counts: tuple[int | Tensor, ...], like: Tensor) -> Tensor:
     return torch.cat([like.new_full((1,), n) if isinstance(n, int) else n.to(like.dtype) for n in counts])
 
 
+def _share(layers: Sequence[BatchStatisticsNorm], names: tuple[str, ...], parts: Iterable[tuple[Tensor, ...]]) -> None:
+    """Let the buffers of these names be each layer's parts of shared tensors."""
+    for layer, own in zip(layers, parts, strict=True):
+        for name, part in zip(names, own, strict=True):
+            setattr(layer, name, part)
+
+
 def _joined(layers: list[_MemorizedBatchNorm]) -> tuple[Tensor, ...]:
     """The memories of several layers in one, in the order of MEMORY."""
     mean, var, count, m, v, w = ([getattr(layer, name) for layer in layers] for name in MEMORY)
@@ -235,9 +238,3 @@ def _owner(layers: Sequence[BatchStatisticsNorm]) -> Tensor | None:
     device, widths = layers[0].running_mean.device, [layer.num_features for layer in layers]
     numbers = torch.arange(len(layers), device=device)
     return numbers.repeat_interleave(torch.tensor(widths, device=device), output_size=sum(widths))
-
-
-def _powers(layer: _MemorizedBatchNorm) -> Tensor:
-    """eta**a, (k, 1)."""
-    like = layer.memory_mean
-    return (layer.decay ** torch.arange(layer.memory, device=like.device, dtype=like.dtype))[:, None]

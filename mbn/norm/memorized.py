@@ -18,7 +18,6 @@ from .functional import (
     joint_batch_norm,
     memorized_batch_norm,
     memorized_moments,
-    renormalized_batch_norm,
     snapshot,
     statistics_dtype,
     values_per_channel,
@@ -151,12 +150,12 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         return self.lam_tensor * as_values(self.memory_weight, n)
 
     def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
-        weight, bias = self._affine(x)
         n: int | Tensor = values_per_channel(x) if joint is None else joint.n
         m, v, W = self.running_mean, self.running_var, self._weight_beside(n)
         if remember and not self.waits:  # this forward overwrites them
             m, v, W = snapshot(m, v, W)
         if self.gradient == "paper":
+            weight, bias = self._affine(x)
             if joint is None:
                 y, mu, s2 = memorized_batch_norm(x, m, v, W, weight, bias, self.eps)
             else:
@@ -171,10 +170,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
                 inv_hat = (s2_hat + self.eps).rsqrt()
                 r = (s2 + self.eps).sqrt() * inv_hat
                 d = (mu - mu_hat) * inv_hat
-            if joint is None:
-                y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
-            else:
-                y = joint_batch_norm(x, mu, s2, 1 / joint.n, weight, bias, self.eps, joint.group, r, d)
+            y = self.renormalize(x, mu, s2, r, d, joint)
         if remember:
             self.take(mu, s2, n)
         return y
@@ -186,14 +182,18 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
                     return
         super().check_single_value(x)
 
+    def powers(self) -> Tensor:
+        """eta**a, (k, 1), for each entry's age a."""
+        like = self.memory_mean
+        return (self.decay ** torch.arange(self.memory, device=like.device, dtype=like.dtype))[:, None]
+
     @torch.no_grad()
     def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
         like = self.memory_mean
         count = n.to(like).reshape(1) if isinstance(n, Tensor) else like.new_full((1,), n)
-        powers = self.decay ** torch.arange(self.memory, device=like.device, dtype=like.dtype)
         memory = (self.memory_mean, self.memory_var, self.memory_count[:, None])
         pooled = (self.running_mean, self.running_var, self.memory_weight)
-        enter_batch((*memory, *pooled), (mu.to(like.dtype), s2.to(like.dtype), count), powers[:, None])
+        enter_batch((*memory, *pooled), (mu.to(like.dtype), s2.to(like.dtype), count), self.powers())
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         return self.running_mean, self.running_var

@@ -42,6 +42,7 @@ def set_precise_statistics(
     """
     layers = [layer for layer in norm_layers(module) if not layer.frozen]
     moments = [_Moments(layer) for layer in layers]
+    of_two = [layer for layer in layers if layer.forwards == 2]
     modes = [(child, child.training) for child in module.modules()]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
     module.train()
@@ -56,7 +57,7 @@ def set_precise_statistics(
             for batch in batches:
                 empty = False
                 x = batch[0] if isinstance(batch, tuple | list) else batch
-                with phase([x for x in layers if x.forwards == 2], "second") if roll else held(module):
+                with phase(of_two, "second") if roll else held(module):
                     (forward or module)(x)
                 enter_noted(layers)
     finally:

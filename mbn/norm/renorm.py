@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from .base import BatchStatisticsNorm, Joint, check_number, is_trained, norm_layers
 from .functional import (
     batch_moments,
-    joint_batch_norm,
     move_averages,
-    renormalized_batch_norm,
     snapshot,
     statistics_dtype,
     values_per_channel,
@@ -118,17 +116,13 @@ class _BatchRenorm(BatchStatisticsNorm):
         return r, d
 
     def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
-        weight, bias = self._affine(x)
         with torch.no_grad():
             # detach: no_grad does not stop forward-mode AD
             mu, s2 = batch_moments(x.detach()) if joint is None else (joint.mu, joint.s2)
             r, d = self._correction(mu, (s2 + self.eps).sqrt())
             if remember and not self.waits:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
-        if joint is not None:
-            y = joint_batch_norm(x, mu, s2, 1 / joint.n, weight, bias, self.eps, joint.group, r, d)
-        else:
-            y = renormalized_batch_norm(x, mu, s2, r, d, weight, bias, self.eps)
+        y = self.renormalize(x, mu, s2, r, d, joint)
         if remember:
             self.take(mu, s2, values_per_channel(x) if joint is None else joint.n)
         return y

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
-from little import KINDS, differences, loader, network, remembers_in_second, sgd, train
+from little import KINDS, differences, loader, network, remembers_in_second, sgd, train, train_accumulating
 
 from mbn import convert, second_forward, set_lambda
 
@@ -52,14 +52,7 @@ def test_the_second_forward_has_the_mixed_precision_of_the_first(accelerator, fi
 
 
 def test_gradient_accumulation_remembers_after_the_step(accelerator, figure):
-    net, plain = loop(accelerator(gradient_accumulation_steps=2), network()), network()
-    optimizer = sgd(plain)
-    for i, (images, labels) in enumerate(loader()):
-        (F.cross_entropy(plain(images), labels) / 2).backward()
-        if i % 2:
-            optimizer.step()
-            optimizer.zero_grad()
-            second_forward(plain, images)
+    net, plain = loop(accelerator(gradient_accumulation_steps=2), network()), train_accumulating(network())
     assert differences(net, plain) == 0
     figure("difference 0 after 3 steps of 2 batches")
 

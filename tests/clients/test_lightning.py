@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from little import KINDS, differences, loader, network, remembers_in_second, sgd, train
+from little import KINDS, differences, loader, network, remembers_in_second, sgd, train, train_accumulating
 from torch.multiprocessing import ProcessRaisedException
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -128,14 +128,7 @@ def test_gradient_accumulation_remembers_after_the_step(fit, figure, monkeypatch
                 super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     monkeypatch.setitem(globals(), "SecondForward", AfterSteps)
-    module, plain = fit(Classifier(network()), loader(), accumulate_grad_batches=2), network()
-    optimizer = sgd(plain)
-    for i, (images, labels) in enumerate(loader()):
-        (F.cross_entropy(plain(images), labels) / 2).backward()
-        if i % 2:
-            optimizer.step()
-            optimizer.zero_grad()
-            second_forward(plain, images)
+    module, plain = fit(Classifier(network()), loader(), accumulate_grad_batches=2), train_accumulating(network())
     assert differences(module.net, plain) == 0
     figure("difference 0 after 3 steps of 2 batches")
 
