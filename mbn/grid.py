@@ -177,7 +177,7 @@ def read(name: str, folder: Path = GRIDS) -> Grid:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"there is no table {name!r}: choose among {', '.join(names(folder))}, or all.")
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     own, shown, claims = content.pop("cells", {}), content.pop("metrics", ["test_error"]), content.pop("claims", [])
     try:
         grid = Grid(name=name, own=own, shown=shown, claims=[], **content)

@@ -51,9 +51,9 @@ def main(arguments: list[str]) -> None:
     content = contents(chosen, with_csv=every)
     files = {results / "tables" / name: text.encode() for name, text in content.items()}
     if every and options.scale == 1 and results.resolve() == RESULTS.resolve():
-        evidence = replace_part(EVIDENCE.read_text(), overview_part(chosen), "overview", str(EVIDENCE))
+        evidence = replace_part(EVIDENCE.read_text(encoding="utf-8"), overview_part(chosen), "overview", str(EVIDENCE))
         files[EVIDENCE] = replace_part(evidence, evidence_part(chosen, records), name=str(EVIDENCE)).encode()
-        files[README] = replace_part(README.read_text(), readme_part(chosen), name=str(README)).encode()
+        files[README] = replace_part(README.read_text(encoding="utf-8"), readme_part(chosen), name=str(README)).encode()
     update(files)
     for name, table in chosen.items():
         if not table.has_runs:

@@ -105,7 +105,7 @@ class Lane(Child):
         self.thread.start()
 
     def _work(self) -> None:
-        with self.log.open("a", buffering=1) as log, contextlib.ExitStack() as stack:
+        with self.log.open("a", buffering=1, encoding="utf-8") as log, contextlib.ExitStack() as stack:
             for stream in self.output:
                 stack.enter_context(stream.to(log))
             try:

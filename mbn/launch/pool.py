@@ -240,5 +240,5 @@ class Pool:
 
 def last_line(log: Path) -> str:
     """The last line of a failed run's log; progress bars are not written to it."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else "its log is empty"

@@ -37,7 +37,9 @@ def commit_and_dirty() -> tuple[str | None, bool | None]:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(REPOSITORY), *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", "-C", str(REPOSITORY), *arguments], check=True, capture_output=True, encoding="utf-8"
+    ).stdout
 
 
 @functools.cache
@@ -50,7 +52,7 @@ def code() -> str:
     for path in sorted(p for folder in ("mbn", "models") for p in (REPOSITORY / folder).rglob("*.py")):
         name = path.relative_to(REPOSITORY)
         if name.parts[1] not in NOT_TRAINING:
-            digest.update(f"{name.as_posix()}\n{statements(path.read_text())}\n".encode())
+            digest.update(f"{name.as_posix()}\n{statements(path.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()
 
 
@@ -101,6 +103,10 @@ def device_name(device: Any) -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        names = [
+            line.partition(":")[2].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         model = names[0] if names else model
     return f"{device.type}: {model}"

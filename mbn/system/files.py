@@ -79,7 +79,7 @@ def lock(path: Path) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a+")
+        opened = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise cannot_write(path, error) from None
     with opened as file:
@@ -145,7 +145,7 @@ def is_locked(path: Path) -> bool:
     try:
         import fcntl
 
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             # Shared, so that two processes that ask at once do not take each other for the holder.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (ImportError, FileNotFoundError):

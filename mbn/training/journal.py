@@ -92,7 +92,7 @@ class Journal:
         row = row | {"time": round(time.time(), 2)}
         line = json.dumps(row) + "\n"
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             raise cannot_write(self.path, error, len(line)) from None
@@ -102,7 +102,7 @@ class Journal:
     def sync(self) -> None:
         """Return when all rows are on the disk. To be called before a checkpoint, which relies on them, is written."""
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from None

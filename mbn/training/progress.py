@@ -141,7 +141,7 @@ def tasks_of_others() -> int:
     for _ in range(5):
         try:
             # 0.20 0.18 0.12 3/80 11206: three of 80 tasks, this one among them.
-            running.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1)
+            running.append(int(Path("/proc/loadavg").read_text(encoding="utf-8").split()[3].partition("/")[0]) - 1)
         except (OSError, ValueError, IndexError):
             return 0
         time.sleep(0.02)
