@@ -140,7 +140,7 @@ class Run:
         return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-TIMES = {"time", "seconds", "images_per_second", "date", "checksum"}
+TIMES = {"time", "seconds", "images_per_second", "date", "journal", "checksum"}
 
 
 def without(mapping, keys):

@@ -32,6 +32,11 @@ def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0,
     """Write one record of a cell, with other fields as they are given, and return its path."""
     config = cell.config(seed, scale)
     curves = curves_of(config, test_error, train_error, bump, fall)
+    part = {
+        **{"from": 0, "device": "cuda: Toy", "cpu_capability": "AVX2", "threads": 2, "mode": "eager", "tf32": True},
+        **{"deterministic": False, "code": "0" * 64, "commit": "0123456789" * 4, "dirty": False},
+        **{"versions": {"torch": "2.11"}, "data": "2" * 64},
+    }
     content = {
         "name": run_name(config),
         "config": record.config_for_record(config),
@@ -54,6 +59,8 @@ def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0,
         "dirty": False,
         "code": "0" * 64,
         "versions": {"torch": "2.11"},
+        "parts": [part],
+        "journal": "1" * 64,
         "curves": curves,
     }
     record.write(results, content | fields)

@@ -202,6 +202,7 @@ class ImageFolders:
         self, dataset: DatasetConfig, root: Path, seed: int, device: torch.device, workers: int | None
     ) -> None:
         self.train, self.test = open_folders(dataset, root)
+        self.fingerprint = "x"
         self.dataset, self.seed, self.device = dataset, seed, device
         self.workers = cores() if workers is None else workers
         self.mean = torch.tensor(dataset.mean, device=device).view(3, 1, 1)

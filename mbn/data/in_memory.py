@@ -1,6 +1,7 @@
 """Data sets on the device as uint8, and their augmentation, a batch at a time."""
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -64,6 +65,8 @@ BLOCK_ELSEWHERE = 512
 class Data(Protocol):
     """Where a run's batches come from: images float32 (B, 3, H, W) and labels int64 (B,), on the device."""
 
+    fingerprint: str
+
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
         """The augmented training batches from an iteration on (the first is 0), epoch after epoch, without end."""
         ...
@@ -93,6 +96,7 @@ class DeviceDataset:
         self.config = config
         self.seed = seed
         self.device = device
+        self.fingerprint = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
 
     def with_seed(self, seed: int) -> "DeviceDataset":
         """The same images, for another run."""

@@ -77,7 +77,7 @@ def described(made_by: Mapping[str, Any]) -> str:
 
 def with_code(made_by: Mapping[str, Any]) -> str:
     """Example: commit 0123456 and changes, code 89abcde."""
-    return f"commit {described(made_by)}, code {made_by['code'][:7]}"
+    return f"commit {described(made_by)}, code {(made_by['code'] or 'unknown')[:7]}"
 
 
 def versions() -> dict[str, str]:
@@ -88,7 +88,7 @@ def versions() -> dict[str, str]:
     return {
         "mbn": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which no checkpoint may hold
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
     }

@@ -11,13 +11,15 @@ from mbn.system.durations import duration
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
-# Version 1 had no field for its version; version 2 had no hash of the code.
-VERSION = 3
+# Version 1 had no field for its version; version 2 had no hash of the code; version 3 had no parts and no hash of the
+# journal.
+VERSION = 4
 FIELDS = (
     "version",
     *("name", "config", "test_error", "test_error_best", "train_error", "test_error_top5", "test_error_precise"),
     *("test_loss", "train_loss", "iterations", "images", "parameters", "seconds", "images_per_second"),
-    *("device", "mode", "threads", "commit", "dirty", "code", "versions", "date", "curves", "checksum"),
+    *("device", "mode", "threads", "commit", "dirty", "code", "versions", "parts", "journal", "date", "curves"),
+    "checksum",
 )
 # Fields that records of every version have. Any other field that an older record lacks is read as None.
 NEEDED = ("name", "config", "test_error", "checksum")
@@ -28,6 +30,12 @@ def path_of(results: Path, name: str) -> Path:
     source = DATASETS.get(name.partition("/")[0])
     folder = "records" if source is None or source.in_tables else "other_records"
     return results / folder / f"{name}.json"
+
+
+def content_hash(results: Path, name: str) -> str | None:
+    """SHA-256 of a run's record file, or None where there is none."""
+    path = path_of(results, name)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def config_for_record(config: Config) -> dict[str, Any]:

@@ -36,23 +36,12 @@ def choose_device(wanted: str, earlier: str | None) -> torch.device:
     if not available[name.split(":")[0]]:
         began = "the run began on it, and " if wanted == "auto" else ""
         raise UserError(f"there is no {name} here: {began}machine.device=cpu uses the CPU.")
-    if earlier and name != earlier:
-        print(
-            f"warning: the run began on {earlier}; on {name} it will not end with the same bits.",
-            file=sys.stderr,
-        )
     return torch.device(name)
 
 
 def choose_threads(wanted: int | None, earlier: int | None) -> int:
     """CPU threads: the number asked for, else the one the run began with, else torch's. It affects the last bits."""
-    threads = wanted or earlier or torch.get_num_threads()
-    if earlier and threads != earlier:
-        print(
-            f"warning: the run began with {earlier} threads; with {threads} it will not end with the same bits.",
-            file=sys.stderr,
-        )
-    return threads
+    return wanted or earlier or torch.get_num_threads()
 
 
 def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:

@@ -1,6 +1,8 @@
 """What a run measures over time: metrics.jsonl is the truth, TensorBoard's event file a view of it."""
 
+import hashlib
 import io
+import itertools
 import json
 import os
 import socket
@@ -58,26 +60,33 @@ class Journal:
     """Rows of numbers: `kind` is "train" within an epoch and "epoch" at the end of one, `images` the axis, `time` the
     seconds since 1970 at which it was written.
 
-    lines: how many lines a resumed run keeps. Lines after its checkpoint are cut off, complete or not. TensorBoard's
-    file is then written again from the lines kept, so that no point is doubled or missing.
+    lines: how many lines a resumed run keeps, and digest, their SHA-256, if its checkpoint knows it. Lines after its
+    checkpoint are cut off, complete or not. TensorBoard's file is then written again from the lines kept, so that no
+    point is doubled or missing. lines is None in a run that starts: a journal that is there is set aside.
 
-    Errors: UserError, here and in every method, where rows are missing or damaged, or the disk is full. If
+    Errors: UserError, here and in every method, where rows are missing, damaged or changed, or the disk is full. If
     TensorBoard's file cannot be written, that is only a warning: the run goes on without it until it is resumed.
     """
 
-    def __init__(self, folder: Path, configuration: str, lines: int = 0) -> None:
+    def __init__(self, folder: Path, configuration: str, lines: int | None = None, digest: str | None = None) -> None:
         self.path = folder / "metrics.jsonl"
         self.folder = folder
+        if lines is None:
+            set_aside(self.path)
         there = self.path.exists()
         written, ended = (self.path.read_bytes(), self.path.stat().st_mtime) if there else (b"", time.time())
         # A complete row ends in a newline; a row that a crash cut short does not.
-        kept = written.split(b"\n")[:-1][:lines]
-        if len(kept) < lines:
+        kept = written.split(b"\n")[:-1][: lines or 0]
+        if len(kept) < (lines or 0):
             raise UserError(
                 f"{self.path} has {len(kept)} rows, but its checkpoint needs {lines}: move {folder} away and run "
                 "the command again."
             )
-        write_atomically(self.path, b"".join(row + b"\n" for row in kept))
+        content = b"".join(row + b"\n" for row in kept)
+        self._hash = hashlib.sha256(content)
+        if digest not in (None, self.hash):
+            raise self._changed()
+        write_atomically(self.path, content)
         self.lines = len(kept)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self.view: Path | None = folder / name
@@ -86,6 +95,17 @@ class Journal:
         rows = with_times(self.rows(), ended)
         began = rows[0]["time"] if rows else time.time()
         self._show([*first_events(configuration, began), *(event for row in rows for event in events(row))])
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all rows, in hex digits."""
+        return self._hash.hexdigest()
+
+    def _changed(self) -> UserError:
+        return UserError(
+            f"{self.path} is not the one that this run wrote (another SHA-256): restore it, or move {self.folder} away "
+            "and run the command again to start over."
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row to both files, with the time."""
@@ -96,6 +116,7 @@ class Journal:
                 file.write(line)
         except OSError as error:
             raise cannot_write(self.path, error, len(line)) from None
+        self._hash.update(line.encode())
         self.lines += 1
         self._show(events(row))
 
@@ -108,13 +129,20 @@ class Journal:
             raise cannot_write(self.path, error) from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+        """The rows, which must be those that this run wrote. Errors: UserError."""
+        content = self.path.read_bytes()
+        if hashlib.sha256(content).digest() != self._hash.digest():
+            raise self._changed()
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except ValueError:
+                row = None
+            if not is_row(row):
                 raise UserError(
                     f"{self.path} is damaged in row {number}: move {self.folder} away and run the command again."
-                ) from None
+                )
+            yield row
 
     def _show(self, events: Iterable[bytes]) -> None:
         """Append to TensorBoard's file, unless that has failed before."""
@@ -130,6 +158,32 @@ class Journal:
                 file=sys.stderr,
             )
             self.view = None
+
+
+# The numbers that rows have of each kind.
+NUMBERS = {
+    "train": ("images", "train_loss", "train_error"),
+    "epoch": ("images", "train_loss", "train_error", "test_loss", "test_error", "test_error_top5"),
+}
+
+
+def is_row(row: Any) -> bool:
+    """Whether a line of a journal is one of ours."""
+    numbers = NUMBERS.get(str(row.get("kind"))) if isinstance(row, dict) else None
+    return numbers is not None and all(isinstance(row.get(key), int | float) for key in numbers)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a journal that has rows and no checkpoint to go on from, and say so."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    aside = next(a for n in itertools.count(1) if not (a := path.with_name(f"metrics.aside-{n}.jsonl")).exists())
+    path.replace(aside)
+    print(
+        f"warning: {path} has rows but there is no checkpoint to go on from: training starts over, and the rows are "
+        f"kept in {aside.name}.",
+        file=sys.stderr,
+    )
 
 
 def with_times(rows: Iterable[dict[str, Any]], ended: float) -> list[dict[str, Any]]:

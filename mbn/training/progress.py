@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mbn.records.provenance import described
 from mbn.system.durations import duration
+from mbn.training.conditions import made_by
 from mbn.training.execution import COMPILED
 from mbn.training.state import State
 
@@ -118,9 +119,10 @@ def say_where(state: State, mode: str, expected: float | None) -> None:
     threads = f"{state.threads} thread{'s' * (state.threads != 1)}"
     rest = " left" if state.iteration else ""
     guess = "" if expected is None else f", about {duration(expected * left / state.length)}{rest} (a rough guess)"
+    device = state.parts[-1]["device"]
     print(
-        f"{state.name}: {state.length:,} iteration{'s' * (state.length != 1)} on {state.devices[-1]}, mode {mode}"
-        f"{compiling}, {threads}, commit {described(vars(state))}{guess}",
+        f"{state.name}: {state.length:,} iteration{'s' * (state.length != 1)} on {device}, mode {mode}"
+        f"{compiling}, {threads}, commit {described(made_by(state.parts))}{guess}",
         flush=True,
     )
 

@@ -21,11 +21,12 @@ from mbn.methods import METHODS
 from mbn.network_layers import Layers, from_config
 from mbn.records import provenance, record
 from mbn.records.curves import curves, last_epoch
-from mbn.system.cuda_graph import one_at_a_time, own_stream
+from mbn.system.cuda_graph import first_line, one_at_a_time, own_stream
 from mbn.system.errors import UserError, lacks_memory
 from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.signals import Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
+from mbn.training.conditions import conditions, devices, made_by
 from mbn.training.execution import (
     COMPILED,
     GRAPHS,
@@ -39,7 +40,7 @@ from mbn.training.iteration import READ_EVERY, Update, autocast
 from mbn.training.journal import Journal
 from mbn.training.progress import Pace, Progress, say_if_busy, say_where
 from mbn.training.schedule import scheduled
-from mbn.training.state import State, Sums, saved_state
+from mbn.training.state import State, Sums, other_version, saved_state
 
 # The files in a run's folder that are written atomically.
 WRITTEN = ("checkpoint.pt", "metrics.jsonl", "config.yaml")
@@ -100,11 +101,18 @@ def _memory_is_enough(config: Config) -> Iterator[None]:
 def add_precise_error(config: Config, build: Build, stop: StopRequest | None = None) -> dict[str, Any]:
     """Measure `test_error_precise` from a finished run's final checkpoint, add it to its record, and return that.
 
-    Nothing else in the record changes except its checksum. stop: as for `train`. Errors: UserError where the final
-    checkpoint is gone, or when a signal stopped the measurement.
+    Nothing else in the record changes except its checksum, and its parts if the measurement has other conditions than
+    the training. stop: as for `train`. Errors: UserError where the final checkpoint is gone, or is not the one that the
+    record is of, or other code trained it; when a signal stopped the measurement.
     """
     results, name = Path(config.machine.results), run_name(config)
-    folder = results / "runs" / name
+    folder, path = results / "runs" / name, record.path_of(results, name)
+    result = record.read(path)
+    if result["code"] != provenance.code():
+        raise UserError(
+            f"{path} is of other code ({provenance.with_code(result)}): evaluate.precise=true measures with the code "
+            "that trained, so check that out, or train again by machine.again=true."
+        )
     with lock(folder / "lock"), _memory_is_enough(config):
         run = Run(config, build, folder)
         if run.state.iteration != run.state.length:
@@ -112,8 +120,14 @@ def add_precise_error(config: Config, build: Build, stop: StopRequest | None = N
                 f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise=true measures: "
                 "machine.again=true trains it again."
             )
+        if result["journal"] is None or result["journal"] != run.journal_hash:
+            raise UserError(
+                f"{path} was not made from {run.checkpoint_path} (another journal): measure where it was trained, or "
+                "move it away and run the command again to write the record of this checkpoint."
+            )
         with own_stream(run.state.device), _signals(stop) as signals:
-            return record.rewrite(record.path_of(results, name), test_error_precise=run.precise_error(signals))
+            error = run.precise_error(signals)
+            return record.rewrite(path, test_error_precise=error, parts=run.state.parts)
 
 
 class Run:
@@ -134,7 +148,8 @@ class Run:
         torch.manual_seed(config.seed)
         model = build(from_config(config))
         mode = choose_mode(machine.mode, earlier.get("mode"), config, model, device, threads)
-        self.state = State(config, model, device, threads)
+        now = conditions(machine, device, threads, mode, self.data.fingerprint)
+        self.state = State(config, model, device, now)
         self.model = self.state.model
         self.method = METHODS[config.norm.name]
         self.update = Update(
@@ -145,16 +160,28 @@ class Run:
                 f"warning: norm={config.norm.name} has no batch statistics: the second forward is skipped.",
                 file=sys.stderr,
             )
+        # Of the journal that goes with the checkpoint: its lines, and their SHA-256. None: there is no checkpoint.
+        self.journal_lines: int | None = None
+        self.journal_hash: str | None = None
         if saved:
-            self.state.restore(saved)
+            self._restore(saved)
         self.saved = 0  # the iteration of the last checkpoint, and when it was written
         self.saved_at = time.monotonic()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        try:
+            self.state.restore(saved)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if lacks_memory(error):
+                raise
+            raise other_version(self.checkpoint_path, first_line(error)) from None
+        self.journal_lines, self.journal_hash = saved["journal_lines"], saved.get("journal")
 
     def open_journal(self) -> Journal:
         """The journal, opened to continue from the checkpoint; rows after the checkpoint are cut off."""
         text = to_yaml(to_dict(self.config))
         write_atomically(self.folder / "config.yaml", text.encode())
-        return Journal(self.folder, text, self.state.journal_lines)
+        return Journal(self.folder, text, self.journal_lines, self.journal_hash)
 
     def train(self, stop: StopRequest, journal: Journal) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
@@ -232,6 +259,8 @@ class Run:
             state.model.train()
             self.save(journal)
             raise self._stopped(stop) from None
+        if not math.isfinite(row["test_loss"]):
+            raise self._diverged(f"the test loss was {row['test_loss']}", state.iteration - 1)
         state.untested = None
         journal.write(row)
         progress.tested = time.monotonic() - began
@@ -253,7 +282,7 @@ class Run:
         if name is not None:
             raise self._diverged(f"{name} is no longer finite after iteration {last}", last)
         journal.sync()
-        checkpoint_file.save(state.content(self.update.mode, journal.lines), self.checkpoint_path)
+        checkpoint_file.save(state.content(self.update.mode, journal.lines, journal.hash), self.checkpoint_path)
         self.saved, self.saved_at = state.iteration, time.monotonic()
         state.clock.count(training=False)
 
@@ -298,7 +327,7 @@ class Run:
 
     def finish(self, stop: StopRequest, journal: Journal) -> dict[str, Any]:
         """Write the record of a run that has reached its end, and return it. Errors: UserError after a signal."""
-        state, rows = self.state, list(journal.rows())
+        state, rows, results = self.state, list(journal.rows()), Path(self.config.machine.results)
         epochs = [row for row in rows if row["kind"] == "epoch"]
         last = epochs[-1]
         precise = self.config.evaluate.precise and self.method.statistics
@@ -318,16 +347,21 @@ class Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seconds": round(state.clock.seconds, 1),
             "images_per_second": round(state.images_per_second, 1),
-            "device": ", then ".join(state.devices),
+            "device": devices(state.parts),
             "mode": self.update.mode,
             "threads": state.threads,
-            "commit": state.commit,
-            "dirty": state.dirty,
-            "code": state.code,
+            **made_by(state.parts),
             "versions": provenance.versions(),
+            "parts": state.parts,
+            "journal": journal.hash,
             "curves": curves(rows),
         }
-        return record.write(Path(self.config.machine.results), content)
+        if record.content_hash(results, state.name) not in (None, state.replaces):
+            raise UserError(
+                f"{record.path_of(results, state.name)} appeared while this run was trained, and stays: move it away "
+                "and run the command again to write this run's record, which needs no more training."
+            )
+        return record.write(results, content)
 
 
 def iterations_between_rows(per_epoch: int) -> int:

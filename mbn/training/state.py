@@ -1,7 +1,6 @@
 """The state of a run: what training changes, what a checkpoint keeps of it, and how a checkpoint is restored."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,25 @@ from torch import Tensor, nn
 
 from mbn.config import Config, distinction, iterations, iterations_per_epoch, run_name, to_dict
 from mbn.measure.statistics_gap import Statistics, uses_dropout
-from mbn.records import provenance, record
+from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.training import checkpoint_file
+from mbn.training.conditions import Conditions, go_on, parts_of
+
+# Version 1 had no parts and no hash of the journal.
+VERSION = 2
+# What a checkpoint of any version must have, and its types.
+NEEDED: dict[str, Any] = {
+    **dict.fromkeys(("identity", "config"), str),
+    **dict.fromkeys(("iteration", "length", "journal_lines"), int),
+    **dict.fromkeys(("seconds", "training_seconds"), (int, float)),
+    **dict.fromkeys(("model", "optimizer", "generators", "machine"), dict),
+    **dict.fromkeys(("epoch_sums", "row_sums"), list),
+    "anew": bool,
+}
+# The files of a run that is trained again; what else is in its folder is not ours to delete. Without its checkpoints,
+# which go first, a run starts over.
+OWN_FILES = ("checkpoint*.pt", "metrics.jsonl", "config.yaml", "events.out.tfevents.*")
 
 
 class Sums:
@@ -62,15 +77,16 @@ class Clock:
 
 
 class State:
-    """Network, optimiser and counters of a run, the devices it has used and the version of the code.
+    """Network, optimiser and counters of a run, and the conditions of its parts (`mbn.training.conditions`).
 
     scheduled: the values that `mbn.training.schedule.scheduled` gave last. epoch_sums, row_sums: sums since the epoch
     began, and since the last row of the journal. untested: between the end of an epoch's training and its test, the
-    statistics of its last batch, which the epoch's row needs.
+    statistics of its last batch, which the epoch's row needs. replaces: SHA-256 of the record that this run is to
+    replace, or None.
     """
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device, threads: int) -> None:
-        self.config, self.device, self.threads = config, device, threads
+    def __init__(self, config: Config, model: nn.Module, device: torch.device, now: Conditions) -> None:
+        self.config, self.device, self.threads = config, device, now["threads"]
         self.name = run_name(config)
         self.length, self.per_epoch = iterations(config), iterations_per_epoch(config)
         self.model = model.to(device).to(memory_format=torch.channels_last)
@@ -86,18 +102,16 @@ class State:
         self.iteration = 0
         self.epoch_sums, self.row_sums = Sums(), Sums()
         self.clock = Clock()
-        self.journal_lines = 0
         self.untested: Statistics | None = None
-        self.commit, self.dirty = provenance.commit_and_dirty()
-        self.code = provenance.code()
-        self.devices = devices_so_far(None, device)
+        self.parts = [{"from": 0, **now}]
         self.again = config.machine.again
+        self.replaces = record.content_hash(Path(config.machine.results), self.name)
         # Without dropout training draws no random numbers, so the first states are kept: other threads may change the
         # process's generators meanwhile.
         self.generators = None if uses_dropout(self.model) else generators(device)
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what a checkpoint holds."""
+        """Go on from what a checkpoint holds. Errors: KeyError, TypeError, ValueError, RuntimeError for another's."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.optimizer.param_groups[0]["lr"] = self.lr
@@ -109,29 +123,20 @@ class State:
         self.iteration = saved["iteration"]
         self.epoch_sums, self.row_sums = Sums(*saved["epoch_sums"]), Sums(*saved["row_sums"])
         self.clock.seconds, self.clock.training_seconds = saved["seconds"], saved["training_seconds"]
-        self.journal_lines = saved["journal_lines"]
-        self.devices = devices_so_far(saved, self.device)
         self.again = saved["anew"]
+        self.replaces = saved.get("replaces", self.replaces)
         untested = saved.get("untested")
         if untested is not None:
             self.untested = {name: (mu.to(self.device), s.to(self.device)) for name, (mu, s) in untested.items()}
         print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
-        # A checkpoint from before the code's hash was kept has its commit only.
-        changed = saved["code"] != self.code if "code" in saved else saved["commit"] != self.commit
-        if "code" in saved and changed:
-            print(
-                f"warning: the code has changed since this run began ({provenance.with_code(saved)}; now "
-                f"{provenance.with_code(vars(self))}); the record will say 'and changes'. To train all of it with one "
-                "code, use machine.again=true.",
-                file=sys.stderr,
-            )
-        if changed or saved["dirty"]:
-            # Two versions of the code made one record: the commit alone would not give it.
-            self.dirty = True
+        now = {key: value for key, value in self.parts[-1].items() if key != "from"}
+        self.parts = go_on(parts_of(saved), self.iteration, now)
 
-    def content(self, mode: str, journal_lines: int) -> dict[str, Any]:
-        """What a checkpoint holds."""
+    def content(self, mode: str, lines: int, journal: str) -> dict[str, Any]:
+        """What a checkpoint holds. lines, journal: how many lines the journal has by now, and their SHA-256."""
+        self.parts[-1]["mode"] = mode  # an iteration that could not be recorded has changed it
         return {
+            "version": VERSION,
             "name": self.name,
             "identity": distinction(self.config),
             "config": json.dumps(to_dict(self.config)),
@@ -142,14 +147,13 @@ class State:
             "generators": self.generators or generators(self.device),
             "epoch_sums": self.epoch_sums.as_list(),
             "row_sums": self.row_sums.as_list(),
-            "journal_lines": journal_lines,
+            "journal_lines": lines,
+            "journal": journal,
             "seconds": self.clock.seconds,
             "training_seconds": self.clock.training_seconds,
             "machine": {"device": str(self.device), "mode": mode, "threads": self.threads},
-            "devices": self.devices,
-            "commit": self.commit,
-            "dirty": self.dirty,
-            "code": self.code,
+            "parts": self.parts,
+            "replaces": self.replaces,
             "untested": self.untested,
             "anew": self.again,
         }
@@ -186,16 +190,35 @@ def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
     saved = checkpoint_file.newest(path)
     if saved is None:
         return None
+    check_fields(saved, path)
     if saved["identity"] != distinction(config):
         raise UserError(f"{path} belongs to another configuration: move {folder} away and run the command again.")
     written = record.path_of(Path(config.machine.results), run_name(config)).exists()
     finished = written and saved["iteration"] == saved["length"] and saved.get("untested") is None
     if config.machine.again and (finished or not saved["anew"]):
-        for file in folder.iterdir():
-            if file.name not in ("lock", "log.txt"):  # these are in use
-                file.unlink()
+        for file in OWN_FILES:
+            for found in folder.glob(file):
+                found.unlink()
         return None
     return saved
+
+
+def check_fields(saved: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint of a version that kept other fields. Errors: UserError."""
+    version = saved.get("version", 1)
+    wrong = [key for key, kind in NEEDED.items() if not isinstance(saved.get(key), kind)]
+    if version not in range(1, VERSION + 1):
+        raise other_version(path, f"version {version}")
+    if wrong:
+        raise other_version(path, f"no valid {', '.join(wrong)}")
+
+
+def other_version(path: Path, why: str) -> UserError:
+    """The error for a checkpoint that this code cannot continue."""
+    return UserError(
+        f"{path} is of another version of this code ({why}): go on with the code that wrote it, or move {path.parent} "
+        "away and run the command again to start over."
+    )
 
 
 def generators(device: torch.device) -> dict[str, Tensor]:
@@ -204,12 +227,3 @@ def generators(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
-
-
-def devices_so_far(saved: dict[str, Any] | None, device: torch.device) -> list[str]:
-    """The names of the devices that a run has used, in order; the last one is `device`."""
-    name = provenance.device_name(device)
-    earlier: list[str] = saved.get("devices", []) if saved else []
-    if saved and not earlier and saved["machine"]["device"] != str(device):
-        earlier = [saved["machine"]["device"]]  # a checkpoint from before names were kept
-    return earlier if earlier[-1:] == [name] else [*earlier, name]

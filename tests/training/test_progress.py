@@ -139,7 +139,7 @@ def test_threads_that_were_asked_for_are_not_commented_on(here, monkeypatch):
 def test_the_tasks_of_others_are_counted(monkeypatch):
     assert progress.tasks_of_others() >= 0
     looks = iter(["3/80", "2/80", "9/80", "3/80", "1/80"])
-    monkeypatch.setattr(progress.Path, "read_text", lambda _: f"0.20 0.18 0.12 {next(looks)} 11206")
+    monkeypatch.setattr(progress.Path, "read_text", lambda *_, **__: f"0.20 0.18 0.12 {next(looks)} 11206")
     assert progress.tasks_of_others() == 2  # without this one: 2, 1, 8, 2, 0
 
 

@@ -13,7 +13,6 @@ from mbn.data.in_memory import DeviceDataset
 from mbn.records import record
 from mbn.system import signals
 from mbn.training import checkpoint_file, run
-from mbn.training.state import devices_so_far
 
 EVERY = "machine.checkpoint_seconds=1e-9"
 
@@ -181,43 +180,6 @@ def test_what_auto_chose_is_kept_for_a_resume(here, left, after, monkeypatch):
     assert (result["device"][:5], result["mode"], result["threads"]) == ("cpu: ", "eager", 1)
 
 
-def test_a_change_of_machine_or_code_is_said_and_in_the_record(here, left, after, monkeypatch):
-    """Neither commit alone would give this result, so it counts as dirty."""
-    after(3, send("SIGTERM"))
-    here()
-    monkeypatch.setattr("mbn.records.provenance.device_name", lambda device: "another CPU")
-    monkeypatch.setattr(running, "COMMIT", "d" * 40)
-    monkeypatch.setattr("mbn.records.provenance.code", lambda: "another")
-    said = here("machine.threads=2").err
-    assert "warning: the run began with 1 threads" in said
-    assert "warning: the code has changed since this run began (commit c0ffeec, code " in said
-    assert "; now commit ddddddd, code another)" in said
-    result = left().record()
-    assert re.fullmatch("cpu: .*, then another CPU", result["device"])
-    assert (result["threads"], result["commit"], result["dirty"]) == (2, "d" * 40, True)
-
-
-def test_another_commit_with_the_same_code_is_no_change(here, left, after, monkeypatch):
-    after(3, send("SIGTERM"))
-    here()
-    monkeypatch.setattr(running, "COMMIT", "d" * 40)
-    assert here().err == ""
-    assert (left().record()["commit"], left().record()["dirty"]) == ("d" * 40, False)
-
-
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_checkpoint_without_the_code_s_hash_goes_by_the_commit(here, left, after, monkeypatch, changed):
-    after(3, send("SIGTERM"))
-    here()
-    state = left().checkpoint()
-    del state["code"], state["untested"]
-    checkpoint_file.save(state, left().checkpoint_path)
-    if changed:
-        monkeypatch.setattr(running, "COMMIT", "d" * 40)
-    assert here().err == ""
-    assert left().record()["dirty"] == changed
-
-
 def test_the_result_of_other_code_is_shown_with_a_warning(here, left, monkeypatch):
     here()
     assert here().err == ""
@@ -232,21 +194,6 @@ def test_the_result_of_other_code_is_shown_with_a_warning(here, left, monkeypatc
     assert "machine.again=true trains it again" in done.out
     record.rewrite(left().record_path, code=None)  # an older record
     assert here().err == ""
-
-
-@pytest.mark.parametrize(
-    ("state", "devices"),
-    [
-        (None, ["H100"]),
-        ({"devices": ["EPYC", "H100"]}, ["EPYC", "H100"]),
-        ({"devices": ["EPYC"]}, ["EPYC", "H100"]),
-        ({"machine": {"device": "cpu"}}, ["cpu", "H100"]),  # a checkpoint from before names were kept
-        ({"machine": {"device": "cuda"}}, ["H100"]),
-    ],
-)
-def test_a_record_names_every_device_that_its_run_has_used(monkeypatch, state, devices):
-    monkeypatch.setattr("mbn.records.provenance.device_name", lambda device: "H100")
-    assert devices_so_far(state, torch.device("cuda")) == devices
 
 
 def test_the_optimiser_is_plain_sgd_over_all_parameters(whole):

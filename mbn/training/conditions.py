@@ -1,0 +1,122 @@
+"""The conditions under which a run is trained: what its bits depend on beside its configuration.
+
+A run that is resumed under other conditions has several parts. Its checkpoint and its record list them all.
+"""
+
+import sys
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from mbn.config.schema import Machine
+from mbn.records import provenance
+
+Conditions = dict[str, Any]
+# Between the names of devices that were used one after the other.
+THEN = ", then "
+
+
+def conditions(machine: Machine, device: torch.device, threads: int, mode: str, data: str) -> Conditions:
+    """The conditions of this process. mode: as `choose_mode` gives it; data: the data set's fingerprint."""
+    on_gpu = device.type == "cuda"
+    commit, dirty = provenance.commit_and_dirty()
+    return {
+        "device": provenance.device_name(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "mode": mode,
+        "tf32": machine.tf32 if on_gpu else None,
+        "deterministic": machine.deterministic if on_gpu else None,
+        "code": provenance.code(),
+        "commit": commit,
+        "dirty": dirty,
+        "versions": provenance.versions(),
+        "data": data,
+    }
+
+
+def parts_of(saved: dict[str, Any]) -> list[Conditions]:
+    """The parts that a checkpoint lists. One from before they were kept knows its devices and its code alone."""
+    if "parts" in saved:
+        return list(saved["parts"])
+    machine = saved["machine"]
+    return [
+        {
+            **{"from": 0, "device": THEN.join(saved.get("devices") or [machine["device"]]), "cpu_capability": None},
+            **{"threads": machine["threads"], "mode": machine["mode"], "tf32": None, "deterministic": None},
+            **{"code": saved.get("code"), "commit": saved["commit"], "dirty": saved["dirty"]},
+            **{"versions": None, "data": None},
+        }
+    ]
+
+
+def changes(before: Conditions, now: Conditions) -> list[str]:
+    """What is known to differ, such as "threads 1 -> 2". Another commit with the same code is no change."""
+    before = before | {"device": before["device"].rpartition(THEN)[2]}
+    said = []
+    for key in ("device", "cpu_capability", "threads", "mode", "tf32", "deterministic", "data"):
+        if None not in (before[key], now[key]) and before[key] != now[key]:
+            said.append(f"{key.replace('_', ' ')} {_short(before[key])} -> {_short(now[key])}")
+    if not same_code(before, now):
+        said.append(f"{provenance.with_code(before)} -> {provenance.with_code(now)}")
+    versions = before["versions"] or {}
+    return said + [
+        f"{name} {version} -> {now['versions'][name]}"
+        for name, version in versions.items()
+        if name in now["versions"] and version != now["versions"][name]
+    ]
+
+
+def _short(value: Any) -> str:
+    """A fingerprint by its first digits; anything else as it is."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def same_code(a: Conditions, b: Conditions) -> bool:
+    """Whether two parts had the same code, or, where one does not know its hash, the same commit."""
+    key = "commit" if None in (a["code"], b["code"]) else "code"
+    return a[key] == b[key]
+
+
+def go_on(parts: list[Conditions], iteration: int, now: Conditions) -> list[Conditions]:
+    """The parts of a run that goes on under the present conditions; what has changed is said in one line."""
+    last = parts[-1]
+    said = changes(last, now)
+    if said:
+        print(
+            f"warning: conditions change at iteration {iteration:,} ({', '.join(said)}): the bits will not be those of "
+            "a run without a change, and the record lists both; machine.again=true trains all of it under one.",
+            file=sys.stderr,
+        )
+    if last["versions"] is None:
+        print(
+            "note: this checkpoint is from before versions, data and journal were kept in it, so that a change of "
+            "them cannot be noticed.",
+            file=sys.stderr,
+        )
+    if {**last, "from": 0} == {**now, "from": 0}:
+        return parts
+    # A part that has trained nothing is left out.
+    kept = parts[:-1] if last["from"] == iteration else parts
+    return [*kept, {"from": iteration, **now}]
+
+
+def made_by(parts: list[Conditions]) -> dict[str, Any]:
+    """Commit, dirty and code of a whole run. More than one code counts as dirty: no commit would give the result."""
+    dirty = {part["dirty"] for part in parts}
+    dirty |= {True for pair in pairwise(parts) if not same_code(*pair)}
+    return {
+        "commit": parts[-1]["commit"],
+        "dirty": True if True in dirty else None if None in dirty else False,
+        "code": parts[-1]["code"],
+    }
+
+
+def devices(parts: Iterable[Conditions]) -> str:
+    """The names of the devices, in the order in which they were used: cuda: NVIDIA H100, then cpu: AMD EPYC."""
+    names: list[str] = []
+    for part in parts:
+        names += [name for name in part["device"].split(THEN) if names[-1:] != [name]]
+    return THEN.join(names)
