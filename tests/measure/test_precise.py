@@ -1,6 +1,7 @@
 """PreciseBN: the statistics of all training images with the final weights, and the error measured with them."""
 
 import itertools
+import re
 
 import pytest
 import reference
@@ -15,6 +16,7 @@ from mbn.measure.precise_bn import take_precise_statistics
 from mbn.network_layers import from_config
 from mbn.norm.base import norm_layers
 from mbn.norm.renorm import set_renorm
+from mbn.records import provenance, record
 
 PRECISE = "evaluate.precise=true"
 
@@ -192,6 +194,41 @@ def test_a_signal_stops_the_measurement_and_the_same_command_goes_on(finished_be
     assert left().record_path.exists() == finished_before
     here(PRECISE)
     assert left().record()["test_error_precise"] == whole(PRECISE).record()["test_error_precise"]
+
+
+@pytest.mark.parametrize("code", ["f" * 64, None], ids=["other", "unknown"])
+def test_other_code_than_trained_does_not_measure(code, here, left, monkeypatch):
+    here()
+    if code is None:
+        record.rewrite(left().record_path, code=None)  # an older record
+    else:
+        monkeypatch.setattr("mbn.records.provenance.code", lambda: code)
+    before = left().record_path.read_bytes()
+    refused = here(PRECISE)
+    assert refused.code == 1
+    assert re.search(
+        r"^error: .*\.json is of other code \(commit c0ffeec, code \w{7}\): .*again=true\.$", refused.err, re.M
+    )
+    assert left().record_path.read_bytes() == before
+
+
+def test_a_record_from_elsewhere_gets_no_number_of_this_checkpoint(here, left, whole):
+    here()
+    left().record_path.write_bytes(whole().record_path.read_bytes())
+    refused = here(PRECISE)
+    assert refused.code == 1
+    assert f"{left().record_path} was not made from {left().checkpoint_path} (another journal)" in refused.err
+    assert left().record_path.read_bytes() == whole().record_path.read_bytes()
+
+
+def test_a_measurement_under_other_conditions_is_a_part_of_its_own(here, left, monkeypatch):
+    here()
+    versions = {**provenance.versions(), "torch": "1.0"}
+    monkeypatch.setattr("mbn.records.provenance.versions", lambda: versions)
+    assert "warning: conditions change at iteration 8 (torch " in here(PRECISE).err
+    first, second = left().record()["parts"]
+    assert (first["from"], second["from"], second["versions"]["torch"]) == (0, 8, "1.0")
+    assert left().record()["test_error_precise"] is not None
 
 
 def test_the_precise_error_is_that_of_the_pooled_statistics(whole):

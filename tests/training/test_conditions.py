@@ -1,14 +1,20 @@
 """What a run's bits depend on beside its configuration: a change of it is said at a resume, and is in the record."""
 
+import collections
+import contextlib
+import itertools
 import json
+import random
 import re
+import shutil
 
 import pytest
 import running
 import torch
-from running import assert_same_run, digits, send
+from running import TIMES, assert_same_run, digits, send, without
 
 from mbn.records import provenance
+from mbn.system.errors import UserError
 from mbn.training import checkpoint_file, run
 from mbn.training.conditions import devices, made_by, parts_of
 
@@ -316,3 +322,85 @@ def test_a_test_loss_that_is_not_finite_is_a_divergence(here, left, monkeypatch)
     assert done.code == 1
     assert "training diverged: the test loss was nan (epoch 1, learning rate" in done.err
     assert not left().record_path.exists()
+
+
+# Many of them.
+
+
+def with_a_changed_byte(content, draw):
+    place = draw.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ draw.randrange(1, 256)]) + content[place + 1 :]
+
+
+def is_silent(done, run, expected):
+    """Whether a run ended without a sentence, and with another record."""
+    assert "Traceback" not in done.err
+    if done.code == 1 and re.search(r"^error: [^\n]+\.$", done.err, re.M):
+        return run.record_path.exists()
+    return (done.code, without(run.record(), TIMES)) != (0, expected)
+
+
+def changed_bytes(here, left, after, whole, number):
+    """For each file of a run, its record too: how many of so many changed bytes gave another record without a word."""
+    expected = without(whole().record(), TIMES)
+    for _ in range(2):
+        after(3, send("SIGTERM"))
+        here()
+    run, draw, found = left(), random.Random(300), collections.Counter()
+    folder = run.results / "as it was"
+    shutil.copytree(run.folder, folder)
+    paths = [path for path in sorted(folder.iterdir()) if path.stat().st_size]
+
+    def put_back():
+        shutil.rmtree(run.folder)
+        shutil.copytree(folder, run.folder)
+        run.record_path.unlink(missing_ok=True)
+
+    for path, _ in itertools.product(paths, range(number)):
+        put_back()
+        (run.folder / path.name).write_bytes(with_a_changed_byte(path.read_bytes(), draw))
+        found[path.name] += is_silent(here(), run, expected)
+    put_back()
+    here()
+    content, read = run.record_path.read_bytes(), run.record()
+    for _ in range(number):
+        run.record_path.write_bytes(with_a_changed_byte(content, draw))
+        with contextlib.suppress(UserError):
+            found["record"] += run.record() != read
+    return len(paths) + 1, found
+
+
+def test_a_changed_byte_of_any_file_changes_no_record_in_silence(here, left, after, whole):
+    files, found = changed_bytes(here, left, after, whole, 3)
+    assert files >= 6
+    assert not any(found.values()), found
+
+
+@pytest.mark.long("4", "Changed bytes, as many in every file of a stopped run and in its record, and no false record")
+def test_many_changed_bytes(here, left, after, whole, count, figure):
+    number = count(300)
+    files, found = changed_bytes(here, left, after, whole, number)
+    silent = sum(found.values())
+    figure(
+        files * number - silent, files * number, f"{silent} silent differences; {number} bytes in each of {files} files"
+    )
+
+
+@pytest.mark.long("4", "Resumes with one condition changed, each of which was said and is in the record")
+def test_many_changed_resumes(here, left, after, monkeypatch, count, figure):
+    draw, number, kinds = random.Random(100), count(100), itertools.cycle(CHANGES)
+    said = collections.Counter()
+    for seed in range(number):
+        iteration, key = draw.randint(1, 7), next(kinds)
+        settings, patch, words = CHANGES[key]
+        run = f"seed={seed}"
+        after(iteration, send("SIGTERM"))
+        here(run)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "compile", lambda f, **_: f)
+            if patch is not None:
+                patched.setattr(*patch)
+            err = here(run, *settings).err
+        line = re.search(rf"^warning: conditions change at iteration {iteration} \({words}\): ", err, re.M)
+        said[key] += bool(line) and [part["from"] for part in left(run).record()["parts"]] == [0, iteration]
+    figure(said.total(), number, ", ".join(f"{n} {key}" for key, n in said.items()))
