@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mbn import config as configuration
 from mbn.methods import METHODS
 from mbn.system import signals
-from mbn.system.command_line import Parser, entry_point
-from mbn.system.errors import UserError
+from mbn.system.command_line import Parser, entry_point, failure
+from mbn.system.errors import UserError, printable
 
 if TYPE_CHECKING:
     from mbn.launch.missing_runs import PlannedRun
@@ -156,13 +156,21 @@ def one_after_another(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> 
         try:
             run(one.config)
             instead.pop(one.name, None)
-        except UserError as error:
-            if error.code in (75, 130):  # a signal stops them all
+        except Exception as error:
+            if isinstance(error, UserError) and error.code in signals.CODES.values():  # a signal stops them all
                 raise
-            print(f"error: {one.name}: {error}", file=sys.stderr)
-            instead[one.name] = f"failed: {error}"
+            if type(error).__name__ == "AcceleratorError":  # the device no longer answers this process
+                raise
+            tell_of(one, failure(error), instead)
             code = 1
     return code
+
+
+def tell_of(one: "PlannedRun", reason: str, instead: dict[str, str]) -> None:
+    """Print why a run failed, and note it for the table."""
+    reason = printable(reason)
+    print(f"error: {one.name}: {reason}", file=sys.stderr)
+    instead[one.name] = f"failed: {reason}"
 
 
 def check_together(configs: list[configuration.Config]) -> None:

@@ -37,6 +37,7 @@ from mbn.records.import_records import gather
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.durations import duration
 from mbn.system.errors import UserError
+from mbn.system.files import there
 
 # Settings that are not part of a run's identity.
 SETTINGS = ("machine.", "evaluate.")
@@ -237,7 +238,7 @@ def report(outcome: Any, results: Path, budget: float | None) -> int:
     count = len(outcome.done) + len(outcome.failed) + len(outcome.left)
     print(f"{len(outcome.done)} of {count} runs are done.")
     if outcome.left:
-        begun = sum((results / "runs" / name / "checkpoint.pt").exists() for name in outcome.left)
+        begun = sum(there(results / "runs" / name / "checkpoint.pt") for name in outcome.left)
         why = f"the budget of {duration(budget or 0)} is spent" if outcome.spent else "stopped"
         print(f"{why}: {len(outcome.left)} are left, {begun} of them begun; the same command goes on with them.")
     if outcome.failed:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from fractions import Fraction
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from mbn.config.registry import NETWORKS
 from mbn.config.schema import Config
+from mbn.system.processors import quota
 
 # Length, identity, name.
 
@@ -33,7 +35,8 @@ def iterations(config: Config) -> int:
 
 def cores() -> int:
     """The processors this process may use: what machine.workers=null and --jobs auto mean by one a core."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, quota())))
 
 
 def network(config: Config) -> dict[str, Any]:

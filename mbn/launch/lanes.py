@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -17,9 +17,10 @@ from mbn.config import DATASETS, Config, Dropout
 from mbn.data import datasets, in_memory
 from mbn.launch.missing_runs import PlannedRun
 from mbn.launch.pool import Child
+from mbn.system.command_line import LastingStream, failure
 from mbn.system.cuda_graph import allow_many_streams, one_at_a_time
 from mbn.system.errors import UserError
-from mbn.system.signals import StopRequest
+from mbn.system.signals import StopRequest, say
 
 # A function that trains a run, given its configuration, the request to stop, and a function that opens its data set.
 Train = Callable[[Config, StopRequest, Callable[[Config, torch.device], in_memory.Data]], None]
@@ -87,7 +88,7 @@ class Lanes:
         machine = dataclasses.replace(run.config.machine, together=self.jobs)
         config = dataclasses.replace(run.config, machine=machine)
         log = run.folder(results) / "log.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)  # an error is this run's alone
         return Lane(run, log, lambda stop: self.train(config, stop, self.load), self.output)
 
 
@@ -101,11 +102,17 @@ class Lane(Child):
         self.train, self.output = train, output
         self.signal = StopRequest()
         self.result = 1
-        self.thread = threading.Thread(target=self._work, name=run.name, daemon=True)
-        self.thread.start()
+        self.reason: str | None = None
+        # Opened here, so that a log that cannot be written is an error of the start.
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(log.open("a", buffering=1, encoding="utf-8"))
+            self.thread = threading.Thread(target=self._work, args=(file,), name=run.name, daemon=True)
+            self.thread.start()
+            stack.pop_all()  # the thread closes it
 
-    def _work(self) -> None:
-        with self.log.open("a", buffering=1, encoding="utf-8") as log, contextlib.ExitStack() as stack:
+    def _work(self, file: TextIO) -> None:
+        with file, contextlib.ExitStack() as stack:
+            log = LastingStream(file)
             for stream in self.output:
                 stack.enter_context(stream.to(log))
             try:
@@ -113,11 +120,13 @@ class Lane(Child):
                 self.result = 0
             except UserError as error:
                 print(error.shown(), file=sys.stderr)
-                self.result = error.code
+                self.result, self.reason = error.code, str(error)
             except torch.AcceleratorError as error:
                 _end_process(self.run, error, log)
-            except BaseException:
-                traceback.print_exc()
+            except BaseException as error:
+                self.reason = failure(error)
+                print(f"error: {self.reason}", file=sys.stderr)
+            log.flush()
         with one_at_a_time:
             gc.collect()  # a run is full of reference cycles, which hold the device's memory until then
 
@@ -127,29 +136,28 @@ class Lane(Child):
     def stop(self) -> None:
         self.asked, self.signal.code = True, 75
 
+    def went_on(self) -> None:
+        self.signal.continued = True
+
     def wait(self) -> None:
         self.thread.join()
 
     def kill(self) -> None:
         """End the process: a thread cannot be ended alone."""
-        _say("stopped at once: the same command goes on from the last checkpoints.")
+        say("stopped at once: the same command goes on from the last checkpoints.")
         os._exit(75)
 
 
-def _end_process(run: PlannedRun, error: Exception, log: IO[str]) -> None:
+def _end_process(run: PlannedRun, error: Exception, log: LastingStream) -> None:
     """End the process: after an error of the device, no lane of this process can use it any more."""
-    traceback.print_exception(error, file=log)
+    traceback.print_exception(error)
     log.flush()
     what = str(error).strip().partition("\n")[0]
-    _say(
+    say(
         f"error: {run.name}: {what}: the device no longer answers, so all runs of this process stop; the same command "
         "goes on from their last checkpoints."
     )
     os._exit(1)
-
-
-def _say(text: str) -> None:
-    os.write(2, f"{text}\n".encode())
 
 
 class SharedData:
@@ -176,7 +184,7 @@ class PerThread:
         self.own = threading.local()
 
     @contextlib.contextmanager
-    def to(self, stream: IO[str]) -> Iterator[None]:
+    def to(self, stream: LastingStream) -> Iterator[None]:
         """Send what this thread writes to stream."""
         self.own.stream = stream
         try:

@@ -11,6 +11,7 @@ from mbn import grid
 from mbn.config import Config, run_name, to_dict
 from mbn.records import record
 from mbn.system.errors import UserError
+from mbn.system.files import there
 
 # `all` is everything for CIFAR.
 NOT_IN_ALL = ("table3",)
@@ -33,7 +34,7 @@ class PlannedRun:
         return results / "runs" / self.name
 
     def finished(self, results: Path) -> bool:
-        return record.path_of(results, self.name).exists()
+        return there(record.path_of(results, self.name))
 
 
 def runs(

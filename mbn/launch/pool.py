@@ -7,10 +7,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from tqdm import tqdm
@@ -18,24 +17,30 @@ from tqdm import tqdm
 from mbn.launch.missing_runs import PlannedRun
 from mbn.records import record
 from mbn.system import signals
-from mbn.system.errors import UserError
+from mbn.system.command_line import failure
+from mbn.system.errors import UserError, printable
 from mbn.system.files import LOCKED, is_locked
 
 # Seconds between two looks at the children.
 LOOK = 0.1
+# Seconds after which children that were asked to stop are killed: no iteration and no checkpoint takes so long.
+DEAF_SECONDS = 600.0
 # Seconds that a child needs to import torch. Before that there is nothing to save.
 START_SECONDS = 5.0
 
 
 class StopAll(signals.Stop):
-    """Context manager: inside, the first signal is noted in `code`; a second one calls `kill` and exits at once."""
+    """Context manager: inside, the first signal is noted in `code`; a second one calls `kill` and exits at once.
+
+    SIGCONT calls `went_on`.
+    """
 
     # SIGHUP: a closed terminal stops the children too. They have sessions of their own and would not get the signal.
     codes = signals.CODES | {"SIGHUP": 75}
 
-    def __init__(self, kill: Callable[[], None]) -> None:
+    def __init__(self, kill: Callable[[], None], went_on: Callable[[], None]) -> None:
         super().__init__()
-        self._kill = kill
+        self._kill, self._went_on = kill, went_on
 
     def _numbers(self) -> list[int]:
         # Where nohup has set SIGHUP to be ignored, it stays ignored. SIGINT, which a shell script sets to be ignored in
@@ -43,10 +48,12 @@ class StopAll(signals.Stop):
         ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         return [n for n in super()._numbers() if not (ignored and n == signal.SIGHUP)]
 
-    def _answer(self, number: int, frame: FrameType | None) -> None:
-        if self.code is not None:
-            self._kill()
-        super()._answer(number, frame)
+    def _end(self, code: int) -> None:
+        self._kill()
+        super()._end(code)
+
+    def _continue(self) -> None:
+        self._went_on()
 
 
 @dataclass
@@ -61,17 +68,24 @@ class Outcome:
 
 
 class Child(Protocol):
-    """A run that is being trained, as a process or a thread. asked: whether it was asked to stop."""
+    """A run that is being trained, as a process or a thread. asked: whether it was asked to stop.
+
+    reason: why it failed, where that is known without its log.
+    """
 
     run: PlannedRun
     log: Path
     asked: bool
+    reason: str | None
 
     def code(self) -> int | None:
         """The exit code of train.py, None while it runs."""
 
     def stop(self) -> None:
         """Ask it to save and exit."""
+
+    def went_on(self) -> None:
+        """Note that this process was suspended and has continued."""
 
     def wait(self) -> None:
         """Return when it has ended."""
@@ -85,15 +99,24 @@ class Process(Child):
 
     def __init__(self, run: PlannedRun, command: Sequence[str], results: Path) -> None:
         self.run, self.log, self.asked = run, run.folder(results) / "log.txt", False
+        self.reason = None
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as output:
                 # A session of its own, so that Ctrl-C in the terminal reaches it only once, through this process.
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"},  # in which its log is read
                 )
         except OSError as error:
-            raise UserError(f"cannot start {run.name} with its log in {self.log} ({error.strerror}).") from None
+            raise UserError(
+                f"it cannot be started with its log in {self.log} ({error.strerror}): make that writable and run the "
+                "command again."
+            ) from None
 
     def code(self) -> int | None:
         return self.process.poll()
@@ -104,6 +127,9 @@ class Process(Child):
             with contextlib.suppress(ProcessLookupError):
                 # To the process, not its group: workers that read images must live until it has saved.
                 self.process.send_signal(signal.SIGTERM)
+
+    def went_on(self) -> None:
+        """It has a session of its own, and was not suspended."""
 
     def wait(self) -> None:
         self.process.wait()
@@ -138,12 +164,13 @@ class Pool:
         self.deadline = None if budget is None else time.monotonic() + budget
         self.margin = min(margin, max(5.0, (budget or 0.0) / 10))
         self.said_waiting = False
+        self.stopped_at: float | None = None  # when the children were asked to stop
         # smoothing=0: many runs end at about the same time, so the mean speed since the start predicts best
         self.bar = tqdm(total=len(runs), unit="run", disable=None, dynamic_ncols=True, smoothing=0)
 
     def work(self) -> Outcome:
         """Train until nothing is left, the budget is spent or a signal comes; no child is left behind."""
-        with StopAll(self.kill) as stop, self.bar:
+        with StopAll(self.kill, self.went_on) as stop, self.bar:
             try:
                 while self._step(stop):
                     time.sleep(LOOK)
@@ -156,6 +183,10 @@ class Pool:
         self.outcome.left += [run.name for run in (*self.elsewhere, *self.queue)]
         return self.outcome
 
+    def went_on(self) -> None:
+        for child in self.children:
+            child.went_on()
+
     def kill(self) -> None:
         # Processes first: killing a thread ends this process, before the rest of the list is reached.
         for child in sorted(self.children, key=lambda c: not isinstance(c, Process)):
@@ -166,7 +197,8 @@ class Pool:
         for child, code in [(c, c.code()) for c in self.children]:
             if code is not None:
                 self.children.remove(child)
-                self._ended(child, code)
+                with self._alone(child.run):
+                    self._ended(child, code)
         remaining = float("inf") if self.deadline is None else self.deadline - time.monotonic()
         unfinished = bool(self.queue or self.elsewhere or self.children)
         if remaining < self.margin + START_SECONDS and not self.children:
@@ -176,7 +208,8 @@ class Pool:
             self.outcome.spent = self.outcome.spent or stop.code is None
             for child in self.children:
                 child.stop()
-            if remaining < 0:
+            self.stopped_at = self.stopped_at or time.monotonic()
+            if remaining < 0 or time.monotonic() - self.stopped_at > DEAF_SECONDS:
                 self.kill()
             return bool(self.children)
         if remaining > self.margin + START_SECONDS:
@@ -185,24 +218,35 @@ class Pool:
 
     def _start(self) -> None:
         """Fill the free places."""
-        for run in list(self.elsewhere):
-            if run.finished(self.results):
-                self.elsewhere.remove(run)
-                self._finished(run, " (by another process)")
-            elif not is_locked(run.folder(self.results) / "lock"):
-                self.elsewhere.remove(run)
-                self.queue.append(run)
+        waiting, self.elsewhere = self.elsewhere, []
+        for run in waiting:
+            with self._alone(run):
+                if run.finished(self.results):
+                    self._finished(run, " (by another process)")
+                elif is_locked(run.folder(self.results) / "lock"):
+                    self.elsewhere.append(run)
+                else:
+                    self.queue.append(run)
         while self.queue and len(self.children) < self.jobs:
             run = self.queue.popleft()
-            if is_locked(run.folder(self.results) / "lock"):
-                self.elsewhere.append(run)
-            elif run.finished(self.results):  # by another process, since the start
-                self._finished(run, " (by another process)")
-            else:
-                self.children.append(self.start(run, self.results))
+            with self._alone(run):
+                if is_locked(run.folder(self.results) / "lock"):
+                    self.elsewhere.append(run)
+                elif run.finished(self.results):  # by another process, since the start
+                    self._finished(run, " (by another process)")
+                else:
+                    self.children.append(self.start(run, self.results))
         if self.elsewhere and not self.children and not self.queue and not self.said_waiting:
             self.said_waiting = True
             self._say(f"waiting for {len(self.elsewhere)} runs that other processes train")
+
+    @contextlib.contextmanager
+    def _alone(self, run: PlannedRun) -> Iterator[None]:
+        """Inside, an error is this run's own: it has failed, and the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(run, failure(error))
 
     def _ended(self, child: Child, code: int) -> None:
         run = child.run
@@ -213,22 +257,20 @@ class Pool:
         elif child.asked and (code in signals.CODES.values() or code < 0):
             self.queue.appendleft(run)
         else:
-            reason = last_line(child.log)
+            reason = child.reason or last_line(child.log)
             if code in signals.CODES.values() or code < 0:
                 reason = f"stopped from outside with exit code {code}"
             self._failed(run, reason, f" (log: {child.log})")
 
     def _finished(self, run: PlannedRun, how: str = "") -> None:
-        try:
-            result = record.read(record.path_of(self.results, run.name))
-        except UserError as error:
-            self._failed(run, str(error))
-            return
+        result = record.read(record.path_of(self.results, run.name))
+        text = f"{run.name}: test error {result['test_error']:.2f} %, {result['seconds']:.0f} s{how}"
         self.outcome.done.append(run.name)
         self.bar.update()
-        self._say(f"{run.name}: test error {result['test_error']:.2f} %, {result['seconds']:.0f} s{how}")
+        self._say(text)
 
     def _failed(self, run: PlannedRun, reason: str, where: str = "") -> None:
+        reason = printable(reason)
         self.outcome.failed[run.name] = reason + where
         self.bar.update()
         self._say(f"{run.name}: failed: {reason}")
@@ -240,5 +282,9 @@ class Pool:
 
 def last_line(log: Path) -> str:
     """The last line of a failed run's log; progress bars are not written to it."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return f"its log cannot be read ({error.strerror})"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else "its log is empty"

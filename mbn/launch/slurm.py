@@ -76,7 +76,8 @@ def submit(runs: Sequence[tuple[PlannedRun, Sequence[str]]], results: Path, opti
             jobs = [executor.submit(SlurmJob(line, run.folder(results) / "log.txt")) for run, line in runs]
         return [job.job_id for job in jobs]
     except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"Slurm did not take the runs ({str(error).splitlines()[0]}).") from None
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Slurm did not take the runs ({first}): check --slurm and the cluster.") from None
 
 
 def slurm_options(text: str) -> dict[str, str]:

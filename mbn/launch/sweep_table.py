@@ -10,6 +10,7 @@ from mbn.launch.missing_runs import PlannedRun
 from mbn.records import record
 from mbn.system.durations import duration
 from mbn.system.errors import UserError
+from mbn.system.files import there
 
 # Fields of a record, in percent, and what the table calls them.
 ERRORS = {"test_error": "test error", "test_error_best": "best epoch", "train_error": "training error"}
@@ -53,9 +54,9 @@ def _result(run: PlannedRun, results: Path, instead: Mapping[str, str]) -> dict[
     if run.finished(results):
         try:
             return record.read(record.path_of(results, run.name))
-        except UserError:  # the run itself says why
+        except (UserError, OSError):  # the run itself says why
             return "its record cannot be read"
-    return "unfinished" if (run.folder(results) / "checkpoint.pt").exists() else "not begun"
+    return "unfinished" if there(run.folder(results) / "checkpoint.pt") else "not begun"
 
 
 def _cells(result: dict[str, Any] | str) -> list[str]:

@@ -1,15 +1,19 @@
 """What the commands share: options whose errors are one sentence, and exit codes."""
 
 import argparse
+import contextlib
+import errno
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn, ParamSpec
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TextIO
 
 from mbn.system.errors import UserError, lacks_memory
-from mbn.system.files import cannot_write, is_full
+from mbn.system.files import cannot_use
 
 P = ParamSpec("P")
 
@@ -28,33 +32,125 @@ class Parser(argparse.ArgumentParser):
 
 
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorate main: what a user can mend, and a stop, is one sentence on stderr. Returns the exit code, 0 for None."""
+    """Decorate main: what a user can mend, and a stop, is one sentence on stderr. Returns the exit code, 0 for None.
+
+    Nobody needs to read what it prints: a closed stdout or stderr ends no command.
+    """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs) or 0
-        except UserError as error:
-            print(error.shown(), file=sys.stderr)
-            return error.code
-        except BrokenPipeError:  # `--dry-run | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except OSError as error:
-            if not is_full(error):
-                raise
-            print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
-            return 1
-        except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
-                raise
-            print(
-                "error: this machine's memory is not enough: try a smaller batch_size or evaluate.batch_size.",
-                file=sys.stderr,
-            )
-            return 1
-        except KeyboardInterrupt:  # before training handles signals itself
-            print("stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
-            return 130
+        with _lasting_streams() as (out, _):
+            code = _ended(lambda: main(*args, **kwargs))
+            out.flush()
+            lost = out.error
+            if code == 0 and lost is not None and lost.errno not in GONE:
+                print(f"error: {cannot_use('the output', lost)}", file=sys.stderr)
+                return 1
+            return code
 
     return run
+
+
+def _ended(main: Callable[[], int | None]) -> int:
+    """The exit code of main; its error is printed."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:  # before training handles signals itself
+        print("stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        known = explained(error)
+        if known is None:
+            raise
+        print(known.shown(), file=sys.stderr)
+        return known.code
+
+
+def explained(error: BaseException) -> UserError | None:
+    """An error as one sentence that says what to do, or None where only a programmer can mend it."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, (RuntimeError, MemoryError, OSError)) and lacks_memory(error):
+        return UserError("this machine's memory is not enough: try a smaller batch_size or evaluate.batch_size.")
+    if isinstance(error, OSError) and error.errno is not None:  # without a number it is a library's own error
+        return cannot_use(error.filename or _place(error), error)
+    return None
+
+
+def _place(error: BaseException) -> str:
+    """Where in our code an error without a file's name arose: what was read or written there."""
+    ours = Path(__file__).parents[2]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).is_relative_to(ours):
+            return f"a file, in {Path(frame.filename).relative_to(ours)}, line {frame.lineno}"
+    return "a file"
+
+
+def failure(error: BaseException) -> str:
+    """Why one run of several failed, in one sentence; the traceback of an error in the program goes to stderr."""
+    known = explained(error)
+    if known is not None:
+        return str(known)
+    traceback.print_exception(error)
+    first = (str(error).strip().splitlines() or ["it says no more"])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+# What writing to a reader that has gone gives: `| head`, and a terminal that was closed.
+GONE = (errno.EPIPE, errno.EIO)
+
+
+class LastingStream:
+    """A text stream that goes on, and writes nowhere, once its reader has gone or its disk is full.
+
+    error: why it writes nowhere, or None. Characters that its encoding lacks are written as \\x.. or \\u...
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+            with contextlib.suppress(OSError, ValueError):  # else what is left in its buffer fails at the very end
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[tuple[LastingStream, LastingStream]]:
+    """Inside, stdout and stderr are LastingStreams, also where the process began without them (`>&-`)."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # else the next file that is opened, such as a checkpoint, gets all that is printed
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        out, err = (LastingStream(nowhere if stream is None else stream) for stream in before)
+        sys.stdout, sys.stderr = out, err
+        try:
+            yield out, err
+        finally:
+            out.flush()
+            err.flush()
+            sys.stdout, sys.stderr = before

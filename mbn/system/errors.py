@@ -1,5 +1,7 @@
 """Errors a user can cause or mend: shown as one sentence, without a traceback."""
 
+import errno
+
 from mbn.system.signals import CODES
 
 
@@ -12,13 +14,20 @@ class UserError(Exception):
 
     def shown(self) -> str:
         """The line that a person sees. A stop by a signal lost nothing, so it is not called an error."""
-        return str(self) if self.code in CODES.values() else f"error: {self}"
+        return printable(str(self) if self.code in CODES.values() else f"error: {self}")
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey: control characters, of a file's name for example, as \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def lacks_memory(error: Exception) -> bool:
     """Whether an error says that memory is lacking, on a GPU or on the CPU, where torch has no class for it."""
     texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return any(text in str(error) for text in texts)
 
 
 class ConfigError(UserError):

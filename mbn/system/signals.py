@@ -1,5 +1,6 @@
 """Stopping on a signal: finish the iteration, save, exit."""
 
+import contextlib
 import os
 import signal
 import time
@@ -11,6 +12,12 @@ Item = TypeVar("Item")
 
 # Exit codes: 130 for Ctrl-C, as in shells; 75 (EX_TEMPFAIL) for a pre-emption, after which the same command resumes.
 CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
+
+
+def say(text: str) -> None:
+    """Write a line to stderr at once, as far as it is open."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 class Answered:
@@ -39,7 +46,7 @@ class Answered:
     def _exit(self, number: int, when: str) -> None:
         """End the process with the signal's code and a line that says when it came."""
         name = signal.Signals(number).name
-        os.write(2, f"stopped by {name} {when}: the same command goes on from there.\n".encode())
+        say(f"stopped by {name} {when}: the same command goes on from there.")
         os._exit(self.codes[name])
 
 
@@ -64,13 +71,15 @@ class StoppedError(Exception):
 class StopRequest:
     """Whether training is to stop: `code` is then the exit code, else None.
 
-    nothing_to_save: whether a stop would lose nothing now.
+    nothing_to_save: whether a stop would lose nothing now. continued: whether the process was suspended (Ctrl-Z) and
+    has continued since this was last set to False: the time between was no training.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.code: int | None = None
         self.nothing_to_save = False
+        self.continued = False
 
     def checked(self, items: Iterable[Item]) -> Iterator[Item]:
         """The same items. Errors: StoppedError PATIENCE seconds after a request to stop."""
@@ -84,16 +93,30 @@ class StopRequest:
 
 
 class Stop(StopRequest, Answered):
-    """Context manager: inside, the first of these signals is noted in `code`; a second one exits at once.
+    """Context manager: inside, the first of these signals is noted in `code`; a second one exits at once. SIGCONT is
+    noted in `continued`.
 
     The first one exits at once too while `nothing_to_save`, as before the first iteration, which may compile for
     minutes.
     """
 
+    def _numbers(self) -> list[int]:
+        return super()._numbers() + [getattr(signal, name) for name in ("SIGCONT",) if hasattr(signal, name)]
+
     def _answer(self, number: int, _: FrameType | None) -> None:
-        code = self.codes[signal.Signals(number).name]
+        name = signal.Signals(number).name
+        if name == "SIGCONT":
+            self._continue()
+            return
+        code = self.codes[name]
         if self.code is not None:
-            os._exit(code)
+            self._end(code)
         if self.nothing_to_save:
             self._exit(number, "before the first iteration")
         self.code = code
+
+    def _continue(self) -> None:
+        self.continued = True
+
+    def _end(self, code: int) -> None:
+        os._exit(code)

@@ -1,10 +1,14 @@
 """What every command makes of an error."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
-from mbn.system.command_line import Parser, entry_point
+from mbn.config import REPOSITORY
+from mbn.system.command_line import Parser, entry_point, failure
 from mbn.system.errors import ConfigError, UserError
 from mbn.system.files import LOCKED
 
@@ -20,6 +24,20 @@ from mbn.system.files import LOCKED
             1,
             "error: cannot write file (No space left): free some space",
         ),
+        (OSError(errno.EACCES, "no", "/data/x.bin"), 1, "error: cannot use /data/x.bin (no): make it readable and "),
+        (OSError(errno.ENOENT, "no", "x"), 1, "error: cannot use x (no): check that it is there and run the command "),
+        (OSError(errno.EIO, "no", "x"), 1, "error: cannot use x (no): check the disk or the network drive and run "),
+        (OSError(errno.ELOOP, "no", "x"), 1, "error: cannot use x (no): mend its links"),
+        (OSError(errno.ENAMETOOLONG, "no", "x"), 1, "error: cannot use x (no): choose a shorter path"),
+        (OSError(errno.ENOTDIR, "no", "x"), 1, "error: cannot use x (no): move away the file"),
+        (OSError(errno.EROFS, "no", "x"), 1, "error: cannot write x (no): choose another folder"),
+        (OSError(errno.EMFILE, "no", "x"), 1, "error: cannot use x (no): raise the limit on open files (ulimit -n)"),
+        (OSError(errno.ENOTEMPTY, "no", "x"), 1, "error: cannot use x (no): check it and run the command again."),
+        (OSError(errno.EIO, "no"), 1, "error: cannot use a file, in tests/system/test_command_line.py, line "),
+        (OSError(errno.ENOMEM, "no"), 1, "error: this machine's memory is not enough"),
+        # A name that a stranger chose reaches no terminal as it is.
+        (OSError(errno.ENOENT, "no", "a\x1b[2J\nb\udce9"), 1, "error: cannot use a\\x1b[2J\\nb\\udce9 (no)"),
+        (UserError("a\x1b]0;b\x07."), 1, "error: a\\x1b]0;b\\x07."),
         # A stop is no error.
         (UserError("stopped.", code=75), 75, "stopped."),
         (UserError("stopped.", code=130), 130, "stopped."),
@@ -57,9 +75,115 @@ def test_other_errors_show_where_they_arose_and_no_code_is_success():
             raise error
 
     assert main(None) == 0
-    for error in (OSError(errno.ENOENT, "No such file"), ValueError("x"), RuntimeError("shapes")):
+    for error in (OSError("a library's own"), ValueError("x"), RuntimeError("shapes")):
         with pytest.raises(type(error)):
             main(error)
+
+
+# Output that nobody reads, or that cannot be written.
+
+PROGRAM = """
+import os, sys, time
+sys.path.insert(0, {repository!r})
+from pathlib import Path
+from tqdm import tqdm
+from mbn.system.command_line import entry_point
+
+@entry_point
+def main():
+    for number in tqdm(range(2000), mininterval=0):
+        tqdm.write("a line λ " + "x" * 90, file=sys.stdout)
+        if number % 100 == 0:
+            sys.stdout.flush()
+            time.sleep(0.001)
+    print("not good", file=sys.stderr)
+    with open(sys.argv[1], "w") as file:
+        file.write("done")
+        try:
+            os.write(1, b"as a library written in C prints")
+        except BrokenPipeError:
+            pass
+
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A function that runs a program in a shell, as in `PROGRAM | head`; it gives what the shell gave."""
+    (tmp_path / "program.py").write_text(PROGRAM.format(repository=str(REPOSITORY)), encoding="utf-8")
+
+    def run(line, **environment):
+        line = line.replace("PROGRAM", f"{sys.executable} program.py end")
+        shell = ["bash", "-o", "pipefail", "-c", line]
+        return subprocess.run(shell, cwd=tmp_path, capture_output=True, env=os.environ | environment)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "PROGRAM | head -1 >/dev/null",
+        "PROGRAM 2>&1 | head -1 >/dev/null",
+        "PROGRAM >&-",
+        "PROGRAM >&- 2>&-",
+        "PROGRAM >&- 2>&- <&-",
+        "PROGRAM 2>&- >/dev/null",
+    ],
+)
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_reader_that_has_gone_ends_no_command(program, tmp_path, line, buffered):
+    done = program(line, PYTHONUNBUFFERED=buffered)
+    assert (tmp_path / "end").read_text() == "done"  # and nothing that was printed went into it
+    assert done.returncode == 0, done
+    assert b"Traceback" not in done.stderr, done
+    assert b"Exception ignored" not in done.stderr, done
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")  # noqa: PTH110
+def test_a_full_disk_under_the_output_is_said_at_the_end(program, tmp_path):
+    done = program("PROGRAM >/dev/full")
+    assert (tmp_path / "end").read_text() == "done"
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        b"error: cannot write the output (No space left on device): free some space and run the command again.\n"
+    )
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["latin-1", "C"],
+)
+def test_a_character_that_the_output_lacks_ends_no_command(program, environment):
+    done = program("PROGRAM", **environment)
+    assert done.returncode == 0, done
+    assert done.stdout.startswith(rb"a line \u03bb x")
+
+
+def test_streams_are_put_back(capsys):
+    before = sys.stdout, sys.stderr
+
+    @entry_point
+    def main():
+        assert sys.stdout is not before[0]
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        main()
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_one_runs_failure_is_a_sentence_with_a_traceback_only_where_the_program_is_at_fault(capsys):
+    assert failure(UserError("no.")) == "no."
+    assert failure(OSError(errno.EIO, "no", "x")).startswith("cannot use x (no): ")
+    assert failure(MemoryError()).startswith("this machine's memory is not enough")
+    assert capsys.readouterr().err == ""
+    assert failure(KeyError("x\ny")) == "KeyError: 'x\\ny'"
+    assert failure(ValueError()) == "ValueError: it says no more"
+    assert "KeyError: 'x" in capsys.readouterr().err
 
 
 def test_a_wrong_option_is_a_sentence():
