@@ -162,7 +162,9 @@ def test_a_second_forward_has_no_gradients_and_is_skipped_with_one_warning_where
     name = "nin" if norm == "normprop" else "resnet20"
     settings = configuration(norm, "digits", name, forwards=2)
     settings.machine.threads, settings.machine.device, settings.machine.mode = 1, "cpu", "eager"
-    run = Run(settings, lambda layers: models.build(layers=layers, **config.network(settings)), tmp_path / "run")
+    run = Run(
+        settings, lambda layers: models.build(layers=layers, **config.network(settings)), tmp_path / "run", lambda: None
+    )
     remembers = norm in ("bn", "brn", "mbn")
     warning = rf"warning: .*norm={norm}.* second forward .*\n"
     assert re.fullmatch("" if remembers else warning, capsys.readouterr().err)

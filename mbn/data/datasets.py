@@ -9,7 +9,7 @@ import torch
 
 from mbn.config import DATASETS, Config
 from mbn.data.download import download, md5
-from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_numbers
+from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_image_size, check_numbers
 from mbn.system.errors import UserError
 from mbn.system.registered import registered
 
@@ -32,6 +32,8 @@ def load_data(config: Config, device: torch.device) -> Data:
         test_images=len(arrays.test_labels),
         classes=int(arrays.train_labels.max()) + 1,
     )
+    for images in (arrays.train_images, arrays.test_images):
+        check_image_size(dataset, images)
     return DeviceDataset(arrays, dataset, config.seed, device)
 
 

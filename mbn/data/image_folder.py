@@ -4,21 +4,24 @@ train/<class>/*.JPEG
 val/<class>/*.JPEG, or a flat val/*.JPEG beside the devkit's archive, which holds its labels
 """
 
+import contextlib
+import hashlib
 import io
 import math
 import os
 import pickle
-import signal
+import stat
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -26,28 +29,35 @@ from mbn.config import Dataset as DatasetConfig
 from mbn.config import cores
 from mbn.data import random_streams
 from mbn.data.in_memory import Batch, check_numbers, normalize
-from mbn.system.errors import UserError
-from mbn.system.files import let_go_of_inherited_locks
-from mbn.system.signals import CODES
+from mbn.data.workers import Workers
+from mbn.system.errors import UserError, printable
+from mbn.system.signals import StopRequest
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 # Test images are resized to this many pixels per pixel of the crop: 256 for 224.
 RESIZE = 256 / 224
+# What is opened, whatever a file is called: others run programs (EPS) or have had most of Pillow's faults.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+# Of an image that is longer than so many times its width, or wider, only the middle is resized for evaluation.
+LONGEST = 100
+# Folders listed at a time: a disk in a network answers many questions in the time of one.
+LISTED_AT_A_TIME = 16
 
 
 class Files:
-    """Paths and labels in three arrays.
+    """Paths, labels and sizes in bytes, in four arrays.
 
     Not a list of strings: every worker process would write to the reference counts of its million objects, and so copy
     their memory, page by page.
     """
 
-    def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int]) -> None:
+    def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int], sizes: Sequence[int]) -> None:
         self.root = str(root)
         encoded = [os.fsencode(path) for path in paths]
         self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self.ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
         self.labels = np.array(labels, dtype=np.int64)
+        self.sizes = np.array(sizes, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,26 +67,69 @@ class Files:
         return os.path.join(self.root, os.fsdecode(self.text[start : int(self.ends[index])].tobytes()))  # noqa: PTH118
 
 
-def list_images(folder: Path) -> list[str]:
-    """Names of the images in a folder, sorted."""
+def fingerprint(*parts: Files) -> str:
+    """SHA-256 of paths below the root, sizes and labels, in their order: the same on any machine, in any folder."""
+    digest = hashlib.sha256()
+    for files in parts:
+        for array in (np.array([len(files)]), files.ends, files.labels, files.sizes):
+            digest.update(array.astype("<i8").data)
+        digest.update(files.text.data)
+    return digest.hexdigest()
+
+
+class Listing(NamedTuple):
+    """The images of a folder, sorted: their names and sizes in bytes. hidden: what was left out, see `is_hidden`."""
+
+    names: list[str]
+    sizes: list[int]
+    hidden: list[str]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name begins with a dot, as `._x.JPEG` does, which macOS puts beside x.JPEG on other systems' disks."""
+    return name.startswith(".")
+
+
+def list_images(folder: Path | str) -> Listing:
+    """What of a folder is an image by its extension: regular files alone, or links to such."""
+    found, hidden = [], []
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
+        for entry in entries:
+            if entry.name.lower().endswith(EXTENSIONS):
+                if is_hidden(entry.name):
+                    hidden.append(entry.path)
+                elif stat.S_ISREG((status := entry.stat()).st_mode):
+                    found.append((entry.name, status.st_size))
+    found.sort()
+    return Listing([name for name, _ in found], [size for _, size in found], hidden)
 
 
 def open_folders(dataset: DatasetConfig, root: Path) -> tuple[Files, Files]:
     """The training and the test images under root, labelled by the sorted names of train/'s folders.
 
-    Errors: UserError where a folder is missing, a class has no test images, or the numbers are not as configured.
+    Errors: UserError where a folder is missing or unreadable, a class has no test images, or the numbers are not as
+    configured.
     """
+    try:
+        return _open_folders(dataset, root)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename or root} ({error.strerror}): restore it or make it readable, and run the "
+            "command again."
+        ) from None
+
+
+def _open_folders(dataset: DatasetConfig, root: Path) -> tuple[Files, Files]:
     for name in ("train", "val"):
         if not (root / name).is_dir():
             raise UserError(
                 f"{root / name} is missing: machine.data must name a folder with train/<class>/*.JPEG and "
                 "val/<class>/*.JPEG (`python train.py experiment=quickstart` needs no data)."
             )
-    classes = _folders(root / "train")
-    train = _from_folders(root / "train", classes)
-    present = _folders(root / "val")
+    hidden: list[str] = []
+    classes = _folders(root / "train", hidden)
+    train = _from_folders(root / "train", classes, hidden)
+    present = _folders(root / "val", hidden)
     if present:
         missing = sorted(set(classes) - set(present))
         unknown = sorted(set(present) - set(classes))
@@ -86,30 +139,37 @@ def open_folders(dataset: DatasetConfig, root: Path) -> tuple[Files, Files]:
             )
         if unknown:
             raise UserError(f"{root / 'val'} has a folder {unknown[0]} that train/ lacks: remove it, or add it there.")
-        test = _from_folders(root / "val", classes)
+        test = _from_folders(root / "val", classes, hidden)
     else:
-        test = _flat_val(root, classes)
+        test = _flat_val(root, classes, hidden)
+    if hidden:
+        print(f"warning: {len(hidden)} hidden files are left out, such as {printable(hidden[0])}.", file=sys.stderr)
     check_numbers(dataset, classes=len(classes), train_images=len(train), test_images=len(test))
     return train, test
 
 
-def _folders(folder: Path) -> list[str]:
+def _folders(folder: Path, hidden: list[str]) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir())
+        folders = [entry for entry in entries if entry.is_dir()]
+    hidden += [entry.path for entry in folders if is_hidden(entry.name)]
+    return sorted(entry.name for entry in folders if not is_hidden(entry.name))
 
 
-def _from_folders(folder: Path, classes: list[str]) -> Files:
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        images = list_images(folder / name)
-        if not images:
+def _from_folders(folder: Path, classes: list[str], hidden: list[str]) -> Files:
+    paths, labels, sizes = [], [], []
+    with ThreadPoolExecutor(LISTED_AT_A_TIME) as pool:
+        listings = list(pool.map(list_images, [folder / name for name in classes]))
+    for label, (name, images) in enumerate(zip(classes, listings, strict=True)):
+        if not images.names:
             raise UserError(f"{folder / name} has no image: put images into it, or remove the folder.")
-        paths += [f"{name}/{image}" for image in images]
-        labels += [label] * len(images)
-    return Files(folder, paths, labels)
+        paths += [f"{name}/{image}" for image in images.names]
+        labels += [label] * len(images.names)
+        sizes += images.sizes
+        hidden += images.hidden
+    return Files(folder, paths, labels, sizes)
 
 
-def _flat_val(root: Path, classes: list[str]) -> Files:
+def _flat_val(root: Path, classes: list[str], hidden: list[str]) -> Files:
     """Test images as the official archive has them: the devkit's i-th line is the label of the i-th in sorted order."""
     from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE, load_meta_file, parse_devkit_archive
 
@@ -121,7 +181,8 @@ def _flat_val(root: Path, classes: list[str]) -> Files:
             with tempfile.TemporaryDirectory() as scratch:
                 parse_devkit_archive(scratch, str((root / ARCHIVE_META["devkit"][0]).absolute()))
                 _, wnids = load_meta_file(scratch)
-    except (RuntimeError, OSError, ImportError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        wnids = [str(name) for name in wnids]
+    except Exception as error:  # a damaged file can raise anything
         why = str(error).partition("\n")[0][:100]
         if isinstance(error, pickle.UnpicklingError):  # its own text advises to read the file in an unsafe way
             why = "it is damaged"
@@ -131,40 +192,67 @@ def _flat_val(root: Path, classes: list[str]) -> Files:
             "val/<class>/."
         ) from None
     images = list_images(root / "val")
-    if len(images) != len(wnids):
-        raise UserError(f"{root / 'val'} has {len(images)} images, but the devkit labels {len(wnids)}: complete it.")
+    hidden += images.hidden
+    found = len(images.names)
+    if found != len(wnids):
+        raise UserError(f"{root / 'val'} has {found} images, but the devkit labels {len(wnids)}: complete it.")
     index = {name: label for label, name in enumerate(classes)}
     lacking = sorted(set(wnids) - set(index))
     if lacking:
         raise UserError(f"{root / 'train'} has no folder {lacking[0]}, a class of the devkit: every class needs one.")
-    return Files(root / "val", images, [index[name] for name in wnids])
+    return Files(root / "val", images.names, [index[name] for name in wnids], images.sizes)
 
 
-class Damaged(NamedTuple):
-    """A damaged image. A worker sends this instead of a batch: an exception would arrive with a traceback around it."""
+def decode(content: bytes) -> Image.Image:
+    """The image in an encoded file, as RGB; of 16 bits a value the upper 8, as Pillow itself does with colours.
 
-    message: str
+    Errors: what Pillow raises, of any kind; DecompressionBombWarning for more than Image.MAX_IMAGE_PIXELS.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of strange metadata, and that transparency is lost
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.mode.startswith("I"):  # grey; Pillow would make all values above 255 white
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+def middle(image: Image.Image, size: int) -> Image.Image:
+    """The image as it is tested: Resize(256) and CenterCrop(224) for a size of 224 pixels."""
+    width, height = image.size
+    if max(width, height) > LONGEST * min(width, height):
+        # Resized whole, an image of 1 x 20000 pixels would take 5 GB.
+        image = TF.center_crop(image, [min(height, LONGEST * width), min(width, LONGEST * height)])
+    return TF.center_crop(TF.resize(image, [round(size * RESIZE)], antialias=True), [size])
+
+
+# The epoch, None for plain images, and the index.
+Key = tuple[int | None, int]
 
 
 class Decoder:
-    """The data set of the workers: from (epoch, index) to a uint8 image of the right size and its label.
+    """From (epoch, index) to a uint8 image of the right size and its label.
 
-    epoch is None for the plain images of evaluation: Resize(256) and CenterCrop(224) at 224 pixels.
+    epoch is None for the plain images of evaluation. Errors: UserError where a file cannot be decoded.
     """
 
     def __init__(self, files: Files, size: int, flip: bool, seed: int) -> None:
         self.files, self.size, self.flip, self.seed = files, size, flip, seed
 
-    def __getitem__(self, key: tuple[int | None, int]) -> tuple[np.ndarray, int] | Damaged:
+    def __getitem__(self, key: Key) -> tuple[np.ndarray, int]:
         epoch, index = key
         path = self.files.path(index)
         try:
             with open(path, "rb") as file:  # noqa: PTH123
-                image: Any = Image.open(io.BytesIO(file.read())).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return Damaged(f"{path} cannot be decoded ({error}): restore it, or remove it and adapt dataset.*_images.")
+                image: Any = decode(file.read())
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file can make Pillow raise anything
+            raise UserError(
+                f"{path} cannot be decoded ({_reason(error)}): restore it, or remove it and adapt dataset.*_images."
+            ) from None
         if epoch is None:
-            image = TF.center_crop(TF.resize(image, [round(self.size * RESIZE)], antialias=True), [self.size])
+            image = middle(image, self.size)
         else:
             width, height = image.size
             top, left, h, w, flip = random_streams.resized_crop(self.seed, epoch, index, height, width)
@@ -175,16 +263,21 @@ class Decoder:
                 image = TF.horizontal_flip(image)
         return np.asarray(image), int(self.files.labels[index])
 
-
-def collate(items: list[tuple[np.ndarray, int] | Damaged]) -> tuple[Tensor, Tensor] | Damaged:
-    for item in items:
-        if isinstance(item, Damaged):
-            return item
-    images, labels = zip(*items, strict=True)
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+    def batch(self, keys: Iterable[Key]) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, H, W, 3) and labels (B,)."""
+        images, labels = zip(*(self[key] for key in keys), strict=True)
+        return np.stack(images), np.array(labels, dtype=np.int64)
 
 
-def from_iteration(iteration: int, seed: int, n: int, size: int) -> Iterator[list[tuple[int, int]]]:
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not a JPEG, PNG, WebP or BMP"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    return str(error).strip(".") or type(error).__name__
+
+
+def from_iteration(iteration: int, seed: int, n: int, size: int) -> Iterator[list[Key]]:
     """The training run's batches of (epoch, index) from an iteration on, epoch after epoch."""
     epoch, position = divmod(iteration, math.ceil(n / size))
     while True:
@@ -202,7 +295,8 @@ class ImageFolders:
         self, dataset: DatasetConfig, root: Path, seed: int, device: torch.device, workers: int | None
     ) -> None:
         self.train, self.test = open_folders(dataset, root)
-        self.fingerprint = "x"
+        self.fingerprint = fingerprint(self.train, self.test)
+        self.stop = StopRequest()
         self.dataset, self.seed, self.device = dataset, seed, device
         self.workers = cores() if workers is None else workers
         self.mean = torch.tensor(dataset.mean, device=device).view(3, 1, 1)
@@ -221,29 +315,19 @@ class ImageFolders:
         n = len(files)
         return self._batches(files, ([(None, i) for i in range(s, min(s + size, n))] for s in range(0, n, size)))
 
-    def _batches(self, files: Files, batches: Any) -> Iterator[Batch]:
-        decoder: Any = Decoder(files, self.dataset.image_size, self.dataset.flip, self.seed)
-        loader: DataLoader = DataLoader(
-            decoder,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            collate_fn=collate,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_start_worker,
-            # A generator of its own: the loader draws a number, which must not change what dropout draws.
-            generator=torch.Generator(),
-        )
-        for batch in loader:
-            if isinstance(batch, Damaged):
-                raise UserError(batch.message)
-            images, labels = (t.to(self.device, non_blocking=True) for t in batch)
+    def _batches(self, files: Files, tasks: Iterable[list[Key]]) -> Iterator[Batch]:
+        decoder = Decoder(files, self.dataset.image_size, self.dataset.flip, self.seed)
+        for images, labels in self._decoded(decoder, tasks):
+            images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
             yield normalize(images, self.mean, self.std), labels
 
-
-def _start_worker(_: int) -> None:
-    let_go_of_inherited_locks()
-    torch.set_num_threads(1)
-    # A signal to the whole process group is for the trainer alone, which still needs the next batches.
-    for name in CODES:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    def _decoded(self, decoder: Decoder, tasks: Iterable[list[Key]]) -> Iterator[Batch]:
+        """Images uint8 (B, H, W, 3) and labels, on the CPU."""
+        if self.workers == 0:
+            for task in tasks:
+                images, labels = decoder.batch(self.stop.checked(task))
+                yield torch.from_numpy(images), torch.from_numpy(labels)
+            return
+        pin = self.device if self.device.type == "cuda" else None
+        with contextlib.closing(Workers(decoder.batch, self.workers, pin)) as workers:
+            yield from workers.batches(tasks, self.stop, decoder.files.root)

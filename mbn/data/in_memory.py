@@ -12,6 +12,7 @@ from torch import Tensor
 from mbn.config import Dataset as DatasetConfig
 from mbn.data import random_streams
 from mbn.system.errors import UserError
+from mbn.system.signals import StopRequest
 
 
 class Arrays(NamedTuple):
@@ -32,6 +33,26 @@ def check_numbers(dataset: DatasetConfig, **found: int) -> None:
                 f"{dataset.name} has {number} {key.replace('_', ' ')} here, not {getattr(dataset, key)}: complete the "
                 f"folder, or add {wrong} to the command if this number is right."
             )
+
+
+def check_image_size(dataset: DatasetConfig, images: np.ndarray) -> None:
+    """Raise UserError if images (N, H, W, 3) are not of the configured size: runs are named and recorded by it."""
+    height, width = images.shape[1:3]
+    if (height, width) != (dataset.image_size, dataset.image_size):
+        what_to_do = f"add dataset.image_size={height} to the command" if height == width else "make them square"
+        raise UserError(
+            f"{dataset.name} has images of {height} x {width} pixels here, not {dataset.image_size} x "
+            f"{dataset.image_size}: {what_to_do}."
+        )
+
+
+def fingerprint(arrays: Arrays) -> str:
+    """SHA-256 of the arrays' types, shapes and values."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(array.reshape(-1).data)
+    return digest.hexdigest()
 
 
 def crop_and_flip(images: Tensor, draws: Tensor, padding: int) -> Tensor:
@@ -63,9 +84,14 @@ BLOCK_ELSEWHERE = 512
 
 
 class Data(Protocol):
-    """Where a run's batches come from: images float32 (B, 3, H, W) and labels int64 (B,), on the device."""
+    """Where a run's batches come from: images float32 (B, 3, H, W) and labels int64 (B,), on the device.
+
+    fingerprint: a SHA-256 in hex digits that is another one for other images or labels. stop: a request that ends a
+    wait for a batch with StoppedError; whoever trains puts its own here.
+    """
 
     fingerprint: str
+    stop: StopRequest
 
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
         """The augmented training batches from an iteration on (the first is 0), epoch after epoch, without end."""
@@ -87,6 +113,8 @@ class DeviceDataset:
     """
 
     def __init__(self, arrays: Arrays, config: DatasetConfig, seed: int, device: torch.device) -> None:
+        self.fingerprint = fingerprint(arrays)
+        self.stop = StopRequest()  # never waits
         self.train_images = torch.from_numpy(arrays.train_images).to(device)
         self.train_labels = torch.from_numpy(arrays.train_labels).to(device)
         self.test_images = torch.from_numpy(arrays.test_images).to(device)
@@ -96,7 +124,6 @@ class DeviceDataset:
         self.config = config
         self.seed = seed
         self.device = device
-        self.fingerprint = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
 
     def with_seed(self, seed: int) -> "DeviceDataset":
         """The same images, for another run."""

@@ -65,15 +65,16 @@ def train(
     """
     results, name = Path(config.machine.results), run_name(config)
     folder = results / "runs" / name
-    with lock(folder / "lock"), _memory_is_enough(config):
+    with lock(folder / "lock") as held, _memory_is_enough(config):
         with one_at_a_time:  # seeds and generators belong to the process
-            run = Run(config, build, folder, open_data)
+            run = Run(config, build, folder, held.check, open_data)
         for path in (*(folder / file for file in WRITTEN), record.path_of(results, name)):
             remove_partials(path)
         journal = run.open_journal()
         with own_stream(run.state.device):
             try:
                 with _signals(stop) as signals:
+                    run.data.stop = signals
                     run.train(signals, journal)
                     return run.finish(signals, journal)
             finally:
@@ -113,8 +114,8 @@ def add_precise_error(config: Config, build: Build, stop: StopRequest | None = N
             f"{path} is of other code ({provenance.with_code(result)}): evaluate.precise=true measures with the code "
             "that trained, so check that out, or train again by machine.again=true."
         )
-    with lock(folder / "lock"), _memory_is_enough(config):
-        run = Run(config, build, folder)
+    with lock(folder / "lock") as held, _memory_is_enough(config):
+        run = Run(config, build, folder, held.check)
         if run.state.iteration != run.state.length:
             raise UserError(
                 f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise=true measures: "
@@ -126,15 +127,26 @@ def add_precise_error(config: Config, build: Build, stop: StopRequest | None = N
                 "move it away and run the command again to write the record of this checkpoint."
             )
         with own_stream(run.state.device), _signals(stop) as signals:
+            run.data.stop = signals
             error = run.precise_error(signals)
             return record.rewrite(path, test_error_precise=error, parts=run.state.parts)
 
 
 class Run:
-    """A run: its state, its data, and the loop that trains it."""
+    """A run: its state, its data, and the loop that trains it.
 
-    def __init__(self, config: Config, build: Build, folder: Path, open_data: OpenData | None = None) -> None:
-        self.config, self.folder = config, folder
+    check_lock: called before a checkpoint or a record is written; raises UserError where the run's lock is lost.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        build: Build,
+        folder: Path,
+        check_lock: Callable[[], None],
+        open_data: OpenData | None = None,
+    ) -> None:
+        self.config, self.folder, self.check_lock = config, folder, check_lock
         self.checkpoint_path = folder / "checkpoint.pt"
         saved = saved_state(config, folder)
         machine, earlier = config.machine, saved["machine"] if saved else {}
@@ -165,7 +177,7 @@ class Run:
         self.journal_hash: str | None = None
         if saved:
             self._restore(saved)
-        self.saved = 0  # the iteration of the last checkpoint, and when it was written
+        self.saved = self.state.iteration  # the iteration of the last checkpoint, and when it was written
         self.saved_at = time.monotonic()
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -205,11 +217,17 @@ class Run:
             stop.nothing_to_save = update.mode in COMPILED
             while state.iteration < state.length:
                 self.set_schedule(state.iteration)
-                images, labels = next(batches)
+                try:
+                    images, labels = next(batches)
+                except StoppedError:  # while it waited for images
+                    if self.saved != state.iteration:
+                        self.save(journal)
+                    raise self._stopped(stop) from None
                 ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
                 state.untested = report.statistics_of(state, images) if ends else None
                 update(images, labels)
                 stop.nothing_to_save = False
+                state.clock.tick(stop)
                 state.iteration += 1
                 progress.bar.update()
                 row_due = state.iteration % state.per_epoch % row_every == 0 and not ends
@@ -281,6 +299,7 @@ class Run:
         name = first_nonfinite(state.model)
         if name is not None:
             raise self._diverged(f"{name} is no longer finite after iteration {last}", last)
+        self.check_lock()
         journal.sync()
         checkpoint_file.save(state.content(self.update.mode, journal.lines, journal.hash), self.checkpoint_path)
         self.saved, self.saved_at = state.iteration, time.monotonic()
@@ -356,6 +375,7 @@ class Run:
             "journal": journal.hash,
             "curves": curves(rows),
         }
+        self.check_lock()
         if record.content_hash(results, state.name) not in (None, state.replaces):
             raise UserError(
                 f"{record.path_of(results, state.name)} appeared while this run was trained, and stays: move it away "

@@ -12,6 +12,7 @@ from mbn.config import Config, distinction, iterations, iterations_per_epoch, ru
 from mbn.measure.statistics_gap import Statistics, uses_dropout
 from mbn.records import record
 from mbn.system.errors import UserError
+from mbn.system.signals import StopRequest
 from mbn.training import checkpoint_file
 from mbn.training.conditions import Conditions, go_on, parts_of
 
@@ -58,15 +59,26 @@ class Sums:
 
 
 class Clock:
-    """Seconds of a run, and how many of them were training; testing and saving are not."""
+    """Seconds of a run, and how many of them were training; testing and saving are not.
+
+    The time in which the process was suspended (Ctrl-Z) is in neither.
+    """
 
     def __init__(self) -> None:
         self.seconds = self.training_seconds = 0.0
-        self.counted_until = time.monotonic()
+        self.start()
 
     def start(self) -> None:
         """Count from now on."""
-        self.counted_until = time.monotonic()
+        self.counted_until = self.ticked = time.monotonic()
+
+    def tick(self, stop: StopRequest) -> None:
+        """To be called at each iteration: leaves out one in which the process was suspended."""
+        now = time.monotonic()
+        if stop.continued:
+            stop.continued = False
+            self.counted_until += now - max(self.ticked, self.counted_until)
+        self.ticked = now
 
     def count(self, training: bool) -> None:
         """Add the time since the last call."""

@@ -35,11 +35,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 def test_files_hold_arrays_and_no_object_for_each_path():
     paths = [f"n{i % 7:08d}/image_{i}.JPEG" for i in range(5000)]
-    held_by = vars(Files(REPOSITORY, paths, [i % 7 for i in range(5000)]))
+    held_by = vars(Files(REPOSITORY, paths, [i % 7 for i in range(5000)], range(5000)))
     arrays = [value for name, value in held_by.items() if name != "root"]
     assert isinstance(held_by["root"], str)
     assert all(array.dtype in (np.uint8, np.int64) for array in arrays)
-    assert sum(array.nbytes for array in arrays) < 5000 * (25 + 16)
+    assert sum(array.nbytes for array in arrays) < 5000 * (25 + 24)
 
 
 def test_names_of_any_kind_come_back(tmp_path):
@@ -47,7 +47,7 @@ def test_names_of_any_kind_come_back(tmp_path):
         *("a/ß é.JPEG", "日本/写真.jpeg", "a/x.JPEG", "d/😀 e\u0301.png", "e/" + "z" * 200),
         "c/" + os.fsdecode(b"\xff\xfe.jpg"),
     ]
-    files = Files(tmp_path, paths, range(6))
+    files = Files(tmp_path, paths, range(6), range(6))
     assert [files.path(i) for i in range(6)] == [os.path.join(tmp_path, p) for p in paths]  # noqa: PTH118
     assert (files.labels.tolist(), len(files)) == (list(range(6)), 6)
 
@@ -64,7 +64,7 @@ def test_what_workers_are_given_can_be_pickled(tree):
 def test_images_are_known_by_their_extension_in_any_case_and_sorted(tmp_path):
     for name in ("b.JPEG", "a.jpg", "c.Png", "d.webp", "notes.txt", ".DS_Store", "e.JPEG.md5"):
         (tmp_path / name).touch()
-    assert list_images(tmp_path) == ["a.jpg", "b.JPEG", "c.Png", "d.webp"]
+    assert list_images(tmp_path).names == ["a.jpg", "b.JPEG", "c.Png", "d.webp"]
 
 
 def test_labels_are_the_places_of_the_folders_in_alphabetical_order(tree):

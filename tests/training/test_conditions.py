@@ -15,7 +15,8 @@ from running import TIMES, assert_same_run, digits, send, without
 
 from mbn.records import provenance
 from mbn.system.errors import UserError
-from mbn.training import checkpoint_file, run
+from mbn.system.signals import StopRequest
+from mbn.training import checkpoint_file, run, state
 from mbn.training.conditions import devices, made_by, parts_of
 
 HASH = "[0-9a-f]{12}"
@@ -313,6 +314,34 @@ def test_training_again_deletes_only_what_the_program_wrote(here, left):
     assert here("machine.again=true").code == 0
     assert all(path.read_text() == "mine" for path in theirs)
     assert len(left().rows()) == (folder / "metrics.jsonl").read_text().count("\n")
+
+
+def test_a_lock_that_was_lost_ends_the_run_before_it_writes(here, left, after):
+    """Its file was removed, so that a second process could train there."""
+    after(3, lambda _: (left().folder / "lock").unlink())
+    done = here()
+    assert done.code == 1
+    assert f"{left().folder / 'lock'} was removed or replaced" in done.err
+    assert not left().checkpoint_path.exists()
+    after(8, lambda _: (left().folder / "lock").unlink())
+    assert here().code == 1
+    assert not left().record_path.exists()
+    assert here().code == 0
+
+
+def test_the_time_of_a_suspended_process_is_not_counted(monkeypatch):
+    now, stop = [100.0], StopRequest()
+    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+    clock = state.Clock()
+    for seconds, suspended in ((1, False), (7, True), (1, False), (0.5, False), (2, True), (1, False)):
+        now[0] += seconds
+        stop.continued = suspended
+        clock.tick(stop)
+        if seconds == 0.5:
+            clock.count(training=True)
+    clock.count(training=True)
+    assert clock.training_seconds == clock.seconds == 3.5
+    assert not stop.continued
 
 
 def test_a_test_loss_that_is_not_finite_is_a_divergence(here, left, monkeypatch):
