@@ -73,6 +73,7 @@ def train(
         with own_stream(run.state.device):
             try:
                 with _signals(stop) as signals:
+                    run.data.stop = signals
                     run.train(signals, journal)
                     return run.finish(signals, journal)
             finally:
@@ -113,6 +114,7 @@ def add_precise_error(config: Config, build: Build, stop: StopRequest | None = N
                 "machine.again=true trains it again."
             )
         with own_stream(run.state.device), _signals(stop) as signals:
+            run.data.stop = signals
             return record.rewrite(record.path_of(results, name), test_error_precise=run.precise_error(signals))
 
 
@@ -178,7 +180,11 @@ class Run:
             stop.nothing_to_save = update.mode in COMPILED
             while state.iteration < state.length:
                 self.set_schedule(state.iteration)
-                images, labels = next(batches)
+                try:
+                    images, labels = next(batches)
+                except StoppedError:  # no images came
+                    self.save(journal)
+                    raise self._stopped(stop) from None
                 ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
                 state.untested = report.statistics_of(state, images) if ends else None
                 update(images, labels)
