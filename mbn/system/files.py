@@ -54,14 +54,14 @@ def cannot_use(path: Path | str, error: OSError) -> UserError:
 
 # What a user can do about an error, by its number.
 _ADVICE = {
-    errno.ENOENT: "check that it is there",
-    errno.EACCES: "make it readable and writable",
-    errno.EPERM: "make it readable and writable",
+    errno.ENOENT: "check that it and its folder are there",
+    errno.EACCES: "make it and its folders readable and writable",
+    errno.EPERM: "make it and its folders readable and writable",
     errno.EROFS: "choose another folder (machine.results=DIR, machine.data=DIR)",
     errno.ENOTDIR: "move away the file that stands where a folder must be",
     errno.EEXIST: "move it away",
     errno.EISDIR: "move away the folder that stands where a file must be",
-    errno.ELOOP: "mend its links, which lead to each other",
+    errno.ELOOP: "mend its links, which lead in a circle,",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "close other programs, which have too many files open",
