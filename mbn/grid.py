@@ -6,13 +6,15 @@ from fractions import Fraction
 from functools import cache, cached_property
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from mbn.config import DATASETS, REPOSITORY, Config, checked, compose, groups, run_name
-from mbn.system.errors import UserError
+from mbn.config import DATASETS, REPOSITORY, Config, checked, compose, groups, parse, run_name
+from mbn.system.errors import ConfigError, UserError
+from mbn.system.setting_fields import fitted
+from mbn.system.yaml_file import read_yaml
 
 GRIDS = REPOSITORY / "scripts" / "grids"
 # The fields of a record that a table may show, and what it calls them.
@@ -43,7 +45,10 @@ class Cell:
         """What `load(self.command(seed, scale))` gives, composed once for all seeds and scales."""
         assert self.overrides is not None
         # Sorted: the same overrides in another order are the same run (no key stands twice in a cell).
-        config = _composed(tuple(sorted(self.overrides)))
+        try:
+            config = _composed(tuple(sorted(self.overrides)))
+        except ConfigError as error:
+            raise ConfigError(f"{self.grid}, row {self.row}, column {self.column}: {error}") from None
         return replace(config, seed=seed, schedule=replace(config.schedule, scale=scale))
 
     def name(self, seed: int, scale: float = 1.0) -> str:
@@ -59,12 +64,13 @@ class Cell:
 @cache
 def _composed(overrides: tuple[str, ...]) -> Config:
     """What `load` gives. Hydra takes 0.1 s or more, so it composes only the choices of groups, which cells share."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     chosen = tuple(o for o in overrides if o.partition("=")[0] in groups())
     config = deepcopy(_chosen(chosen))
-    for override in OverridesParser.create().parse_overrides([o for o in overrides if o not in chosen]):
-        OmegaConf.update(config, override.key_or_group, override.value())
+    for override in parse([o for o in overrides if o not in chosen]):
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value())
+        except OmegaConfBaseException:
+            raise ConfigError(f"{override.input_line} is no setting.") from None
     return checked(config)
 
 
@@ -177,18 +183,37 @@ def read(name: str, folder: Path = GRIDS) -> Grid:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"there is no table {name!r}: choose among {', '.join(names(folder))}, or all.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     own, shown, claims = content.pop("cells", {}), content.pop("metrics", ["test_error"]), content.pop("claims", [])
     try:
         grid = Grid(name=name, own=own, shown=shown, claims=[], **content)
+        _check(grid)
+        if not isinstance(claims, list):
+            raise TypeError("claims must be a list")
     except TypeError as error:
-        raise UserError(f"{path} is not a table ({error}): correct its keys.") from None
+        raise ConfigError(f"{path} is not a table ({error}): correct its keys.") from None
     for claim in claims:
         try:
             grid.claims.append(read_claim(grid, claim))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: the claim {claim} means nothing ({error}): correct it.") from None
+            raise ConfigError(f"{path}: the claim {claim} means nothing ({error}): correct it.") from None
     return grid
+
+
+def _check(grid: Grid) -> None:
+    """Check the form of what a file holds. Errors: TypeError."""
+    for key, kind in get_type_hints(Grid).items():
+        name = {"own": "cells", "shown": "metrics"}.get(key, key)
+        try:
+            fitted(getattr(grid, key), kind)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from None
+    unknown = sorted({*grid.paper, *grid.shown} - {*METRICS})
+    if unknown:
+        raise TypeError(f"there is no {unknown[0]!r}")
+    for row in (row for rows in grid.paper.values() for row in rows.items()):
+        if len(row[1]) != len(grid.columns):
+            raise TypeError(f"paper: {row[0]} needs a number or null for each of the {len(grid.columns)} columns")
 
 
 def check_data_sets(grid: Grid) -> None:

@@ -7,7 +7,9 @@ python scripts/evaluate.py checkpoint.pt --train
 python scripts/evaluate.py checkpoint.pt --export model.safetensors
 """
 
+import argparse
 import json
+import math
 import sys
 import textwrap
 import warnings
@@ -35,7 +37,12 @@ def main(arguments: list[str]) -> None:
         help="as for train.py: model=, dataset=, norm=, dataset.mean=, dataset.std=, machine.data= ...; a checkpoint "
         "of ours brings its own",
     )
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights as safetensors")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the weights as safetensors, to a new file or an earlier export",
+    )
     parser.add_argument(
         "--train",
         action="store_true",
@@ -62,25 +69,30 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
         )
     if export is not None and "=" in export.name:
         raise UserError(f"{export} looks like a setting: name the file after --export.", code=2)
+    if export is not None:
+        check_export(export, path)
     state, described = read_weights(path)
     lines = command_line(described, overrides) if described else overrides
     # The batch size is training's, and evaluation may have fewer training images.
     config = configuration.load([*lines, "batch_size=1"])
     device = choose_device(config.machine.device, None)
     model = models.build(layers=from_config(config), **configuration.network(config))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        why = textwrap.shorten(" ".join(str(error).splitlines()[1:2]), 200).rstrip(".")
-        raise UserError(
-            f"{path} does not fit model={config.model.name} norm={config.norm.name} with {config.dataset.classes} "
-            f"classes: {why}."
-        ) from None
+    fill(
+        model,
+        state,
+        f"{path} does not fit model={config.model.name} norm={config.norm.name} with {config.dataset.classes} classes",
+        path,
+    )
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     data = load_data(config, device)
     batches = (data.plain_train_batches if train else data.test_batches)(batch_size_for(config, device))
     with autocast(device, config.precision):
         measured = evaluate(model, batches)
+    if not math.isfinite(measured.loss):
+        raise UserError(
+            f"the network of {path} gives outputs that are not finite, so it has no test error: train it with a lower "
+            "learning rate, or use earlier weights."
+        )
     images = f"{config.dataset.name}'s training images" if train else config.dataset.name
     print(
         f"{path} on {images}: loss {measured.loss:.4f}, top-1 error {measured.error:.2f} %, "
@@ -90,11 +102,47 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
         from safetensors.torch import save
 
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        again = " over the export before it" if export.exists() else ""
         identity = configuration.identity(config)
         if described:  # the run in which it was trained, with the data set that was tested
             identity = {**described, "dataset": identity["dataset"]}
         write_atomically(export, save(weights, {"config": json.dumps(identity)}))
-        print(f"wrote {export}")
+        print(f"wrote {export}{again}")
+
+
+def fill(model: Any, state: dict[str, Any], misfit: str, path: Path) -> None:
+    """Load a state_dict into a network. Errors: UserError where it does not fit or a value is not finite."""
+    for name, tensor in model.state_dict().items():
+        if name in state and state[name].is_floating_point() != tensor.is_floating_point():
+            raise UserError(f"{misfit}: {name} has the type {state[name].dtype}, not {tensor.dtype}.")
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # a tensor of an unusual kind can raise anything
+        lines = str(error).splitlines()
+        why = textwrap.shorten(" ".join(lines[1:2] or lines[:1]), 200).rstrip(".")
+        raise UserError(f"{misfit}: {why}.") from None
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} holds values in {name} that are not finite: use earlier weights.")
+
+
+def check_export(export: Path, weights: Path) -> None:
+    """Check that nothing is lost by writing a file. Errors: UserError unless it is new or was exported before."""
+    if export.exists() and weights.exists() and export.samefile(weights):
+        raise UserError(f"{export} holds the weights that are to be exported: name another file.", code=2)
+    if export.is_symlink() or (export.exists() and not is_exported(export)):
+        raise UserError(f"{export} is there, and --export did not write it: name another file.", code=2)
+
+
+def is_exported(path: Path) -> bool:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            read_config((file.metadata() or {})["config"], path)
+    except Exception:  # whatever it is, it is nothing of ours
+        return False
+    return True
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -106,37 +154,77 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if not path.is_file():
         raise UserError(f"{path} is not a file: name a checkpoint or a file of weights.")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                described = (file.metadata() or {}).get("config")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a file of weights ({error}).") from None
-        return tensors, json.loads(described) if described else None
+        return read_safetensors(path)
     none = UserError(f"{path} holds no state_dict of tensors: torch.save(model.state_dict(), FILE) writes one.")
     try:
-        with warnings.catch_warnings(action="ignore"):
+        # Training programs save their options, which hold plain values, beside the weights.
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): make it readable.") from None
     except Exception:  # a wrong file can raise anything, and torch's message advises to load it unsafely
         raise none from None
-    if isinstance(content, dict) and "model" in content and "config" in content:
+    if isinstance(content, dict) and content.keys() >= {"model", "config", "identity"}:
         try:
             content = checkpoint_file.read(path)
         except checkpoint_file.DamagedError as error:
             before = checkpoint_file.previous(path)
             use = f"use {before}, or " if before.exists() else ""
             raise UserError(f"{error}: {use}train again.") from None
-        return content["model"], configuration.identity(configuration.from_dict(json.loads(content["config"])))
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        described = read_config(content["config"], path)
+        content = content["model"]
+    else:
+        described = None
+        for key in ("state_dict", "model"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+    if not is_state(content):
         raise none
-    return content, None
+    return without_prefix(content), described
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            described = (file.metadata() or {}).get("config")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): make it readable.") from None
+    except Exception as error:  # of a wrong file, or of numbers that torch does not have
+        raise UserError(f"{path} is not a file of weights ({textwrap.shorten(str(error), 200)}).") from None
+    return without_prefix(tensors), None if described is None else read_config(described, path)
+
+
+def is_state(content: Any) -> bool:
+    """Whether a file's content is a state_dict."""
+    import torch
+
+    return isinstance(content, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    )
+
+
+def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict with the names of the network's own, where DistributedDataParallel or torch.compile held it."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def read_config(text: Any, path: Path) -> dict[str, Any]:
+    """The identity of the run that a file describes, as JSON. Errors: UserError where it describes none."""
+    try:
+        plain = json.loads(text)
+        folders = {"data": "data", "results": "results"}  # an export has none
+        return configuration.identity(configuration.from_dict({**plain, "machine": folders | plain.get("machine", {})}))
+    except UserError as error:
+        why = str(error).rstrip(".")
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        why = "it is not JSON with groups of settings"
+    raise UserError(f"{path} has a configuration that no run has ({why}): use a file that train.py or --export wrote.")
 
 
 def command_line(described: dict[str, Any], overrides: list[str]) -> list[str]:

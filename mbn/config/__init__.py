@@ -6,6 +6,7 @@ from mbn.config.loading import from_dict as from_dict
 from mbn.config.loading import groups as groups
 from mbn.config.loading import load as load
 from mbn.config.loading import options as options
+from mbn.config.loading import parse as parse
 from mbn.config.loading import resolved as resolved
 from mbn.config.loading import sweep_lines as sweep_lines
 from mbn.config.registry import DATASETS as DATASETS

@@ -4,18 +4,21 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import json
+import math
 import typing
+from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mbn.config.registry import DATASETS, NETWORKS
 from mbn.config.schema import CONFIGS, REPOSITORY, Config, check
 from mbn.config.typed_paths import quoted
 from mbn.methods import METHODS
 from mbn.system.errors import ConfigError
-from mbn.system.setting_fields import leaves
+from mbn.system.setting_fields import fitted, in_words, leaves, shortened, shown
 
 # The groups whose options have entries in a registry: the registry, and its file.
 REGISTRIES: dict[str, tuple[dict[str, Any], str]] = {
@@ -23,6 +26,8 @@ REGISTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "model": (NETWORKS, "mbn/config/registry.py"),
     "norm": (METHODS, "mbn/methods.py"),
 }
+
+MOST_RUNS = 10_000  # of a sweep
 
 
 # From the command line to a checked Config.
@@ -38,20 +43,36 @@ def load(overrides: list[str]) -> Config:
 
 def sweep_lines(overrides: list[str]) -> list[list[str]]:
     """The command lines of a sweep: norm=bn,mbn seed=range(0,3) makes six. Errors: ConfigError."""
-    from hydra.errors import HydraException
-
-    choices = []
-    for text, override in zip(overrides, _parse(overrides), strict=True):
-        key = override.get_key_element()
-        try:
-            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
-        except HydraException as error:
-            raise ConfigError(f"cannot sweep {text!r}: {_one_sentence(error)}") from None
-        choices.append([f"{key}={v}" for v in values] if values is not None else [text])
+    choices = [_choices(text, override) for text, override in zip(overrides, parse(overrides), strict=True)]
+    runs = math.prod(map(len, choices))
+    if runs > MOST_RUNS:
+        raise ConfigError(f"this sweep has {runs} runs: {MOST_RUNS} are allowed, so make several of it.")
     return [list(line) for line in itertools.product(*choices)]
 
 
-def _parse(overrides: list[str]) -> list[Any]:
+def _choices(text: str, override: Any) -> list[str]:
+    """A setting of a sweep, once for each of its values. Errors: ConfigError."""
+    from hydra.core.override_parser.types import Glob
+    from hydra.errors import HydraException
+
+    key, value = override.get_key_element(), override.value()
+    if not override.is_sweep_override():
+        return [text]
+    try:
+        if isinstance(value, Glob):
+            values = value.filter(options(override.key_or_group) if override.key_or_group in groups() else [])
+        else:
+            values = list(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))
+    except (HydraException, ValueError) as error:
+        why = _one_sentence(error).replace("type is ValueType.INTERVAL_SWEEP", "not an interval")
+        raise ConfigError(f"cannot sweep {shown(text)}: {why}") from None
+    if not values:
+        raise ConfigError(f"{shortened(text)} stands for no value: nothing would be trained.")
+    return [f"{key}={v}" for v in values]
+
+
+def parse(overrides: list[str]) -> list[Any]:
+    """Hydra's reading of each setting. Errors: ConfigError."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -60,9 +81,10 @@ def _parse(overrides: list[str]) -> list[Any]:
     for text in overrides:
         try:
             parsed.append(parser.parse_override(quoted(text)))
-        except HydraException:
+        except (HydraException, ValueError, RecursionError):  # ValueError: a number of thousands of digits
             raise ConfigError(
-                f"cannot read {text!r}: write a setting as key=value, a list as key=[1,2], with quotes for the shell."
+                f"cannot read {shown(text)}: write a setting as key=value, a list as key=[1,2], with quotes for the "
+                "shell."
             ) from None
     return parsed
 
@@ -72,13 +94,16 @@ def compose(overrides: list[str]) -> DictConfig:
     import hydra
     from hydra.errors import HydraException
 
+    from mbn.config.yaml_source import read_strictly
+
     OmegaConf.register_new_resolver("repository", lambda path: str(REPOSITORY / path), replace=True)
     OmegaConf.register_new_resolver("schedule_of", _schedule_of, replace=True)
-    parsed = [o for o in _parse(overrides) if (o.key_or_group, o.value()) != ("experiment", None)]
+    parsed = [o for o in parse(overrides) if (o.key_or_group, o.value()) != ("experiment", None)]
     for override in parsed:
         _check_override(override)
     # A setting that ++ would add exists already.
     lines = [o.input_line if o.key_or_group in groups() else o.input_line.lstrip("+") for o in parsed]
+    read_strictly()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra.compose("config", overrides=lines)
@@ -108,17 +133,19 @@ def _check_override(override: Any) -> None:
     key, value, line = override.key_or_group, override.value(), override.input_line
     if override.is_sweep_override():
         raise ConfigError(
-            f"{line} has several values, but one is needed here: write `python train.py -m {line}` for a sweep, or "
-            "brackets for a list."
+            f"{shortened(line)} has several values, but one is needed here: write `python train.py -m "
+            f"{shortened(line)}` for a sweep, or brackets for a list."
         )
     if key in groups():
         if value not in options(key):
             close = _suggestion(str(value), set(options(key)))
-            raise ConfigError(f"{key}={value} does not exist{close}; choose one of {', '.join(options(key))}.")
+            raise ConfigError(
+                f"{key}={shortened(str(value))} does not exist{close}; choose one of {', '.join(options(key))}."
+            )
         return
     if key not in _known_keys():
         close = _suggestion(key, {*_known_keys(), *groups()})
-        raise ConfigError(f"there is no setting {key!r}{close}; `python train.py --help` lists them all.")
+        raise ConfigError(f"there is no setting {shown(key)}{close}; `python train.py --help` lists them all.")
     if override.is_delete():
         raise ConfigError(f"{key} cannot be deleted: leave it out of the command for its default.")
     if override.is_add() and not override.is_force_add():
@@ -150,9 +177,11 @@ def _suggestion(wrong: str, right: set[str]) -> str:
 
 
 def _one_sentence(error: Exception) -> str:
-    """The first line of an error message from Hydra that no check above caught."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """What an error of Hydra's says that no check above caught: its first line, and what that one announces."""
+    said = f"{error}" or f"{error.__cause__ or type(error).__name__}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    text = " ".join(lines[: 1 + lines[0].endswith(":")])
+    return f"{shortened(text).rstrip('.')}."
 
 
 def resolved(composed: DictConfig) -> dict[str, Any]:
@@ -160,65 +189,75 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_sentence(error)) from None
+        raise ConfigError(f"cannot read the value of {error.full_key}: {_one_sentence(error)}") from None
     return typing.cast(dict[str, Any], plain)
 
 
 def checked(composed: DictConfig) -> Config:
     """Merge a composed configuration into the schema and check every value. Errors: ConfigError."""
-    return from_dict(resolved(composed))
+    return _filled(resolved(composed), _from_text)
 
 
 def from_dict(plain: dict[str, Any]) -> Config:
-    """The checked Config of nested dictionaries, such as a record holds. Errors: ConfigError."""
+    """The checked Config of nested dictionaries, such as a record holds.
+
+    Every value must be of its setting's type, and a text stands for itself: nothing in it is looked up elsewhere.
+    Errors: ConfigError.
+    """
+    return _filled(plain, lambda value: value)
+
+
+def _filled(plain: dict[str, Any], convert: Callable[[Any], Any]) -> Config:
     schema = _schema_of(plain)
+    _fill(schema, plain, schema, "", convert)
+    check(schema)
+    return schema
+
+
+def _fill(part: Any, plain: dict[str, Any], schema: Config, prefix: str, convert: Callable[[Any], Any]) -> None:
+    """Put the values of nested dictionaries into a part of the schema. Errors: ConfigError."""
+    kinds = typing.get_type_hints(type(part))
+    for key in plain:
+        if key not in kinds:
+            close = _suggestion(f"{prefix}{key}", {known for known, *_ in leaves(schema)})
+            raise ConfigError(f"there is no setting {shown(f'{prefix}{key}')}{close}.")
+    for name, kind in kinds.items():
+        value = plain.get(name, getattr(part, name))
+        if dataclasses.is_dataclass(kind):
+            _fill(getattr(part, name), plain.get(name, {}), schema, f"{prefix}{name}.", convert)
+            continue
+        if value == MISSING:
+            raise ConfigError(f"{prefix}{name} is not set: give it a value.")
+        try:
+            setattr(part, name, fitted(value if kind is str else convert(value), kind))
+        except (TypeError, OverflowError):
+            raise ConfigError(f"{prefix}{name} must be {in_words(kind)}, not {shown(value)}.") from None
+
+
+def _from_text(value: Any) -> Any:
+    """A number, true or false that was typed as a text, or that came from the environment as one."""
+    if isinstance(value, list):
+        return [_from_text(item) for item in value]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError(f"{missing[0]} is not set: give it a value.")
-        config = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        key = error.full_key or str(error.key)
-        close = _suggestion(key, {known for known, *_ in leaves(schema)})
-        raise ConfigError(f"there is no setting {key!r}{close}.") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(_wrong_type(schema, error.full_key or str(error.key), plain)) from None
-    assert isinstance(config, Config)
-    check(config)
-    return config
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def _schema_of(plain: dict[str, Any]) -> Config:
     """The schema with the settings of the network and the method named in nested dictionaries. Errors: ConfigError."""
+    if not isinstance(plain, dict):
+        raise ConfigError(f"a configuration must be groups of settings, not {shown(plain)}.")
     for f in dataclasses.fields(Config):
         if dataclasses.is_dataclass(f.type) and not isinstance(plain.get(f.name, {}), dict):
-            raise ConfigError(f"{f.name} must be a group of settings, not {plain[f.name]!r}.")
+            raise ConfigError(f"{f.name} must be a group of settings, not {shown(plain[f.name])}.")
     for group, (table, home) in REGISTRIES.items():
         name = plain.get(group, {}).get("name")
+        if not isinstance(name, str | None):
+            raise ConfigError(f"{group}.name must be a text, not {shown(name)}.")
         if name not in table and name in options(group):
             raise ConfigError(f"configs/{group}/{name}.yaml is there, but {home} lacks it: add an entry.")
         if name not in table and group != "dataset":
-            raise ConfigError(f"{group}={name} does not exist; choose one of {', '.join(sorted(table))}.")
+            wrong = f"{group}={shortened(str(name))}"
+            raise ConfigError(f"{wrong} does not exist; choose one of {', '.join(sorted(table))}.")
     return Config(model=NETWORKS[plain["model"]["name"]].settings(), norm=METHODS[plain["norm"]["name"]].settings())
-
-
-_TYPE_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    int | None: "a whole number or null",
-    list[float]: "a list of numbers such as [0.1,0.5]",
-}
-
-
-def _wrong_type(schema: Config, key: str, plain: dict[str, Any]) -> str:
-    """'batch_size must be a whole number, not 'abc'.' for the key whose value the schema refused."""
-    *parents, last = key.split("[")[0].split(".")
-    node: Any = schema
-    value: Any = plain
-    for part in parents:
-        node, value = getattr(node, part), value[part]
-    wanted = _TYPE_NAMES[typing.get_type_hints(type(node))[last]]
-    return f"{'.'.join([*parents, last])} must be {wanted}, not {value[last]!r}."

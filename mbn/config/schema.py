@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from mbn.config.registry import DATASETS, NETWORKS, Model, networks
 from mbn.methods import METHODS, Norm
 from mbn.system.errors import ConfigError
-from mbn.system.setting_fields import ABOVE_0, BELOW_1, Rule, among, at_least, group, leaves, setting
+from mbn.system.setting_fields import ABOVE_0, BELOW_1, Rule, among, at_least, group, leaves, setting, shown
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -142,10 +142,10 @@ def check(config: Config) -> None:
     for key, spec, value in leaves(config):
         rule = spec.metadata.get("rule")
         if rule and not rule.holds(value):
-            raise ConfigError(f"{key} must be {rule.wanted}, not {value!r}.")
+            raise ConfigError(f"{key} must be {rule.wanted}, not {shown(value)}.")
     for key, ok, wanted, value in _rules_of_several(config):
         if not ok:
-            raise ConfigError(f"{key} must be {wanted}, not {value!r}.")
+            raise ConfigError(f"{key} must be {wanted}, not {shown(value)}.")
     if config.schedule.epochs is not None and config.schedule.iterations is not None:
         raise ConfigError(
             "schedule.epochs and schedule.iterations are both set, but a run has one length: leave one of them null."

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import reprlib
+import types
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,8 +35,57 @@ def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
             yield from leaves(value, f"{prefix}{field.name}.")
 
 
+def fitted(value: Any, kind: Any) -> Any:
+    """A plain value as one of that type: int, float, bool, str, X | None, list[X] or dict[str, X].
+
+    A whole number is also a float, and -0.0 is 0.0. Errors: TypeError, OverflowError for a value of another type.
+    """
+    outer, inner = typing.get_origin(kind), typing.get_args(kind)
+    if outer in (types.UnionType, typing.Union):
+        return None if value is None else fitted(value, inner[0])
+    if outer is list and type(value) is list:
+        return [fitted(item, inner[0]) for item in value]
+    if outer is dict and type(value) is dict:
+        return {fitted(key, inner[0]): fitted(item, inner[1]) for key, item in value.items()}
+    if kind is float and type(value) in (int, float):
+        return float(value) + 0.0
+    if type(value) is not kind:
+        raise TypeError(f"{shown(value)} is not {in_words(kind)}")
+    return value
+
+
+def in_words(kind: Any) -> str:
+    """The name of a type, for a message."""
+    return _TYPE_NAMES.get(kind, str(kind))
+
+
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    int | None: "a whole number or null",
+    list[float]: "a list of numbers such as [0.1,0.5]",
+    list[str]: "a list of texts",
+}
+
+
+def shown(value: Any) -> str:
+    """A value of a setting in a message: as in Python, and shortened in the middle if it is long."""
+    return _short.repr(value)
+
+
+def shortened(text: str) -> str:
+    """A text in a message, shortened if it is long."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+
+
 def at_least(least: float) -> Rule:
-    return Rule(f"at least {least}", lambda value: value is None or value >= least)
+    return Rule(f"at least {least} and below {2**31}", lambda value: value is None or least <= value < 2**31)
 
 
 def among(*choices: Any) -> Rule:

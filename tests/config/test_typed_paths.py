@@ -25,7 +25,7 @@ def arrives(path):
 @example("\\" * 3, "machine.data", "")
 def test_any_path_arrives_unchanged_and_is_no_sweep(path, key, plus):
     (line,) = sweep_lines([f"{plus}{key}={path}"])
-    (override,) = loading._parse(line)
+    (override,) = loading.parse(line)
     assert (override.key_or_group, override.value(), override.is_sweep_override()) == (key, path, False)
 
 
