@@ -3,11 +3,19 @@
 from mbn.system.signals import CODES
 
 
+def printable(text: str) -> str:
+    """The text with escapes in place of all that a terminal would obey or could not show, such as control characters.
+
+    Example: a tab becomes the two characters \\t.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(Exception):
-    """The message is one sentence that says what to do. `code` is the exit code."""
+    """The message is one sentence that says what to do; it is printable. `code` is the exit code."""
 
     def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.code = code
 
     def shown(self) -> str:

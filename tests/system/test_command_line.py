@@ -15,6 +15,8 @@ from mbn.system.files import LOCKED
         (ConfigError("seed must be 3."), 2, "error: seed must be 3."),
         (UserError("it failed."), 1, "error: it failed."),
         (UserError("it is being trained.", code=LOCKED), LOCKED, "error: it is being trained."),
+        # Nothing that a terminal would obey: a file's name or a field of a record may come from anywhere.
+        (UserError("no 日本 \x1b[2J\n\t\udc80\u202e."), 1, r"error: no 日本 \x1b[2J\n\t\udc80\u202e."),
         (
             OSError(errno.ENOSPC, "No space left", "file"),
             1,
