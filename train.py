@@ -72,6 +72,9 @@ def main(arguments: list[str]) -> int:
         composed = configuration.compose([o for o in overrides if o not in ("job", "all", "hydra")])
         print(configuration.to_yaml(configuration.resolved(composed)))
     else:
+        from mbn.records import provenance
+
+        provenance.ask()
         with signals.Exit():
             if options.multirun:
                 return sweep(overrides)

@@ -32,7 +32,7 @@ from mbn.config import REPOSITORY, Config, cores, load
 from mbn.launch.estimate import Estimate
 from mbn.launch.missing_runs import PlannedRun, runs, table_names
 from mbn.launch.table_status import status_text, table_status
-from mbn.records import record
+from mbn.records import provenance, record
 from mbn.records.import_records import gather
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.durations import duration
@@ -46,6 +46,8 @@ SETTINGS = ("machine.", "evaluate.")
 @entry_point
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
+    if (options.items or options.source is None) and not options.status and not options.dry_run:
+        provenance.ask()
     settings = [item for item in options.items if item.lstrip("+").startswith(SETTINGS)]
     items = [item for item in options.items if item not in settings]
     config = common(settings, options.scale)

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
+# A PATH on which git does not work: a working tree that changes while the tests run then changes no record.
+WITHOUT_GIT = f"{HERE / 'without_git'}{os.pathsep}{os.environ['PATH']}"
 
 
 class Ended(NamedTuple):
@@ -33,8 +35,7 @@ class Forker:
 
     def __init__(self, log: Path, **environment: str) -> None:
         self.log = log
-        # Without git, so that a working tree that changes while the tests run changes no record.
-        environment = {"GIT_DIR": os.devnull, "MBN_COMMIT": "c0ffee" * 6 + "c0ff"} | environment
+        environment = {"PATH": WITHOUT_GIT, "MBN_COMMIT": "c0ffee" * 6 + "c0ff"} | environment
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "killing.py")],
             stdin=subprocess.PIPE,

@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 from typing import NamedTuple
 
+import killing
 import pytest
 import torch
 from torch import nn
@@ -320,8 +321,7 @@ def start(*arguments, cwd=None, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *arguments],
         cwd=cwd,
-        # Without git, so that a working tree that changes while the tests run changes no record.
-        env={**os.environ, "GIT_DIR": os.devnull, "MBN_COMMIT": COMMIT, **environment},
+        env={**os.environ, "PATH": killing.WITHOUT_GIT, "MBN_COMMIT": COMMIT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

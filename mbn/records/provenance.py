@@ -1,58 +1,157 @@
 """Where a run's numbers come from: the commit, the code, the versions of the libraries, the device."""
 
 import ast
+import contextlib
 import functools
 import hashlib
+import importlib.machinery
 import io
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
+import tempfile
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mbn import __version__
 from mbn.config import REPOSITORY
+from mbn.system.errors import printable
 
 # Parts of mbn that train nothing.
 NOT_TRAINING = ("benchmark", "launch", "tables", "grid.py")
+# Folders in which every file may be or change code, and the endings of files that can be imported.
+CODE = ("mbn", "models", "scripts", "configs")
+IMPORTABLE = tuple(importlib.machinery.all_suffixes())
+CPUINFO = Path("/proc/cpuinfo")
+# A commit's name, long or short, as a pattern.
+COMMIT = "[0-9a-f]{7,40}"
+
+
+class _Origin(NamedTuple):
+    """unknown: why there is no commit."""
+
+    commit: str | None
+    dirty: bool | None
+    unknown: str = ""
+
+
+def ask() -> None:
+    """Note commit, changes and code now, as long as the files are those that are being imported. A commit or an edit
+    made later changes nothing. Says on stderr why the commit is unknown, if it is.
+    """
+    _texts()
+    commit, _ = commit_and_dirty()
+    if commit is None:
+        print(
+            f"warning: the commit of this code is unknown ({_origin().unknown}), so that records made now cannot be "
+            "imported elsewhere.",
+            file=sys.stderr,
+        )
 
 
 def commit_and_dirty() -> tuple[str | None, bool | None]:
-    """The commit of the tree that holds this package, and whether tracked files outside results/ differ from it.
+    """The commit of the checkout that holds this package, and whether its code differs from it. Asked once in a
+    process.
 
+    Changes of tracked files outside results/ count, also hidden ones, and so do untracked files that could be code.
     Without git both come from the environment variable MBN_COMMIT: set it to what
     `git describe --always --dirty --abbrev=40 --exclude '*'` prints where there is git. Without both: (None, None).
     """
+    return _origin()[:2]
+
+
+@functools.cache
+def _origin() -> _Origin:
     try:
-        head = _git("rev-parse", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results").strip()
-        return head, bool(changed)
-    except (OSError, subprocess.CalledProcessError):
-        described = os.environ.get("MBN_COMMIT", "").strip()
-        if not described:
-            return None, None
-        return described.removesuffix("-dirty"), described.endswith("-dirty")
+        top, _, head = _git("rev-parse", "--show-toplevel", "HEAD").rstrip("\n").rpartition("\n")
+        if Path(top).samefile(REPOSITORY):
+            return _Origin(head, _is_changed())
+        reason = f"{REPOSITORY} is no checkout, but lies in the one of {top}: set MBN_COMMIT"
+    except subprocess.CalledProcessError as error:
+        said = os.fsdecode(error.stderr).strip().partition("\n")[0].removeprefix("fatal: ")
+        reason = f"git says: {said or 'nothing'}; set MBN_COMMIT"
+        if "dubious ownership" in said:  # a checkout of another user
+            reason = f"it is another user's: git config --global --add safe.directory {shlex.quote(str(REPOSITORY))}"
+    except OSError as error:
+        reason = f"git cannot be started, {error.strerror}: set MBN_COMMIT"
+    described = os.environ.get("MBN_COMMIT", "").strip()
+    if re.fullmatch(rf"{COMMIT}(-dirty)?", described):
+        return _Origin(described.removesuffix("-dirty"), described.endswith("-dirty"))
+    if described:
+        reason = f"MBN_COMMIT is {described!r}: set it to all digits of a commit, with -dirty if code was changed"
+    return _Origin(None, None, printable(reason))
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(REPOSITORY), *arguments], check=True, capture_output=True, encoding="utf-8"
-    ).stdout
+def _git(*arguments: str, **environment: str) -> str:
+    """What git prints about REPOSITORY. Variables such as GIT_DIR, which hooks set, would name another one."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(REPOSITORY), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, env=own | {"LC_ALL": "C"} | environment)
+    return os.fsdecode(done.stdout)
+
+
+def _is_changed() -> bool:
+    """Whether the code may be other than the commit's."""
+    outside_results = ("--", ".", ":(exclude)results")
+    if _git("status", "--porcelain", "--untracked-files=no", *outside_results):
+        return True
+    listed = [line.partition(" ") for line in _git("ls-files", "-v", "-z").split("\0") if line]
+    if any(tag == "S" or tag.islower() for tag, _, _ in listed):
+        # Files that git was told to look away from (assume-unchanged, skip-worktree): a fresh index does not know it.
+        with tempfile.TemporaryDirectory() as folder:
+            index = {"GIT_INDEX_FILE": f"{folder}/index"}
+            _git("read-tree", "HEAD", **index)
+            different = ("diff", "--no-ext-diff", "--name-only", "--diff-filter=d", "HEAD")
+            if _git(*different, *outside_results, **index):
+                return True
+    tracked = {name for _, _, name in listed}
+    return any(path.relative_to(REPOSITORY).as_posix() not in tracked for path in _possible_code())
+
+
+def _possible_code() -> Iterator[Path]:
+    """The files that could be or change code, whatever git ignores: all in CODE, and at the top what can be imported.
+
+    Names that begin with a dot belong to editors and systems, and __pycache__ to Python.
+    """
+    top = [path for path in REPOSITORY.iterdir() if path.name not in (*CODE, "data", "results")]
+    for path in (file for one in top for file in (one.glob("__init__.*") if one.is_dir() else [one])):
+        if path.name.endswith(IMPORTABLE) and not path.name.startswith("."):
+            yield path
+    for name in CODE:
+        for folder, folders, files in os.walk(REPOSITORY / name):
+            links = [name for name in folders if (Path(folder) / name).is_symlink()]
+            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+            yield from (Path(folder) / name for name in (*files, *links) if not name.startswith("."))
+
+
+@functools.cache
+def _texts() -> dict[str, bytes]:
+    """By their names, the files of models/ and mbn/ without NOT_TRAINING. Read once in a process."""
+    paths = (path for folder in ("mbn", "models") for path in (REPOSITORY / folder).rglob("*.py"))
+    named = {path.relative_to(REPOSITORY): path for path in paths if not path.name.startswith(".") and path.is_file()}
+    return {
+        name.as_posix(): path.read_bytes() for name, path in sorted(named.items()) if name.parts[1] not in NOT_TRAINING
+    }
 
 
 @functools.cache
 def code() -> str:
     """SHA-256 of the code that trains: models/ and mbn/ without NOT_TRAINING, comments, docstrings and blank lines.
 
-    Read once in a process, near its start, because it stands for the code that was imported.
+    The files are read once in a process, near its start, because the hash stands for the code that was imported.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for folder in ("mbn", "models") for p in (REPOSITORY / folder).rglob("*.py")):
-        name = path.relative_to(REPOSITORY)
-        if name.parts[1] not in NOT_TRAINING:
-            digest.update(f"{name.as_posix()}\n{statements(path.read_text(encoding='utf-8'))}\n".encode())
+    for name, content in _texts().items():
+        try:
+            text = statements(content.decode())
+        except (ValueError, SyntaxError, tokenize.TokenError):  # no Python, such as a file that is half written
+            text = str(content)
+        digest.update(f"{name}\n{text}\n".encode())
     return digest.hexdigest()
 
 
@@ -101,12 +200,7 @@ def device_name(device: Any) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text(encoding="utf-8").splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
-    return f"{device.type}: {model}"
+    with contextlib.suppress(OSError):
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").split("\n")
+        model = next((line.partition(":")[2] for line in lines if "model name" in line), model)
+    return f"{device.type}: {printable(model.strip())}"

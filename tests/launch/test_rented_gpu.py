@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from killing import WITHOUT_GIT
 from running import COMMIT
 
 from mbn.config import REPOSITORY
@@ -27,10 +28,9 @@ def rental(tmp_path, write_toy):
     def call(*arguments, code=0, **more):
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{Path(sys.executable).parent}:{WITHOUT_GIT}",
             "WORK": str(tmp_path / "work"),
             "RESULTS": str(tmp_path / "home"),
-            "GIT_DIR": os.devnull,
             "MBN_COMMIT": COMMIT,
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             **more,
@@ -77,7 +77,7 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
         *("--grids", str(tmp_path / "grids"), *COMMON),
         code=0 if installed else 2,
         MPS="1",
-        PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{WITHOUT_GIT}",
     )
     if installed:
         assert "2 of 2 runs are done." in said
