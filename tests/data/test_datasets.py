@@ -22,6 +22,7 @@ from running import Trap
 from mbn.config import REPOSITORY, load
 from mbn.data import datasets
 from mbn.data.download import download
+from mbn.data.in_memory import fingerprint
 from mbn.system.errors import UserError
 
 CPU = torch.device("cpu")
@@ -79,6 +80,52 @@ def test_other_numbers_than_the_configured_are_refused_with_advice_that_works(tr
     assert advice == {key: right[key] for key in wrong}
     vars(config.dataset).update(advice)
     datasets.load_data(config, CPU)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 64), (64, 32)])
+def test_images_of_another_size_than_the_configured_are_refused(height, width, monkeypatch):
+    config = configured("digits")
+    config.dataset.image_size = 64
+    images = np.zeros((1797, height, width, 3), np.uint8)
+    monkeypatch.setattr(
+        datasets, "digits", lambda _: datasets.Arrays(images[:1437], LABELS[:1437], images[1437:], LABELS[1437:])
+    )
+    with pytest.raises(UserError) as caught:
+        datasets.load_data(config, CPU)
+    found = f"digits has images of {height} x {width} pixels here, not 64 x 64: "
+    assert str(caught.value).startswith(found)
+    advice = re.search(r"dataset\.image_size=(\d+)", str(caught.value))
+    assert (advice is not None) == (height == width)
+    if advice:
+        config.dataset.image_size = int(advice[1])
+        datasets.load_data(config, CPU)
+
+
+LABELS = np.arange(1797) % 10
+
+
+def little(images=(2, 8, 8, 3), value=0, label=0, dtype=np.int64):
+    """Arrays that differ in one thing."""
+    return datasets.Arrays(
+        np.full(images, value, np.uint8), np.full(2, label, dtype), *datasets.Arrays(*[LABELS[:4]] * 4)[2:]
+    )
+
+
+def test_a_fingerprint_is_of_all_values_types_and_shapes():
+    several = [little(), little(value=1), little(label=1), little(dtype=np.int32), little((2, 8, 4, 6))]
+    prints = [fingerprint(arrays) for arrays in several]
+    assert len(set(prints)) == len(prints)
+    for part in range(4):
+        changed = [array.copy() for array in little()]
+        changed[part].reshape(-1)[-1] += 1
+        assert fingerprint(datasets.Arrays(*changed)) not in prints
+    assert fingerprint(little()) == prints[0]
+    assert re.fullmatch("[0-9a-f]{64}", prints[0])
+
+
+def test_runs_that_share_their_images_share_the_fingerprint():
+    opened = datasets.load_data(configured("digits"), CPU)
+    assert opened.with_seed(3).fingerprint == opened.fingerprint == fingerprint(datasets.digits(Path()))
 
 
 # Downloads.

@@ -1,14 +1,18 @@
 """Order and augmentation as functions of (seed, epoch, index)."""
 
+import itertools
 import math
 import types
 
 import numpy as np
 import pytest
 import torch
+from jpegs import described, opened
 from torchvision.transforms import RandomResizedCrop
 
-from mbn.data import random_streams
+from mbn.config.registry import DATASETS
+from mbn.data import datasets, random_streams
+from mbn.data.in_memory import DeviceDataset
 from mbn.data.random_streams import crops_and_flips, order, resized_crop
 
 
@@ -43,6 +47,24 @@ def test_draws_depend_on_seed_epoch_and_index_alone(draw):
     torch.manual_seed(2)
     assert first not in [draw(6, 3), draw(5, 4), draw(3, 5)]
     assert draw(5, 3) == first
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_no_data_set_draws_the_same_numbers_twice(name, tree, monkeypatch):
+    """SeedSequence pads a key with zeros: (seed, epoch, 1) and (seed, epoch, 1, 0) are one stream."""
+    assert random_streams._stream(3, 2, 1).randint(1 << 30) == random_streams._stream(3, 2, 1, 0).randint(1 << 30)
+    drawn, stream = [], random_streams._stream
+    monkeypatch.setattr(random_streams, "_stream", lambda *key: drawn.append(key) or stream(*key))
+    if DATASETS[name].streamed:
+        data = opened(tree)
+    else:
+        data = DeviceDataset(datasets.digits(None), described(image_size=32), 0, torch.device("cpu"))
+    size = len(data.train) if DATASETS[name].streamed else 1437
+    for batches in (data.train_batches(0, size), data.test_batches(1000), data.plain_train_batches(1000)):
+        list(itertools.islice(batches, 3))  # of training images: three epochs
+    padded = [(*key, 0)[:4] for key in drawn]
+    assert len(padded) >= 6
+    assert len(set(padded)) == len(padded)
 
 
 def test_all_crops_and_both_flips_are_equally_likely():

@@ -453,6 +453,8 @@ def test_top_5_of_few_classes_is_never_wrong_and_no_graph_is_kept(classes):
         ("dataset=cifar10", "cuda", 5000),
         ("dataset=imagenet model=resnet50", "cpu", 2),
         ("dataset=imagenet model=resnet50", "cuda", 102),
+        ("dataset=imagenet model=vgg16", "cpu", 2),
+        ("dataset=imagenet model=vgg16", "mps", 20),
         ("dataset=imagenet model=resnet50 evaluate.batch_size=7", "cuda", 7),
         ("dataset=imagenet model=resnet50 dataset.image_size=4000", "cpu", 1),
     ],
