@@ -5,6 +5,7 @@ python scripts/plots.py
 python scripts/plots.py --scale 0.1 machine.results=/results
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="runs at S times the paper's length")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
     options = parser.parse_intermixed_args(arguments)
-    if options.scale <= 0 or options.seeds < 1:
+    if not 0 < options.scale < math.inf or options.seeds < 1:
         parser.error("--scale must be above 0 and --seeds at least 1")
     results = results_to_read(options.settings)
     from mbn.tables import figures  # matplotlib takes a while

@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mbn.config.registry import DATASETS, NETWORKS
+from mbn.config.run_identity import iterations
 from mbn.config.schema import CONFIGS, REPOSITORY, Config, check
 from mbn.config.typed_paths import quoted
 from mbn.methods import METHODS
@@ -211,6 +212,8 @@ def _filled(plain: dict[str, Any], convert: Callable[[Any], Any]) -> Config:
     schema = _schema_of(plain)
     _fill(schema, plain, schema, "", convert)
     check(schema)
+    if iterations(schema) >= 2**31:
+        raise ConfigError(f"this run would have {shown(iterations(schema))} iterations: set a smaller schedule.scale.")
     return schema
 
 

@@ -57,7 +57,7 @@ class Schedule:
     lr: list[float] = setting(
         MISSING,
         "learning rate: a value for each stage, or one for all",
-        Rule("a list of numbers above 0", lambda lr: all(0 < value < math.inf for value in lr)),
+        Rule("a list of numbers above 0 and below 3e38", lambda lr: all(0 < value < 3e38 for value in lr)),
         staged=True,
     )
     milestones: list[float] = setting(
@@ -97,8 +97,8 @@ class Machine:
         "auto (CUDA, else CPU), cpu, cuda, cuda:1, mps",
         Rule("auto, cpu, cuda, cuda:N or mps", lambda device: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device))),
     )
-    threads: int | None = setting(None, "CPU threads; null: torch's choice, or as the run began", at_least(1))
-    together: int = setting(1, "runs of a sweep (-m) trained at the same time in this process, for a GPU", at_least(1))
+    threads: int | None = setting(None, "CPU threads; null: torch's choice, or as the run began", at_least(1, 4096))
+    together: int = setting(1, "runs of a sweep (-m) trained at a time in this process, for a GPU", at_least(1, 4096))
     again: bool = setting(False, "true trains a finished run again")
     mode: str = setting("auto", f"{', '.join(MODES)}; auto: graphs on CUDA, long runs compiled", among(*MODES))
     deterministic: bool = setting(False, "only algorithms that give the same bits every time (on a GPU; slower there)")

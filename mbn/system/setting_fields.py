@@ -76,16 +76,16 @@ def shown(value: Any) -> str:
 
 
 def shortened(text: str) -> str:
-    """A text in a message, shortened if it is long."""
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    """A text in a message, shortened in the middle if it is long."""
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 
 
-def at_least(least: float) -> Rule:
-    return Rule(f"at least {least} and below {2**31}", lambda value: value is None or least <= value < 2**31)
+def at_least(least: float, most: int = 2**31 - 1) -> Rule:
+    return Rule(f"at least {least} and at most {most}", lambda value: value is None or least <= value <= most)
 
 
 def among(*choices: Any) -> Rule:
