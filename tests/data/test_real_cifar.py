@@ -38,7 +38,12 @@ def losses(arrays, tmp_path, monkeypatch):
                 *(f"machine.data={FOUND[0]}", f"machine.results={tmp_path}", *overrides),
             ]
         )
-        run = Run(settings, lambda layers: models.build(layers=layers, **config.network(settings)), tmp_path / "run")
+        run = Run(
+            settings,
+            lambda layers: models.build(layers=layers, **config.network(settings)),
+            tmp_path / "run",
+            lambda: None,
+        )
         run.model.train()
         batches = run.data.train_batches(0, 32)
         measured = []
