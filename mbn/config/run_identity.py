@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
-import os
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +10,6 @@ import yaml
 
 from mbn.config.registry import NETWORKS
 from mbn.config.schema import Config
-from mbn.system.processors import quota
 
 # Length, identity, name.
 
@@ -34,9 +31,13 @@ def iterations(config: Config) -> int:
 
 
 def cores() -> int:
-    """The processors this process may use: what machine.workers=null and --jobs auto mean by one a core."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(allowed, quota())))
+    """The processors this process may use: what machine.workers=null and --jobs auto mean by one a core.
+
+    A limit of its container (`docker --cpus=2`) counts.
+    """
+    from joblib import cpu_count
+
+    return cpu_count()
 
 
 def network(config: Config) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The configuration: what is refused and how, a run's length, its identity and its name."""
 
+import builtins
 import copy
 import dataclasses
 import inspect
+import io
 import json
 import os
 import pkgutil
@@ -657,3 +659,18 @@ def test_fifty_slips_as_commands(command, count, figure):
         done = command(*base, f"{'+' * (number % 2)}{key}={text_of(value)}")
         right += done.returncode == 2 and not done.stdout and re.fullmatch(r"error: [^\n]*\n", done.stderr) is not None
     figure(right, len(slips))
+
+
+@pytest.mark.parametrize(
+    ("limit", "processors"), [("200000 100000", 2), ("150000 100000", 2), ("10 100000", 1), ("max 100000", 64)]
+)
+def test_a_container_s_limit_on_processors_counts(monkeypatch, limit, processors):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    file, is_there = builtins.open, os.path.exists
+    monkeypatch.setattr("os.path.exists", lambda path: path == "/sys/fs/cgroup/cpu.max" or is_there(path))
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, *args, **more: io.StringIO(limit) if "cpu.max" in str(path) else file(path, *args, **more),
+    )
+    assert config.cores() == processors
