@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from mbn.config import Config, iterations
+from mbn.config import Config, cores, iterations
 from mbn.system import cuda_graph
 from mbn.system.errors import UserError
 
@@ -40,8 +40,11 @@ def choose_device(wanted: str, earlier: str | None) -> torch.device:
 
 
 def choose_threads(wanted: int | None, earlier: int | None) -> int:
-    """CPU threads: the number asked for, else the one the run began with, else torch's. It affects the last bits."""
-    return wanted or earlier or torch.get_num_threads()
+    """CPU threads: the number asked for, else the one the run began with, else torch's, as far as the process may use so many.
+
+    It affects the last bits.
+    """
+    return wanted or earlier or min(torch.get_num_threads(), cores())
 
 
 def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:

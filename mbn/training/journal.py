@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mbn.system.errors import UserError
-from mbn.system.files import cannot_write, write_atomically
+from mbn.system.files import cannot_write, sync, write_atomically
 
 # TensorBoard's name for each number of a row; the axis is images seen. Its pages show the names in the order of the
 # alphabet, in groups by what stands before the slash: error and loss come first, and the many series of layers last.
@@ -124,7 +124,7 @@ class Journal:
         """Return when all rows are on the disk. To be called before a checkpoint, which relies on them, is written."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno(), self.path)
         except OSError as error:
             raise cannot_write(self.path, error) from None
 

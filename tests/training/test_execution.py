@@ -106,6 +106,9 @@ def test_what_is_asked_for_and_cannot_be_done_is_refused(faults, wanted, says):
 def test_choices_are_made_once(monkeypatch):
     assert choose_threads(None, 3) == 3
     assert choose_threads(None, None) == torch.get_num_threads()
+    monkeypatch.setattr(execution, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert choose_threads(None, None) == 2  # a container may use 2 of 64
     assert choose_device("auto", "cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for wanted, earlier, says in (("cuda", None, "no cuda here"), ("auto", "cuda", "the run began on it")):
