@@ -40,7 +40,7 @@ def choose_device(wanted: str, earlier: str | None) -> torch.device:
 
 
 def choose_threads(wanted: int | None, earlier: int | None) -> int:
-    """CPU threads: the number asked for, else the one the run began with, else torch's, as far as the process may use so many.
+    """CPU threads: the number asked for, else the one the run began with, else the smaller of torch's and `cores`.
 
     It affects the last bits.
     """
