@@ -1,7 +1,9 @@
 """What the commands share: options whose errors are one sentence, and exit codes."""
 
 import argparse
+import codecs
 import functools
+import io
 import os
 import re
 import sys
@@ -32,6 +34,7 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        print_any_text()
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
@@ -58,3 +61,16 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
             return 130
 
     return run
+
+
+def print_any_text() -> None:
+    """Let stdout show every text: bytes of a path that are no text as they are, and letters that it lacks as escapes."""
+    codecs.register_error("any text", _any_text)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="any text")
+
+
+def _any_text(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    bytes_of_a_path = all("\udc80" <= letter <= "\udcff" for letter in error.object[error.start : error.end])
+    return codecs.lookup_error("surrogateescape" if bytes_of_a_path else "backslashreplace")(error)
