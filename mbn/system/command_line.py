@@ -64,7 +64,7 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
 
 
 def print_any_text() -> None:
-    """Let stdout show every text: bytes of a path that are no text as they are, and letters that it lacks as escapes."""
+    """Let stdout show every text: a path's bytes that are no text as they are, letters that it lacks as escapes."""
     codecs.register_error("any text", _any_text)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="any text")
