@@ -103,7 +103,9 @@ class Machine:
     tf32: bool = setting(True, "on a GPU: products of float32 with 10-bit mantissas")
     workers: int | None = setting(None, "processes that decode ImageNet's images; null: one a core", at_least(0))
     checkpoint_seconds: float = setting(
-        300, "seconds between two checkpoints within an epoch", Rule("above 0", lambda seconds: seconds > 0)
+        300,
+        "seconds between two checkpoints within an epoch",
+        Rule("above 0, and finite", lambda seconds: 0 < seconds < math.inf),  # records hold it, and JSON has no inf
     )
 
 
