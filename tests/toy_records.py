@@ -6,16 +6,22 @@ from mbn.records import record
 EPOCHS = tuple(range(1, 101))
 
 
+def images_of(config):
+    """The images that a whole run sees."""
+    epochs, batches = divmod(iterations(config), iterations_per_epoch(config))
+    return epochs * config.dataset.train_images + batches * config.batch_size
+
+
 def curves_of(config, test_error, train_error, bump, fall):
     """A hundred points: the test error falls by `fall`, the training error rises by `bump` at 60 % of training."""
-    images = config.dataset.train_images * iterations(config) // iterations_per_epoch(config)
+    images = images_of(config)
     points = [images * i // 100 for i in EPOCHS]
     late = [i > 60 for i in EPOCHS]
     return {
         "images": points,
         "train_error": [train_error + bump * (i == 61) + 30 / i for i in EPOCHS],
         "train_loss": [0.1] * 100,
-        "test_error": [test_error + (0 if after else fall) for after in late],
+        "test_error": [float(f"{test_error + (0 if after else fall):.5g}") for after in late],
         "test_loss": [0.2] * 100,
         "gap_mean": [1 / i for i in EPOCHS],
         "gap_std": [0.5 / i for i in EPOCHS],
@@ -43,7 +49,7 @@ def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0,
         "test_error": test_error,
         "test_error_best": test_error,
         "train_error": train_error,
-        "test_error_top5": test_error / 4,
+        "test_error_top5": test_error,
         "test_error_precise": None,
         "test_loss": 0.2,
         "train_loss": 0.1,

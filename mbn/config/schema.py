@@ -107,7 +107,9 @@ class Machine:
         None, "processes that decode ImageNet's images; null: one a core; 0: the run itself", at_least(0)
     )
     checkpoint_seconds: float = setting(
-        300, "seconds between two checkpoints within an epoch", Rule("above 0", lambda seconds: seconds > 0)
+        300,
+        "seconds between two checkpoints within an epoch",
+        Rule("above 0, and finite", lambda seconds: 0 < seconds < math.inf),  # records hold it, and JSON has no inf
     )
 
 

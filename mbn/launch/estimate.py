@@ -10,6 +10,7 @@ from typing import Any
 
 from mbn.config import Config, iterations, to_dict
 from mbn.launch.missing_runs import PlannedRun
+from mbn.records.sense import RULES
 from mbn.system.durations import duration
 
 # Runs of fewer iterations tell little: testing, and perhaps compiling, took most of their time.
@@ -23,9 +24,10 @@ class Estimate:
         self._iteration: dict[Any, list[float]] = defaultdict(list)
         self._image: dict[Any, list[float]] = defaultdict(list)
         for one in records:
-            # Tables and imports refuse a record that lacks one of these.
-            with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):
-                if one["iterations"] < SHORTEST:
+            # Tables and imports refuse a record that lacks one of these, or in which one cannot be true.
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                numbers = ("iterations", "images", "seconds")
+                if not all(RULES[key].holds(one[key]) for key in numbers) or one["iterations"] < SHORTEST:
                     continue
                 of_iteration, of_image = one["seconds"] / one["iterations"], one["seconds"] / one["images"]
                 self._iteration[_kind(one["config"])].append(of_iteration)
@@ -36,7 +38,7 @@ class Estimate:
         """From all records in a folder of results that can be read."""
         records = []
         for path in (results / "records").rglob("*.json"):
-            with contextlib.suppress(ValueError, OSError):
+            with contextlib.suppress(ValueError, OSError, RecursionError):
                 records.append(json.loads(path.read_bytes()))
         return cls(records)
 

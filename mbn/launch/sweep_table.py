@@ -62,12 +62,11 @@ def _result(run: PlannedRun, results: Path, instead: Mapping[str, str]) -> dict[
 def _cells(result: dict[str, Any] | str) -> list[str]:
     if isinstance(result, str):
         return [*("-" for _ in ERRORS), "-", result]
-    errors = (result[field] for field in ERRORS)
-    return [*("-" if e is None else f"{e:.2f} %" for e in errors), duration(result["seconds"]), ""]
+    return [*(f"{result[field]:.2f} %" for field in ERRORS), duration(result["seconds"]), ""]
 
 
-def _mean(values: Iterable[float | None]) -> str:
-    there = [value for value in values if value is not None]
+def _mean(values: Iterable[float]) -> str:
+    there = list(values)
     if not there:
         return "-"
     spread = f" ± {statistics.stdev(there):.2f}" if len(there) > 1 else ""

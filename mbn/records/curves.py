@@ -1,6 +1,7 @@
 """What a record keeps of a run's journal: the curves of errors, losses, gaps and weights, in a few kilobytes."""
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,17 +23,19 @@ def curves(rows: Iterable[Row]) -> dict[str, Any]:
     """The curves of a record, from the rows of a journal. The last row must end an epoch.
 
     A point is the end of an epoch: at most POINTS of them, the last one included, with those values of AT_EPOCHS that
-    all of them have. Their training loss and error are means over a whole epoch. `training` has finer steps, from the
-    rows within epochs too: `images` seen, and the mean `loss` and `error` (percent) of the images since the point
-    before, at most POINTS of each.
+    are finite at all of them. Their training loss and error are means over a whole epoch. `training` has finer steps,
+    from the rows within epochs too: `images` seen, and the mean `loss` and `error` (percent) of the images since the
+    point before, at most POINTS of each.
     """
     rows = list(rows)
     kept = _thinned([row for row in rows if row["kind"] == "epoch"])
     content: dict[str, Any] = {
-        key: [_five_digits(row[key]) for row in kept] for key in AT_EPOCHS if all(key in row for row in kept)
+        key: [five_digits(row[key]) for row in kept]
+        for key in AT_EPOCHS
+        if all(math.isfinite(row.get(key, math.nan)) for row in kept)
     }
     steps = [_means(*pair) for pair in itertools.pairwise([NOTHING_YET, *_thinned(_sums(rows))])]
-    training = {key: [_five_digits(step[i]) for step in steps] for i, key in enumerate(("images", "loss", "error"))}
+    training = {key: [five_digits(step[i]) for step in steps] for i, key in enumerate(("images", "loss", "error"))}
     return content | {"training": training}
 
 
@@ -74,5 +77,6 @@ def _thinned(items: list[Any]) -> list[Any]:
     return items[::-step][::-1]
 
 
-def _five_digits(value: float) -> float:
+def five_digits(value: float) -> float:
+    """A number as curves hold it: whole, or rounded to five digits."""
     return value if isinstance(value, int) else float(f"{value:.5g}")

@@ -28,8 +28,8 @@ NOT_TRAINING = ("benchmark", "launch", "tables", "grid.py")
 CODE = ("mbn", "models", "scripts", "configs")
 IMPORTABLE = tuple(importlib.machinery.all_suffixes())
 CPUINFO = Path("/proc/cpuinfo")
-# A commit's name, long or short, as a pattern.
-COMMIT = "[0-9a-f]{7,40}"
+# A commit's name, long or short, as a pattern. A repository of git's newer kind has the longest.
+COMMIT = "(?:[0-9a-f]{7,40}|[0-9a-f]{64})"
 
 
 class _Origin(NamedTuple):

@@ -3,10 +3,12 @@
 import datetime
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from mbn.config import DATASETS, Config, ConfigError, from_dict, run_name, to_dict
+from mbn.records.sense import fault, shown
 from mbn.system.durations import duration
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
@@ -21,8 +23,8 @@ FIELDS = (
     *("device", "mode", "threads", "commit", "dirty", "code", "versions", "parts", "journal", "date", "curves"),
     "checksum",
 )
-# Fields that records of every version have. Any other field that an older record lacks is read as None.
-NEEDED = ("name", "config", "test_error", "checksum")
+# Fields that records of earlier versions lack; they are then read as None.
+LATER = ("version", "code", "parts", "journal")
 
 
 def path_of(results: Path, name: str) -> Path:
@@ -47,8 +49,11 @@ def config_for_record(config: Config) -> dict[str, Any]:
 
 def config_of(record: dict[str, Any]) -> Config:
     """The Config that a record's run had. Errors: ConfigError."""
-    machine = record["config"]["machine"] | {"data": "data", "results": "results"}
-    return from_dict(record["config"] | {"machine": machine})
+    plain = record["config"]
+    if not isinstance(plain, dict) or not isinstance(plain.get("machine"), dict):
+        raise ConfigError("config and config.machine must be groups of settings.")
+    machine = plain["machine"] | {"data": "data", "results": "results"}
+    return from_dict(plain | {"machine": machine})
 
 
 def checksum(record: dict[str, Any]) -> str:
@@ -58,7 +63,10 @@ def checksum(record: dict[str, Any]) -> str:
 
 
 def write(results: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Complete a record with its version, date and checksum, write it, and return it. Errors: UserError."""
+    """Complete a record with its version, date and checksum, write it, and return it.
+
+    Errors: UserError, also for a record that cannot be true.
+    """
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return _write(path_of(results, record["name"]), {**record, "date": date})
 
@@ -69,6 +77,11 @@ def rewrite(path: Path, **changes: Any) -> dict[str, Any]:
 
 
 def _write(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    if wrong := fault(record, config_of(record)):
+        raise UserError(
+            f"{path} is not written, because it would not be true: {wrong}; if no file of the run was edited by hand, "
+            "report this."
+        )
     record["version"] = VERSION
     record["checksum"] = checksum(record)
     record = {key: record[key] for key in FIELDS}
@@ -86,24 +99,28 @@ def _layout(value: Any, indent: int = 0) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a record and check that it is whole, unedited, and named after its configuration. Errors: UserError."""
-    return parse(path.read_bytes(), path)
+    """Read a record and check that it is whole, unedited, named after its configuration, and can be true.
+
+    Errors: UserError.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): make it readable, or delete it.") from None
+    return parse(content, path)
 
 
 def parse(content: bytes, path: Path) -> dict[str, Any]:
     """The record that a file holds, checked as in `read`; path: the file, for the messages. Errors: UserError."""
-    try:
-        record = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it from git, or delete it and train again.") from None
+    record = load(content, path)
     fields = set(record) if isinstance(record, dict) else set()
     version = record.get("version", 1) if fields else None
-    lacking = sorted({*(FIELDS if version == VERSION else NEEDED)} - fields)
+    lacking = sorted({*FIELDS} - fields - ({*LATER} if version != VERSION else set()))
     if lacking:
         raise UserError(f"{path} is not a record (it lacks {', '.join(lacking)}): restore it from git, or delete it.")
     unknown = sorted(fields - set(FIELDS))
-    if unknown or version not in range(1, VERSION + 1):
-        what = f"unknown fields: {', '.join(unknown)}" if unknown else f"version {version}"
+    if unknown or type(version) is not int or version not in range(1, VERSION + 1):
+        what = f"unknown fields: {', '.join(unknown)}" if unknown else f"version {shown(version)}"
         raise UserError(f"{path} is of a newer version than this code ({what}): update the code, or delete it.")
     if record["checksum"] != checksum(record):
         raise UserError(
@@ -111,12 +128,37 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
             "train again."
         )
     try:
-        named = run_name(config_of(record))
-    except (ConfigError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has an impossible configuration ({error}): delete it and train again.") from None
-    if named != record["name"]:
-        raise UserError(f"{path} is named {record['name']}, but its configuration gives {named}: delete it.")
-    return {key: record.get(key) for key in FIELDS}
+        config = config_of(record)
+    except Exception as error:  # whatever the libraries that check a configuration raise
+        reason = str(error).removesuffix(".")
+        raise UserError(f"{path} has an impossible configuration ({reason}): delete it and train again.") from None
+    if record["name"] != (named := run_name(config)):
+        raise UserError(f"{path} is named {shown(record['name'])}, but its configuration gives {named}: delete it.")
+    record = {key: record.get(key) for key in FIELDS}
+    if wrong := fault(record, config):
+        raise UserError(f"{path} cannot be true: {wrong}; delete it and train again.")
+    return record
+
+
+def load(content: bytes, path: Path) -> Any:
+    """What a JSON file holds, parsed strictly; path: the file, for the messages. Errors: UserError."""
+    try:
+        loaded = json.loads(content.decode(), object_pairs_hook=_once_each)
+        text = json.dumps(loaded)
+        if "${" in text:  # would be looked up, in the environment too
+            raise ValueError("it holds ${")
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not JSON ({reason}): restore it from git, or delete it and train again.") from None
+    return loaded
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {shown(twice)} stands twice")
+    return found
 
 
 def in_a_sentence(record: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What the commands share: options whose errors are one sentence, and exit codes."""
 
 import argparse
+import codecs
 import contextlib
 import errno
 import functools
@@ -96,6 +97,14 @@ def failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"
 
 
+def _any_text(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    bytes_of_a_path = all("\udc80" <= letter <= "\udcff" for letter in error.object[error.start : error.end])
+    return codecs.lookup_error("surrogateescape" if bytes_of_a_path else "backslashreplace")(error)
+
+
+codecs.register_error("any text", _any_text)
+
 # What writing to a reader that has gone gives: `| head`, and a terminal that was closed.
 GONE = (errno.EPIPE, errno.EIO)
 
@@ -103,14 +112,15 @@ GONE = (errno.EPIPE, errno.EIO)
 class LastingStream:
     """A text stream that goes on, and writes nowhere, once its reader has gone or its disk is full.
 
-    error: why it writes nowhere, or None. Characters that its encoding lacks are written as \\x.. or \\u...
+    error: why it writes nowhere, or None. Characters that its encoding lacks are written as \\x.. or \\u..., and bytes
+    of a path that are no text as they are.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.error: OSError | None = None
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="any text")
 
     def write(self, text: str) -> int:
         with self._lasting():

@@ -1,5 +1,7 @@
 """Which runs tables, seeds and filters choose, and how long they take."""
 
+import json
+import math
 import shutil
 
 import pytest
@@ -66,12 +68,24 @@ def test_filters_that_mean_nothing(filters, says):
 
 def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(tmp_path):
     config = load(["dataset=digits", "batch_size=8", "schedule.iterations=100"])
-    numbers = dict.fromkeys(record.FIELDS, 0.0) | {"config": record.config_for_record(config)}
-    numbers |= {"images": 800, "iterations": 100}
+    (tmp_path / "records").mkdir()
+
+    def write(name, **numbers):
+        one = {"config": record.config_for_record(config), "images": 800, "iterations": 100} | numbers
+        (tmp_path / "records" / f"{name}.json").write_text(json.dumps(one))
+
     for seconds in (10.0, 20.0, 90.0):
-        record.write(tmp_path, numbers | {"name": f"{seconds}", "seconds": seconds})
-    record.write(tmp_path, numbers | {"name": "trial", "seconds": 9000.0, "iterations": 20, "images": 160})
-    for name, text in {"broken": "{", "list": "[]", "strange": '{"config": {"model": 1}, "seconds": "1"}'}.items():
+        write(seconds, seconds=seconds)
+    write("trial", seconds=9000.0, iterations=20, images=160)
+    for nonsense in (math.nan, math.inf, -3, "1", None, True, [1], 10**400):
+        for key in ("seconds", "iterations", "images"):
+            write(f"{key}{str(nonsense)[:9]}", **({"seconds": 9000.0} | {key: nonsense}))
+    for name, text in {
+        "broken": "{",
+        "list": "[]",
+        "deep": "[" * 200_000,
+        "strange": '{"config": {"model": 1}}',
+    }.items():
         (tmp_path / "records" / f"{name}.json").write_text(text)
     estimate = Estimate.read(tmp_path)
     known, like, other = (

@@ -57,9 +57,15 @@ def test_runs_are_handed_to_slurm_as_one_array(checkout, tmp_path, monkeypatch):
 
 
 def test_a_cluster_that_is_not_there(checkout, monkeypatch):
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("PATH", "")  # nor is git
     _, error = checkout.call("toy", *OPTIONS, code=1)
-    assert re.fullmatch(".* is a new folder.*\n\\d+ runs .*\nerror: Slurm did not take the runs .*\n", error)
+    lines = (
+        "warning: the commit of this code is unknown",
+        ".* is a new folder",
+        r"\d+ runs ",
+        "error: Slurm did not take the runs ",
+    )
+    assert re.fullmatch("".join(f"{line}.*\n" for line in lines), error)
 
 
 @pytest.mark.parametrize("text", ["gpu", "a=", "=b"])

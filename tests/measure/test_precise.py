@@ -200,7 +200,7 @@ def test_a_signal_stops_the_measurement_and_the_same_command_goes_on(finished_be
 def test_other_code_than_trained_does_not_measure(code, here, left, monkeypatch):
     here()
     if code is None:
-        record.rewrite(left().record_path, code=None)  # an older record
+        record.rewrite(left().record_path, code=None, parts=None)  # an older record
     else:
         monkeypatch.setattr("mbn.records.provenance.code", lambda: code)
     before = left().record_path.read_bytes()

@@ -192,7 +192,7 @@ def test_the_result_of_other_code_is_shown_with_a_warning(here, left, monkeypatc
         done.err,
     )
     assert "machine.again=true trains it again" in done.out
-    record.rewrite(left().record_path, code=None)  # an older record
+    record.rewrite(left().record_path, code=None, parts=None)  # an older record
     assert here().err == ""
 
 

@@ -1,0 +1,195 @@
+"""Whether a record can be true: types and ranges of its fields, and how they agree with its configuration."""
+
+import datetime
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from mbn.config import Config, iterations, iterations_per_epoch
+from mbn.config.schema import MODES
+from mbn.methods import METHODS
+from mbn.records.curves import AT_EPOCHS, five_digits
+from mbn.records.provenance import COMMIT
+from mbn.system.setting_fields import Rule, among
+
+# Errors on test images, in percent.
+TEST_ERRORS = ("test_error", "test_error_best", "test_error_top5", "test_error_precise")
+# Fields that may be null: not measured, or not known.
+NULLABLE = ("test_error_precise", "commit", "dirty", "code", "parts", "journal")
+# No field counts so far. Python's whole numbers have no largest one, and floats made of them do.
+MOST = 1e15
+# By so much the sums and differences of floats may miss a limit.
+NEARLY = 1e-6
+
+
+def _is_number(value: Any, least: float = 0, most: float = MOST) -> bool:
+    return type(value) in (int, float) and least <= value <= most  # a bool is no number, and NaN is in no range
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value <= MOST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and value.isprintable()
+
+
+def _is_date(value: Any) -> bool:
+    if not isinstance(value, str) or not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", value, re.ASCII):
+        return False
+    try:
+        return datetime.datetime.fromisoformat(value) is not None
+    except ValueError:
+        return False
+
+
+def _hexadecimal(wanted: str, pattern: str) -> Rule:
+    return Rule(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None)
+
+
+PERCENT = Rule("a number from 0 to 100", lambda value: _is_number(value, 0, 100))
+AT_LEAST_0 = Rule("a number, at least 0", _is_number)
+COUNT = Rule("a whole number, at least 1", lambda value: _is_whole(value, 1))
+TEXT = Rule("a text without control characters", _is_text)
+TEXTS = Rule(
+    "texts by their names",
+    lambda value: isinstance(value, dict) and value != {} and all(map(_is_text, (*value, *value.values()))),
+)
+BOOL = Rule("true or false", lambda value: isinstance(value, bool))
+MODE = among(*(mode for mode in MODES if mode != "auto"))
+HASH = _hexadecimal("64 hexadecimal digits", "[0-9a-f]{64}")
+COMMIT_NAME = _hexadecimal("the hexadecimal digits of a commit, 7 to 40 of them", COMMIT)
+
+RULES = {
+    "name": TEXT,
+    **dict.fromkeys((*TEST_ERRORS, "train_error"), PERCENT),
+    **dict.fromkeys(("test_loss", "train_loss", "seconds", "images_per_second"), AT_LEAST_0),
+    **dict.fromkeys(("iterations", "images", "parameters", "threads"), COUNT),
+    "device": TEXT,
+    "mode": MODE,
+    "commit": COMMIT_NAME,
+    "dirty": BOOL,
+    "code": HASH,
+    "versions": TEXTS,
+    "date": Rule("a date such as 2026-01-31T12:00:00+00:00", _is_date),
+    "curves": Rule("curves by their names", lambda value: isinstance(value, dict)),
+    "parts": Rule(
+        "a list of parts, each by its names",
+        lambda value: isinstance(value, list) and value != [] and all(isinstance(part, dict) for part in value),
+    ),
+    "journal": HASH,
+}
+# A stretch of a run under the same conditions: all may be null, except where it begins.
+PART = {
+    "from": Rule("a whole number, at least 0", lambda value: _is_whole(value, 0)),
+    **{key: RULES[key] for key in ("device", "threads", "mode", "code", "commit", "dirty", "versions")},
+    **dict.fromkeys(("tf32", "deterministic"), BOOL),
+    **dict.fromkeys(("cpu_capability", "data"), TEXT),
+}
+CURVES = {key: PERCENT if key.endswith("error") else AT_LEAST_0 for key in AT_EPOCHS} | {"images": COUNT}
+# Means over images, as differences of sums.
+TRAINING = {
+    "images": COUNT,
+    "loss": Rule("a number, at least 0", lambda value: _is_number(value, -NEARLY)),
+    "error": Rule("a number from 0 to 100", lambda value: _is_number(value, -NEARLY, 100 + NEARLY)),
+}
+
+
+def fault(record: dict[str, Any], config: Config) -> str | None:
+    """The first thing in a record that cannot be true, or None. Example: test_error must be a number from 0 to 100,
+    not 250.
+
+    record: with all fields of today's version, those that it lacks as None. config: what `config_of` makes of it.
+    """
+    return next(_faults(record, config), None)
+
+
+def _faults(record: dict[str, Any], config: Config) -> Iterator[str]:
+    for key, rule in RULES.items():
+        if key in record and (record[key] is not None or key not in NULLABLE) and not rule.holds(record[key]):
+            yield f"{key} must be {rule.wanted}, not {shown(record[key])}"
+    for key, ok, wanted in _agreements(record, config):
+        if not ok:
+            yield f"{key} must be {wanted}, not {shown(record[key])}"
+    yield from _wrong_curves(record)
+    yield from _wrong_parts(record)
+
+
+def _agreements(record: dict[str, Any], config: Config) -> Iterator[tuple[str, bool, str]]:
+    """How fields agree with others and with the configuration: field, whether it does, what is wanted."""
+    n = config.dataset.test_images
+    for key in TEST_ERRORS:
+        if record[key] is not None:
+            wrong = record[key] * n / 100
+            yield key, abs(wrong - round(wrong)) < NEARLY, f"a whole number of the {n} test images, in percent"
+    for key in ("test_error_best", "test_error_top5"):
+        yield key, record[key] <= record["test_error"], f"at most test_error ({record['test_error']})"
+    statistics = METHODS[config.norm.name].statistics
+    yield "test_error_precise", record["test_error_precise"] is None or statistics, f"null with {config.norm.name}"
+    length = iterations(config)
+    yield "iterations", record["iterations"] == length, f"{length}, as its configuration gives"
+    epochs, batches = divmod(length, iterations_per_epoch(config))
+    images = config.dataset.train_images * epochs + config.batch_size * batches
+    yield "images", record["images"] == images, f"{images}, as its configuration gives"
+
+
+def _wrong_curves(record: dict[str, Any]) -> Iterator[str]:
+    curves = record["curves"]
+    yield from _wrong_lists(curves, CURVES, "curves", ("images", "test_error"), ("training",))
+    if "training" in curves:
+        if not isinstance(curves["training"], dict):
+            yield f"curves.training must be curves by their names, not {shown(curves['training'])}"
+        yield from _wrong_lists(curves["training"], TRAINING, "curves.training", TRAINING)
+        if curves["training"]["images"][-1] != record["images"]:
+            yield f"curves.training.images must end with images ({record['images']})"
+    for key in ("images", "test_error", "test_error_top5", "test_loss"):
+        if key in curves and record[key] is not None and curves[key][-1] != five_digits(record[key]):
+            yield f"curves.{key} must end with {key} ({record[key]})"
+    if five_digits(record["test_error_best"]) > min(curves["test_error"]):
+        yield f"test_error_best must be at most every value of curves.test_error, not {record['test_error_best']}"
+
+
+def _wrong_lists(curves: Any, known: Any, prefix: str, needed: Any, others: Any = ()) -> Iterator[str]:
+    """What is wrong with curves of one length, each a list."""
+    for key in (*needed, *curves):
+        name = f"{prefix}.{key}"
+        if key not in curves:
+            yield f"{name} is missing"
+        elif key not in (*known, *others):
+            yield f"{name} is not known"
+        elif key in known:
+            points, count = curves[key], len(curves["images"]) if isinstance(curves["images"], list) else 0
+            if not isinstance(points, list) or not points or len(points) != count:
+                yield f"{name} must be a list of numbers, as many as {prefix}.images has"
+            for point in points:
+                if not known[key].holds(point):
+                    yield f"{name} must hold {known[key].wanted}, not {shown(point)}"
+    if not all(a < b for a, b in itertools.pairwise(curves["images"])):
+        yield f"{prefix}.images must rise"
+
+
+def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the parts of a run, where a record has them."""
+    parts = record.get("parts") or []
+    for i, part in enumerate(parts):
+        if set(part) != set(PART):
+            yield f"parts[{i}] must have {', '.join(PART)}, not {shown(sorted(part))}"
+        for key, rule in PART.items():
+            if (part[key] is not None or key == "from") and not rule.holds(part[key]):
+                yield f"parts[{i}].{key} must be {rule.wanted}, not {shown(part[key])}"
+    begins, end = [part["from"] for part in parts], record["iterations"]
+    if parts and (begins[0] != 0 or begins[-1] > end or not all(a < b for a, b in itertools.pairwise(begins))):
+        yield f"parts must begin at rising iterations, from 0 to {end}, not {shown(begins)}"
+    for key in ("threads", "mode", "code", "commit", "versions"):
+        if parts and record[key] not in [part[key] for part in parts]:
+            yield f"{key} must be that of one of its parts, not {shown(record[key])}"
+    if any(part["dirty"] for part in parts) and record["dirty"] is not True:
+        yield f"dirty must be true, as in one of its parts, not {shown(record['dirty'])}"
+
+
+def shown(value: Any) -> str:
+    """A value from a file, as it can stand in a sentence: as JSON, short, and without control characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,0 +1,184 @@
+"""Records that cannot be true are refused, even with a fitting checksum: read, imported, written, and in tables."""
+
+import json
+import math
+import re
+from itertools import islice
+
+import nonsense
+import pytest
+import toy_records
+from running import load_script
+
+from mbn import grid
+from mbn.config import load, run_name
+from mbn.records import record, sense
+from mbn.records.curves import curves
+from mbn.records.import_records import gather
+from mbn.system.errors import UserError
+
+CELL = grid.read("table6").cells[0]
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A sound record's file."""
+    return toy_records.write(tmp_path / "results", CELL, 0, 8.0)
+
+
+# A record that cannot be true: the change, and the beginning of what is said.
+SEEN = [
+    ("test_error", math.nan, "test_error must be a number from 0 to 100, not NaN"),
+    ("test_error", math.inf, "test_error must be a number from 0 to 100, not Infinity"),
+    ("test_error", 250, "test_error must be a number from 0 to 100, not 250"),
+    ("test_error", -3, "test_error must be a number from 0 to 100, not -3"),
+    ("test_error", True, "test_error must be a number from 0 to 100, not true"),
+    ("test_error", "8", 'test_error must be a number from 0 to 100, not "8"'),
+    ("test_error", 8.003, "test_error must be a whole number of the 10000 test images, in percent, not 8.003"),
+    ("test_error_best", 8.01, "test_error_best must be at most test_error (8.0), not 8.01"),
+    ("test_error_top5", 8.01, "test_error_top5 must be at most test_error (8.0), not 8.01"),
+    ("iterations", 10, "iterations must be 78200, as its configuration gives, not 10"),
+    ("images", 10, "images must be 10000000, as its configuration gives, not 10"),
+    ("device", None, "device must be a text without control characters, not null"),
+    ("device", "\x1b[2J", r'device must be a text without control characters, not "\u001b[2J"'),
+    ("date", 20261126, "date must be a date such as 2026-01-31T12:00:00+00:00, not 20261126"),
+    ("seconds", math.nan, "seconds must be a number, at least 0, not NaN"),
+    ("mode", "auto", 'mode must be one of eager, compile, graph, graph-eager, not "auto"'),
+    ("curves.test_error", [9.0], "curves.test_error must be a list of numbers, as many as curves.images has"),
+    ("curves.gap", [9.0], "curves.gap is not known"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "says"), SEEN, ids=[f"{key} {value}" for key, value, _ in SEEN])
+def test_what_cannot_be_true_is_refused_in_one_sentence_that_names_the_field(path, key, value, says):
+    _, made = nonsense.signed(json.loads(path.read_text()), "", key, value)
+    path.write_text(json.dumps(made))
+    with pytest.raises(UserError) as caught:
+        record.read(path)
+    assert str(caught.value) == f"{path} cannot be true: {says}; delete it and train again."
+
+
+def refusals(made, path, tmp_path, capsys):
+    """What reading, importing and tables say to a record in the place of another."""
+    path.write_text(json.dumps(made))
+    said = []
+    with pytest.raises(UserError) as caught:
+        record.read(path)
+    said.append(str(caught.value))
+    said += gather(path.parent, tmp_path / "home", allow_dirty=True).refused
+    capsys.readouterr()
+    results = f"machine.results={tmp_path / 'results'}"
+    assert load_script("tables").main(["table6", results]) == 1
+    said.append(capsys.readouterr().err.removesuffix("\n"))
+    assert load_script("reproduce").main(["--status", "table6", results]) == 0
+    return said
+
+
+def accepted(items, path, tmp_path, capsys):
+    """Which of these nonsense records are not refused everywhere, each time in one sentence with the file's name."""
+    return [
+        what
+        for what, made in items
+        if not all(
+            re.fullmatch(r"[^\n]*\.", said) and said.isprintable() and ". " not in said and path.name in said
+            for said in refusals(made, path, tmp_path, capsys)
+        )
+        or (tmp_path / "home").exists()
+    ]
+
+
+def test_nonsense_is_refused_by_all_that_reads_records(path, tmp_path, capsys):
+    items = islice(nonsense.nonsense(json.loads(path.read_text())), 7, None, 250)
+    assert accepted(items, path, tmp_path, capsys) == []
+
+
+@pytest.mark.long("4", "Records with fitting checksums that cannot be true: import, read and tables refuse each")
+def test_nonsense_records(path, tmp_path, capsys, count, figure):
+    items = list(nonsense.nonsense(json.loads(path.read_text())))
+    n = count(200)
+    chosen = [items[i * len(items) // n] for i in range(n)]
+    wrong = accepted(chosen, path, tmp_path, capsys)
+    figure(n - len(wrong), n, f"{len(wrong)} accepted" + "".join(f", {what}" for what in wrong))
+
+
+# Writing.
+
+
+def test_nonsense_is_not_written(path):
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"is not written, .*: test_error_precise must be .* not 101; if no file"):
+        record.rewrite(path, test_error_precise=101)
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match=r"is not written, .*: seconds must be a number"):
+        toy_records.write(path.parent, CELL, 1, 8.0, seconds=math.inf)
+
+
+def test_a_curve_that_is_not_finite_is_left_out():
+    row = {"kind": "epoch", "train_loss": 1.0, "train_error": 1.0, "test_error": 8.0, "gap_mean": 1.0}
+    rows = [row | {"images": 5, "gap_std": math.inf}, row | {"images": 9, "gap_std": 1.0}]
+    assert set(curves(rows)) == {"images", "train_loss", "train_error", "test_error", "gap_mean", "training"}
+
+
+def test_means_from_differences_of_sums_may_miss_zero_by_their_rounding(path):
+    result = record.read(path)
+    result["curves"]["training"]["loss"][-1] = -1e-13
+    record.rewrite(path, curves=result["curves"])
+    result["curves"]["training"]["loss"][-1] = -1e-3
+    with pytest.raises(UserError, match=r"curves\.training\.loss must hold a number"):
+        record.rewrite(path, curves=result["curves"])
+
+
+def test_a_method_without_statistics_has_no_precise_error(tmp_path):
+    cell = grid.read("table4-methods").cell("8", "GN (untuned)")
+    with pytest.raises(UserError, match="test_error_precise must be null with gn, not 8"):
+        toy_records.write(tmp_path, cell, 0, 8.0, test_error_precise=8.0)
+
+
+@pytest.mark.parametrize("overrides", ["dataset=imagenet model=resnet50 batch_size=256", "dataset=digits", "norm=gn"])
+def test_sound_records_of_every_data_set_and_length_pass(tmp_path, overrides):
+    config = load([*overrides.split(), "schedule.epochs=3", "schedule.scale=0.77"])
+    n = config.dataset.test_images
+    for k in (0, 1, n // 3, n - 1, n):
+        error = 100 * k / n
+        cell = type("Cell", (), {"config": lambda self, seed, scale: config})()
+        path = toy_records.write(tmp_path, cell, 0, error, test_error_top5=error)
+        assert record.read(path)["test_error"] == error
+    assert path == record.path_of(tmp_path, run_name(config))
+
+
+# The parts of a run, and its journal.
+
+PART = {
+    **{"from": 0, "device": "cpu: x", "cpu_capability": "AVX2", "threads": 2, "mode": "eager", "tf32": True},
+    **{"deterministic": False, "code": "0" * 64, "commit": "0123456789" * 4, "dirty": False},
+    **{"versions": {"torch": "2.11"}, "data": "0" * 64},
+}
+UNKNOWN = dict.fromkeys(PART)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"parts": [PART], "journal": "0" * 64}, None),
+        ({"parts": [UNKNOWN | {"from": 0}, PART | {"from": 78_199}], "journal": None}, None),
+        ({"parts": [PART, PART | {"from": 78_200}]}, None),
+        ({"parts": None}, None),
+        ({"parts": [PART], "code": "1" * 64}, "code must be that of one of its parts"),
+        ({"parts": [PART], "mode": "compile"}, "mode must be that of one of its parts"),
+        ({"parts": [PART | {"dirty": True}]}, "dirty must be true, as in one of its parts"),
+        ({"parts": []}, "parts must be a list of parts"),
+        ({"parts": ["x"]}, "parts must be a list of parts"),
+        ({"parts": [PART | {"more": 1}]}, r"parts\[0\] must have from, "),
+        ({"parts": [UNKNOWN]}, r"parts\[0\]\.from must be a whole number"),
+        ({"parts": [PART | {"from": 1}]}, "parts must begin at rising iterations, from 0 to 78200"),
+        ({"parts": [PART, PART]}, "parts must begin at rising"),
+        ({"parts": [PART, PART | {"from": 78_201}]}, "parts must begin at rising"),
+        ({"parts": [PART | {"tf32": 1}]}, r"parts\[0\]\.tf32 must be true or false, not 1"),
+        ({"parts": [PART, PART | {"from": 3, "mode": "auto"}]}, r"parts\[1\]\.mode must be one of"),
+        ({"parts": [PART | {"versions": {"torch": 2}}]}, r"parts\[0\]\.versions must be texts"),
+        ({"journal": "x"}, "journal must be 64 hexadecimal digits"),
+    ],
+)
+def test_the_parts_of_a_run_and_its_journal(path, fields, says):
+    said = sense.fault(record.read(path) | fields, CELL.config(0, 1.0))
+    assert said is None if says is None else re.match(says, said)
