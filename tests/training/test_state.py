@@ -187,11 +187,11 @@ def test_a_change_of_machine_or_code_is_said_and_in_the_record(here, left, after
     here()
     monkeypatch.setattr("mbn.records.provenance.device_name", lambda device: "another CPU")
     monkeypatch.setattr(running, "COMMIT", "d" * 40)
-    monkeypatch.setattr("mbn.records.provenance.code", lambda: "another")
+    monkeypatch.setattr("mbn.records.provenance.code", lambda: "f" * 64)
     said = here("machine.threads=2").err
     assert "warning: the run began with 1 threads" in said
     assert "warning: the code has changed since this run began (commit c0ffeec, code " in said
-    assert "; now commit ddddddd, code another)" in said
+    assert "; now commit ddddddd, code fffffff)" in said
     result = left().record()
     assert re.fullmatch("cpu: .*, then another CPU", result["device"])
     assert (result["threads"], result["commit"], result["dirty"]) == (2, "d" * 40, True)
@@ -221,12 +221,12 @@ def test_a_checkpoint_without_the_code_s_hash_goes_by_the_commit(here, left, aft
 def test_the_result_of_other_code_is_shown_with_a_warning(here, left, monkeypatch):
     here()
     assert here().err == ""
-    monkeypatch.setattr("mbn.records.provenance.code", lambda: "another")
+    monkeypatch.setattr("mbn.records.provenance.code", lambda: "f" * 64)
     monkeypatch.setattr(running, "COMMIT", "d" * 40)
     done = here()
     assert re.fullmatch(
         r"warning: the code has changed since this run was trained \(commit c0ffeec, code [0-9a-f]{7}; now commit "
-        r"ddddddd, code another\)\.\n",
+        r"ddddddd, code fffffff\)\.\n",
         done.err,
     )
     assert "machine.again=true trains it again" in done.out
