@@ -183,12 +183,12 @@ def test_what_auto_chose_is_kept_for_a_resume(here, left, after, monkeypatch):
 def test_the_result_of_other_code_is_shown_with_a_warning(here, left, monkeypatch):
     here()
     assert here().err == ""
-    monkeypatch.setattr("mbn.records.provenance.code", lambda: "another")
+    monkeypatch.setattr("mbn.records.provenance.code", lambda: "f" * 64)
     monkeypatch.setattr(running, "COMMIT", "d" * 40)
     done = here()
     assert re.fullmatch(
         r"warning: the code has changed since this run was trained \(commit c0ffeec, code [0-9a-f]{7}; now commit "
-        r"ddddddd, code another\)\.\n",
+        r"ddddddd, code fffffff\)\.\n",
         done.err,
     )
     assert "machine.again=true trains it again" in done.out
