@@ -112,6 +112,9 @@ def compose(overrides: list[str]) -> DictConfig:
         for key in (o.key_or_group for o in parsed):
             if f"'{key}'" in str(error) and (home := _home(key)):
                 raise ConfigError(f"{key} is not a setting here: it belongs to {home}.") from None
+        if str(error).startswith("Error merging override"):
+            which = _one_sentence(error).removeprefix("Error merging override ").rstrip(".")
+            raise ConfigError(f"cannot set {which}: its value is of another kind, or a ${{ lacks its }}.") from None
         raise ConfigError(_one_sentence(error)) from None
 
 

@@ -4,6 +4,7 @@ Does not import torch.
 """
 
 import os.path
+import re
 
 # The settings that are paths.
 PATHS = ("machine.data", "machine.results")
@@ -12,7 +13,8 @@ PATHS = ("machine.data", "machine.results")
 def quoted(text: str) -> str:
     """A setting as Hydra is to read it: a path in quotes, with ~ expanded; any other setting as it is.
 
-    A path that has Hydra's quotes already means the same with and without them. `${...}` stays an interpolation.
+    A path that has Hydra's quotes already means the same with and without them. `${...}` stays an interpolation, but a
+    `${` that begins none is two letters.
     """
     from hydra.core.override_parser.types import Quote, QuotedString
 
@@ -20,7 +22,20 @@ def quoted(text: str) -> str:
     if not equals or key.lstrip("+") not in PATHS:
         return text
     path = os.path.expanduser(_without_quotes(path))  # noqa: PTH111  (Path refuses ~ before a name that is no user's)
+    if not _is_interpolation(path):
+        path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
     return f"{key}={QuotedString(path, Quote.double).with_quotes()}"
+
+
+def _is_interpolation(path: str) -> bool:
+    """Whether OmegaConf can read what a path has of `${...}`, or it has none."""
+    from omegaconf.errors import GrammarParseError
+    from omegaconf.grammar_parser import parse
+
+    try:
+        return "${" not in path or bool(parse(path))
+    except GrammarParseError:
+        return False
 
 
 def _without_quotes(path: str) -> str:

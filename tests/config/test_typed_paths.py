@@ -11,7 +11,10 @@ from mbn.config import ConfigError, load, loading, sweep_lines
 from mbn.config.folders import data_and_results
 from mbn.config.typed_paths import PATHS
 
-FOLDERS = [UGLY, f"/a/{UGLY}", "a,b", "null", "1", "[x]", "{a:b}", "'", '"a', '"a","b"', "it's", "a \\", "$", " a "]
+FOLDERS = [
+    *(UGLY, f"/a/{UGLY}", "a,b", "null", "1", "[x]", "{a:b}", "'", '"a', '"a","b"', "it's", "a \\", "$", " a "),
+    *("a${b", "${", "\udcff", "/tmp/a=(b),é"),
+]
 ANY = st.text(min_size=1) | st.text("""ab1ä~ \t=()[]{},:;#%$@!?*&|<>'"\\/.-+""", min_size=1)
 
 
