@@ -181,6 +181,7 @@ def with_code(made_by: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     import numpy
+    import PIL
     import torch
     import torchvision
 
@@ -190,6 +191,7 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),  # a class of its own, which no checkpoint may hold
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
     }
 
 
