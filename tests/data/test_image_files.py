@@ -102,7 +102,7 @@ def test_only_the_middle_of_a_strip_is_resized(size, monkeypatch):
     assert max(resized[0].size) <= LONGEST * min(resized[0].size)
 
 
-@pytest.mark.parametrize("size", [(4, 400), (400, 4), (1, 100), (60, 37), (37, 37)])
+@pytest.mark.parametrize("size", [(7, 690), (690, 7), (1, 100), (60, 37), (37, 37)])
 def test_other_images_are_resized_whole(size):
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (size[1], size[0], 3), np.uint8))
     assert np.array_equal(middle(image, 32), TF.center_crop(TF.resize(image, [37], antialias=True), [32]))
@@ -173,7 +173,7 @@ def move_to_another_class(train):
 
 
 def rename(train):
-    (train / CLASSES[0] / f"{CLASSES[0]}_0.JPEG").rename(train / CLASSES[0] / "another.JPEG")
+    (train / CLASSES[0] / f"{CLASSES[0]}_0.JPEG").rename(train / CLASSES[0] / f"{CLASSES[0]}_0.jpeg")
 
 
 def lengthen(train):
