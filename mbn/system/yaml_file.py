@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from mbn.system.errors import ConfigError
+from mbn.system.setting_fields import shown
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,17 +71,17 @@ def _faults(root: yaml.Node) -> Iterator[tuple[int, str]]:
         if count > MOST:
             yield line, "a value that repeats itself makes this file too long: leave the anchors (&) out"
         if node.tag not in _TAGS:
-            yield line, f"{node.tag.removeprefix('tag:yaml.org,2002:')} is not allowed here: use plain values"
+            yield line, f"{shown(node.tag.removeprefix('tag:yaml.org,2002:'))} is not allowed here: use plain values"
         if isinstance(node, yaml.ScalarNode):
             kind = node.tag.rpartition(":")[2]
             if node.style is None and kind in ("int", "float", "bool") and not _PLAIN.fullmatch(node.value):
                 read = f"{yaml.safe_load(node.value)}".lower()
-                yield line, f"{node.value} is read as {read}: write {read}, or quotes around a text"
+                yield line, f"{shown(node.value)} is read as {read}: write {read}, or quotes around a text"
         elif isinstance(node, yaml.MappingNode):
             keys: set[str] = set()
             for key, _ in node.value:
                 if str(key.value) in keys:
-                    yield key.start_mark.line + 1, f"{key.value} is set a second time: leave one of the two"
+                    yield key.start_mark.line + 1, f"{shown(key.value)} is set a second time: leave one of the two"
                 keys.add(str(key.value))
             left += [part for pair in node.value for part in pair]
         else:

@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence_with_its_name_and_line(says,
 @pytest.mark.parametrize("name", ["config", "norm/mbn", "schedule/paper", "dataset/cifar10"])
 def test_every_file_that_is_used_is_read_strictly(name, write):
     path = write((CONFIGS / f"{name}.yaml").read_bytes() + b"\nnew: 010\n", name)
-    with pytest.raises(ConfigError, match=f"{path}, line [0-9]+: 010 is read as 8: write 8, or quotes"):
+    with pytest.raises(ConfigError, match=f"{path}, line [0-9]+: '010' is read as 8: write 8, or quotes"):
         load([])
 
 
@@ -129,6 +129,8 @@ def test_numbers_mean_the_same_in_a_file_and_in_a_command(write):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=30) | st.text("a:-[]{}&*!|>'\"#%@, \t\n019.~", max_size=40).map(str.encode))
 @example(b"a: 2020-13-45")
+@example(b"!.")
+@example(b"a: 1:30.")
 def test_any_bytes_are_a_mapping_or_one_sentence(tmp_path, content):
     path = tmp_path / "any.yaml"
     path.write_bytes(content)
