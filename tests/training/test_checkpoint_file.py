@@ -120,7 +120,8 @@ def test_without_any_whole_checkpoint_the_run_starts_over(here, left, whole, two
     for path in (two, checkpoint_file.previous(two)):
         path.write_bytes(b"nonsense")
     done = here()
-    back, over = done.err.splitlines()
+    back, over, aside = done.err.splitlines()
+    assert "training starts over, and the rows are kept in metrics.aside-1.jsonl" in aside
     assert back.startswith(f"warning: {two} is damaged")
     assert back.endswith("; going back one checkpoint.")
     assert over.endswith("no checkpoint is left, so training starts over.")
