@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mbn.config import DATASETS, Config, ConfigError, from_dict, run_name, to_dict
-from mbn.records.sense import fault, shown
+from mbn.records.sense import as_json, fault
 from mbn.system.durations import duration
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
@@ -120,7 +120,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a record (it lacks {', '.join(lacking)}): restore it from git, or delete it.")
     unknown = sorted(fields - set(FIELDS))
     if unknown or type(version) is not int or version not in range(1, VERSION + 1):
-        what = f"unknown fields: {', '.join(unknown)}" if unknown else f"version {shown(version)}"
+        what = f"unknown fields: {', '.join(unknown)}" if unknown else f"version {as_json(version)}"
         raise UserError(f"{path} is of a newer version than this code ({what}): update the code, or delete it.")
     if record["checksum"] != checksum(record):
         raise UserError(
@@ -133,7 +133,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
         reason = str(error).removesuffix(".")
         raise UserError(f"{path} has an impossible configuration ({reason}): delete it and train again.") from None
     if record["name"] != (named := run_name(config)):
-        raise UserError(f"{path} is named {shown(record['name'])}, but its configuration gives {named}: delete it.")
+        raise UserError(f"{path} is named {as_json(record['name'])}, but its configuration gives {named}: delete it.")
     record = {key: record.get(key) for key in FIELDS}
     if wrong := fault(record, config):
         raise UserError(f"{path} cannot be true: {wrong}; delete it and train again.")
@@ -157,7 +157,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {shown(twice)} stands twice")
+        raise ValueError(f"the key {as_json(twice)} stands twice")
     return found
 
 

@@ -109,10 +109,10 @@ def fault(record: dict[str, Any], config: Config) -> str | None:
 def _faults(record: dict[str, Any], config: Config) -> Iterator[str]:
     for key, rule in RULES.items():
         if key in record and (record[key] is not None or key not in NULLABLE) and not rule.holds(record[key]):
-            yield f"{key} must be {rule.wanted}, not {shown(record[key])}"
+            yield f"{key} must be {rule.wanted}, not {as_json(record[key])}"
     for key, ok, wanted in _agreements(record, config):
         if not ok:
-            yield f"{key} must be {wanted}, not {shown(record[key])}"
+            yield f"{key} must be {wanted}, not {as_json(record[key])}"
     yield from _wrong_curves(record)
     yield from _wrong_parts(record)
 
@@ -140,7 +140,7 @@ def _wrong_curves(record: dict[str, Any]) -> Iterator[str]:
     yield from _wrong_lists(curves, CURVES, "curves", ("images", "test_error"), ("training",))
     if "training" in curves:
         if not isinstance(curves["training"], dict):
-            yield f"curves.training must be curves by their names, not {shown(curves['training'])}"
+            yield f"curves.training must be curves by their names, not {as_json(curves['training'])}"
         yield from _wrong_lists(curves["training"], TRAINING, "curves.training", TRAINING)
         if curves["training"]["images"][-1] != record["images"]:
             yield f"curves.training.images must end with images ({record['images']})"
@@ -165,7 +165,7 @@ def _wrong_lists(curves: Any, known: Any, prefix: str, needed: Any, others: Any 
                 yield f"{name} must be a list of numbers, as many as {prefix}.images has"
             for point in points:
                 if not known[key].holds(point):
-                    yield f"{name} must hold {known[key].wanted}, not {shown(point)}"
+                    yield f"{name} must hold {known[key].wanted}, not {as_json(point)}"
     if not all(a < b for a, b in itertools.pairwise(curves["images"])):
         yield f"{prefix}.images must rise"
 
@@ -175,21 +175,21 @@ def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
     parts = record.get("parts") or []
     for i, part in enumerate(parts):
         if set(part) != set(PART):
-            yield f"parts[{i}] must have {', '.join(PART)}, not {shown(sorted(part))}"
+            yield f"parts[{i}] must have {', '.join(PART)}, not {as_json(sorted(part))}"
         for key, rule in PART.items():
             if (part[key] is not None or key == "from") and not rule.holds(part[key]):
-                yield f"parts[{i}].{key} must be {rule.wanted}, not {shown(part[key])}"
+                yield f"parts[{i}].{key} must be {rule.wanted}, not {as_json(part[key])}"
     begins, end = [part["from"] for part in parts], record["iterations"]
     if parts and (begins[0] != 0 or begins[-1] > end or not all(a < b for a, b in itertools.pairwise(begins))):
-        yield f"parts must begin at rising iterations, from 0 to {end}, not {shown(begins)}"
+        yield f"parts must begin at rising iterations, from 0 to {end}, not {as_json(begins)}"
     for key in ("threads", "mode", "code", "commit", "versions"):
         if parts and record[key] not in [part[key] for part in parts]:
-            yield f"{key} must be that of one of its parts, not {shown(record[key])}"
+            yield f"{key} must be that of one of its parts, not {as_json(record[key])}"
     if any(part["dirty"] for part in parts) and record["dirty"] is not True:
-        yield f"dirty must be true, as in one of its parts, not {shown(record['dirty'])}"
+        yield f"dirty must be true, as in one of its parts, not {as_json(record['dirty'])}"
 
 
-def shown(value: Any) -> str:
+def as_json(value: Any) -> str:
     """A value from a file, as it can stand in a sentence: as JSON, short, and without control characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
