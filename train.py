@@ -136,6 +136,7 @@ def sweep(overrides: list[str]) -> int:
     """Train the runs of a sweep, and print a table of them at the end; all are checked before the first begins."""
     from mbn.launch.missing_runs import PlannedRun
     from mbn.launch.sweep_table import sweep_table
+    from mbn.records import provenance
 
     runs = []
     for line in configuration.sweep_lines(overrides):
@@ -144,6 +145,8 @@ def sweep(overrides: list[str]) -> int:
     machine = runs[0].config.machine
     if machine.together > 1:
         check_together([run.config for run in runs])
+    if not all(one.finished(Path(machine.results)) and not one.config.machine.again for one in runs):
+        provenance.import_all()
     instead: dict[str, str] = {}  # by a run's name, what the table says in place of a result
     try:
         return (sweep_together if machine.together > 1 else one_after_another)(runs, instead)

@@ -212,6 +212,7 @@ def train(
             import train as script
             from mbn.launch.lanes import Lanes, fits
 
+            provenance.import_all()
             lanes = stack.enter_context(Lanes(script.run, jobs))
 
         def start(run: PlannedRun, results: Path) -> Any:

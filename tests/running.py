@@ -87,7 +87,7 @@ def follow(model: Small, references, x, remember=True):
 TINY = ["dataset=digits", "batch_size=256", "schedule.iterations=8", "machine.threads=1", "machine.device=cpu"]
 
 
-COMMIT = "c0ffee" * 6 + "c0ff"
+COMMIT, DIRTY = "c0ffee" * 6 + "c0ff", False
 # A folder's name with all that Hydra, Python's formats and a shell could stumble over.
 UGLY = 'Große  =a,b (c) [d] {e} #5 100%s $HOME `f` it\'s "g" \\h\\'
 
@@ -213,7 +213,7 @@ def run_here(capsys, monkeypatch, *overrides) -> Outcome:
     monkeypatch.setattr(train.configuration, "load", load_quickly)
     monkeypatch.setattr(datasets, "digits", lambda _: digits())
     # A fixed commit: the working tree may change while the tests run.
-    monkeypatch.setattr(provenance, "commit_and_dirty", lambda: (COMMIT, False))
+    monkeypatch.setattr(provenance, "commit_and_dirty", lambda: (COMMIT, DIRTY))
     capsys.readouterr()
     try:
         code = train.main(list(overrides))

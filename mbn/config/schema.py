@@ -81,7 +81,7 @@ class Evaluate:
     precise: bool = setting(False, "also the test error with statistics recomputed over the training set (PreciseBN)")
     batch_size: int | None = setting(
         None,
-        "images tested at a time; null: as fit the memory, 5000 of 32 pixels on a GPU (CPU: 125), 102 of 224 (CPU: 2)",
+        "images tested at a time; null: 125 of CIFAR's on a CPU, 5000 on a GPU, and fewer of larger images",
         at_least(1),
     )
 

@@ -57,10 +57,11 @@ class Workers:
         try:
             for _ in range(number):
                 self._start(make, pin)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
             self.close()
             raise UserError(
-                f"cannot start {number} processes that decode images ({error.strerror}): lower machine.workers."
+                f"cannot start {number} processes that decode images ({getattr(error, 'strerror', error)}): lower "
+                "machine.workers."
             ) from None
 
     def _start(self, make: Make, pin: torch.device | None) -> None:
@@ -128,8 +129,6 @@ def _work(ours: Connection, pipe: Connection, make: Make) -> None:
 
 def _serve(tasks: SimpleQueue, pipe: Connection, process: BaseProcess, pin: torch.device | None) -> None:
     """The life of a thread: give its process a task, and read what it answers."""
-    if pin is not None:
-        torch.cuda.set_device(pin)
     while (work := tasks.get()) is not None:
         future, task = work
         try:
@@ -138,7 +137,8 @@ def _serve(tasks: SimpleQueue, pipe: Connection, process: BaseProcess, pin: torc
             if isinstance(answer, Exception):
                 raise answer
             shape, labels = answer
-            images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin is not None)
+            with contextlib.nullcontext() if pin is None else torch.cuda.device(pin):
+                images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin is not None)
             _read(pipe, images.numpy().reshape(-1).data)
             future.set_result((images, torch.from_numpy(labels)))
         except (EOFError, OSError):
@@ -184,7 +184,7 @@ def _waited(future: Future, stop: StopRequest, source: str) -> tuple[Tensor, Ten
         waited = time.monotonic() - began
         if waited > TOO_SLOW:
             raise UserError(
-                f"no images came from {source} in {TOO_SLOW / 60:.0f} minutes: look whether that disk answers; the "
+                f"no images came from {source} in {TOO_SLOW / 60:.0f} minutes: check that disk; the "
                 "same command goes on from the last checkpoint."
             )
         if waited > SLOW and not said:

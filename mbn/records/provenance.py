@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.machinery
 import io
 import os
@@ -24,8 +25,8 @@ from mbn.system.errors import printable
 
 # Parts of mbn that train nothing.
 NOT_TRAINING = ("benchmark", "launch", "tables", "grid.py")
-# Folders in which every file may be or change code, and the endings of files that can be imported.
-CODE = ("mbn", "models", "scripts", "configs")
+# Folders of code, and the endings of files that can be imported. What configs/ sets is in the record.
+CODE = ("mbn", "models", "scripts")
 IMPORTABLE = tuple(importlib.machinery.all_suffixes())
 CPUINFO = Path("/proc/cpuinfo")
 # A commit's name, long or short, as a pattern. A repository of git's newer kind has the longest.
@@ -48,8 +49,8 @@ def ask() -> None:
     commit, _ = commit_and_dirty()
     if commit is None:
         print(
-            f"warning: the commit of this code is unknown ({_origin().unknown}), so that records made now cannot be "
-            "imported elsewhere.",
+            f"warning: the commit of this code is unknown ({_origin().unknown}), so that records made now are imported "
+            "with --allow-dirty alone.",
             file=sys.stderr,
         )
 
@@ -114,11 +115,11 @@ def _is_changed() -> bool:
 
 
 def _possible_code() -> Iterator[Path]:
-    """The files that could be or change code, whatever git ignores: all in CODE, and at the top what can be imported.
+    """The files that could be code, whatever git ignores: what can be imported, in CODE and at the top.
 
     Names that begin with a dot belong to editors and systems, and __pycache__ to Python.
     """
-    top = [path for path in REPOSITORY.iterdir() if path.name not in (*CODE, "data", "results")]
+    top = [path for path in REPOSITORY.iterdir() if path.name not in (*CODE, "configs", "data", "results")]
     for path in (file for one in top for file in (one.glob("__init__.*") if one.is_dir() else [one])):
         if path.name.endswith(IMPORTABLE) and not path.name.startswith("."):
             yield path
@@ -126,7 +127,8 @@ def _possible_code() -> Iterator[Path]:
         for folder, folders, files in os.walk(REPOSITORY / name):
             links = [name for name in folders if (Path(folder) / name).is_symlink()]
             folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-            yield from (Path(folder) / name for name in (*files, *links) if not name.startswith("."))
+            importable = [name for name in files if name.endswith(IMPORTABLE)]
+            yield from (Path(folder) / name for name in (*importable, *links) if not name.startswith("."))
 
 
 @functools.cache
@@ -137,6 +139,15 @@ def _texts() -> dict[str, bytes]:
     return {
         name.as_posix(): path.read_bytes() for name, path in sorted(named.items()) if name.parts[1] not in NOT_TRAINING
     }
+
+
+def import_all() -> None:
+    """Import the code that trains. A command with several runs does so before the first one: a module that the fifth
+    run imports first, after an edit, would not be the one that `code` stands for.
+    """
+    for name in _texts():
+        with contextlib.suppress(Exception):  # of a file that no run needs
+            importlib.import_module(name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
 
 
 @functools.cache

@@ -79,8 +79,7 @@ def rewrite(path: Path, **changes: Any) -> dict[str, Any]:
 def _write(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     if wrong := fault(record, config_of(record)):
         raise UserError(
-            f"{path} is not written, because it would not be true: {wrong}; if no file of the run was edited by hand, "
-            "report this."
+            f"{path} is not written, because it would not be true: {wrong}; report this as a fault of the program."
         )
     record["version"] = VERSION
     record["checksum"] = checksum(record)

@@ -24,7 +24,7 @@ def conditions(machine: Machine, device: torch.device, threads: int, mode: str, 
     commit, dirty = provenance.commit_and_dirty()
     return {
         "device": provenance.device_name(device),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "threads": threads,
         "mode": mode,
         "tf32": machine.tf32 if on_gpu else None,
@@ -55,6 +55,8 @@ def parts_of(saved: dict[str, Any]) -> list[Conditions]:
 def changes(before: Conditions, now: Conditions) -> list[str]:
     """What is known to differ, such as "threads 1 -> 2". Another commit with the same code is no change."""
     before = before | {"device": before["device"].rpartition(THEN)[2]}
+    if now["device"].startswith(f"{before['device']}:"):  # from before names were kept
+        before["device"] = now["device"]
     said = []
     for key in ("device", "cpu_capability", "threads", "mode", "tf32", "deterministic", "data"):
         if None not in (before[key], now[key]) and before[key] != now[key]:
@@ -82,25 +84,28 @@ def same_code(a: Conditions, b: Conditions) -> bool:
 
 def go_on(parts: list[Conditions], iteration: int, now: Conditions) -> list[Conditions]:
     """The parts of a run that goes on under the present conditions; what has changed is said in one line."""
-    last = parts[-1]
-    said = changes(last, now)
+    if iteration == 0:
+        return [{"from": 0, **now}]
+    trained = [part for part in parts if part["from"] < iteration]
+    said = changes(trained[-1], now)
     if said:
         print(
-            f"warning: conditions change at iteration {iteration:,} ({', '.join(said)}): the bits will not be those of "
-            "a run without a change, and the record lists both; machine.again=true trains all of it under one.",
+            f"warning: conditions change at iteration {iteration:,} ({', '.join(said)}): the bits may not be those of "
+            "a run without a change, and the record lists all parts; machine.again=true trains all of it under one.",
             file=sys.stderr,
         )
-    if last["versions"] is None:
+    if trained[-1]["versions"] is None:
         print(
-            "note: this checkpoint is from before versions, data and journal were kept in it, so that a change of "
-            "them cannot be noticed.",
+            "note: this checkpoint is from before versions, data and journal were kept in it, so a change of them "
+            "before now cannot be seen.",
             file=sys.stderr,
         )
-    if {**last, "from": 0} == {**now, "from": 0}:
-        return parts
-    # A part that has trained nothing is left out.
-    kept = parts[:-1] if last["from"] == iteration else parts
-    return [*kept, {"from": iteration, **now}]
+    return with_part(trained, iteration, now)
+
+
+def with_part(parts: list[Conditions], iteration: int, now: Conditions) -> list[Conditions]:
+    """The parts, and one from this iteration on where its conditions are not those of the last one."""
+    return parts if {**parts[-1], "from": 0} == {**now, "from": 0} else [*parts, {"from": iteration, **now}]
 
 
 def made_by(parts: list[Conditions]) -> dict[str, Any]:
@@ -118,5 +123,8 @@ def devices(parts: Iterable[Conditions]) -> str:
     """The names of the devices, in the order in which they were used: cuda: NVIDIA H100, then cpu: AMD EPYC."""
     names: list[str] = []
     for part in parts:
-        names += [name for name in part["device"].split(THEN) if names[-1:] != [name]]
+        for name in part["device"].split(THEN):
+            if names and name.startswith(f"{names[-1]}:"):  # from before names were kept
+                names.pop()
+            names += [name] if names[-1:] != [name] else []
     return THEN.join(names)

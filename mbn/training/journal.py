@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -56,6 +57,10 @@ LAYOUT = {
 }
 
 
+# The name of TensorBoard's file, as a pattern.
+VIEW = r"events\.out\.tfevents\.\d+\..+\.\d+\.0"
+
+
 class Journal:
     """Rows of numbers: `kind` is "train" within an epoch and "epoch" at the end of one, `images` the axis, `time` the
     seconds since 1970 at which it was written.
@@ -90,8 +95,9 @@ class Journal:
         self.lines = len(kept)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self.view: Path | None = folder / name
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
+        for old in folder.iterdir():
+            if re.fullmatch(VIEW, old.name) and old.is_file():
+                old.unlink()
         rows = with_times(self.rows(), ended)
         began = rows[0]["time"] if rows else time.time()
         self._show([*first_events(configuration, began), *(event for row in rows for event in events(row))])

@@ -1,5 +1,6 @@
 """What a person sees while a run trains: where it runs, how far it is, how fast it goes, how long it still takes."""
 
+import os
 import statistics
 import sys
 import time
@@ -8,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mbn.config import cores
 from mbn.records.provenance import described
 from mbn.system.durations import duration
 from mbn.training.conditions import made_by
@@ -129,7 +129,7 @@ def say_where(state: State, mode: str, expected: float | None) -> None:
 
 def say_if_busy(threads: int) -> None:
     """One line where other processes leave no processors for so many threads: they would wait for each other."""
-    if threads > 1 and tasks_of_others() + threads > cores():
+    if threads > 1 and tasks_of_others() + threads > (os.cpu_count() or 1):
         print(
             f"note: other processes keep this machine busy, and the {threads} threads of this run will wait for each "
             "other: machine.threads=1 is faster then.",

@@ -26,7 +26,7 @@ from mbn.system.errors import UserError, lacks_memory
 from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.signals import Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
-from mbn.training.conditions import conditions, devices, made_by
+from mbn.training.conditions import conditions, devices, made_by, with_part
 from mbn.training.execution import (
     COMPILED,
     GRAPHS,
@@ -114,6 +114,8 @@ def add_precise_error(config: Config, build: Build, stop: StopRequest | None = N
             f"{path} is of other code ({provenance.with_code(result)}): evaluate.precise=true measures with the code "
             "that trained, so check that out, or train again by machine.again=true."
         )
+    if provenance.commit_and_dirty()[1] and result["dirty"] is False:
+        raise UserError(f"{path} is of a clean commit: commit the changes in this checkout before you measure.")
     with lock(folder / "lock") as held, _memory_is_enough(config):
         run = Run(config, build, folder, held.check)
         if run.state.iteration != run.state.length:
@@ -129,7 +131,8 @@ def add_precise_error(config: Config, build: Build, stop: StopRequest | None = N
         with own_stream(run.state.device), _signals(stop) as signals:
             run.data.stop = signals
             error = run.precise_error(signals)
-            return record.rewrite(path, test_error_precise=error, parts=run.state.parts)
+            parts = with_part(result["parts"], run.state.length, run.state.now)
+            return record.rewrite(path, test_error_precise=error, parts=parts)
 
 
 class Run:
@@ -184,7 +187,7 @@ class Run:
         try:
             self.state.restore(saved)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if lacks_memory(error):
+            if lacks_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
             raise other_version(self.checkpoint_path, first_line(error)) from None
         self.journal_lines, self.journal_hash = saved["journal_lines"], saved.get("journal")
@@ -206,7 +209,7 @@ class Run:
         batches = self.data.train_batches(state.iteration, self.config.batch_size)
         row_every = iterations_between_rows(state.per_epoch)
         state.model.train()
-        state.clock.start()
+        state.clock.start(stop)
         self.saved_at = time.monotonic()
         with Progress(state) as progress:
             if state.untested is not None:  # a signal came during the test that ends an epoch
@@ -220,14 +223,14 @@ class Run:
                 try:
                     images, labels = next(batches)
                 except StoppedError:  # while it waited for images
-                    if self.saved != state.iteration:
+                    if self.saved != state.iteration or not self.checkpoint_path.exists():
                         self.save(journal)
                     raise self._stopped(stop) from None
                 ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
                 state.untested = report.statistics_of(state, images) if ends else None
                 update(images, labels)
                 stop.nothing_to_save = False
-                state.clock.tick(stop)
+                state.clock.tick()
                 state.iteration += 1
                 progress.bar.update()
                 row_due = state.iteration % state.per_epoch % row_every == 0 and not ends

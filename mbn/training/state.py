@@ -1,6 +1,7 @@
 """The state of a run: what training changes, what a checkpoint keeps of it, and how a checkpoint is restored."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mbn.system.errors import UserError
 from mbn.system.signals import StopRequest
 from mbn.training import checkpoint_file
 from mbn.training.conditions import Conditions, go_on, parts_of
+from mbn.training.journal import VIEW
 
 # Version 1 had no parts and no hash of the journal.
 VERSION = 2
@@ -29,7 +31,7 @@ NEEDED: dict[str, Any] = {
 }
 # The files of a run that is trained again; what else is in its folder is not ours to delete. Without its checkpoints,
 # which go first, a run starts over.
-OWN_FILES = ("checkpoint*.pt", "metrics.jsonl", "config.yaml", "events.out.tfevents.*")
+OWN_FILE = re.compile(rf"checkpoint(\.previous)?(\.damaged)?\.pt|metrics\.jsonl|config\.yaml|{VIEW}")
 
 
 class Sums:
@@ -66,23 +68,25 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds = self.training_seconds = 0.0
-        self.start()
+        self.start(StopRequest())
 
-    def start(self) -> None:
-        """Count from now on."""
+    def start(self, stop: StopRequest) -> None:
+        """Count from now on. stop: knows whether the process was suspended."""
+        self.stop = stop
         self.counted_until = self.ticked = time.monotonic()
 
-    def tick(self, stop: StopRequest) -> None:
-        """To be called at each iteration: leaves out one in which the process was suspended."""
+    def tick(self) -> float:
+        """To be called at each iteration, of which one in which the process was suspended is left out. Returns now."""
         now = time.monotonic()
-        if stop.continued:
-            stop.continued = False
+        if self.stop.continued:
+            self.stop.continued = False
             self.counted_until += now - max(self.ticked, self.counted_until)
         self.ticked = now
+        return now
 
     def count(self, training: bool) -> None:
         """Add the time since the last call."""
-        now = time.monotonic()
+        now = self.tick()
         self.seconds += now - self.counted_until
         self.training_seconds += now - self.counted_until if training else 0.0
         self.counted_until = now
@@ -115,7 +119,7 @@ class State:
         self.epoch_sums, self.row_sums = Sums(), Sums()
         self.clock = Clock()
         self.untested: Statistics | None = None
-        self.parts = [{"from": 0, **now}]
+        self.now, self.parts = now, [{"from": 0, **now}]
         self.again = config.machine.again
         self.replaces = record.content_hash(Path(config.machine.results), self.name)
         # Without dropout training draws no random numbers, so the first states are kept: other threads may change the
@@ -141,8 +145,7 @@ class State:
         if untested is not None:
             self.untested = {name: (mu.to(self.device), s.to(self.device)) for name, (mu, s) in untested.items()}
         print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
-        now = {key: value for key, value in self.parts[-1].items() if key != "from"}
-        self.parts = go_on(parts_of(saved), self.iteration, now)
+        self.parts = go_on(parts_of(saved), self.iteration, self.now)
 
     def content(self, mode: str, lines: int, journal: str) -> dict[str, Any]:
         """What a checkpoint holds. lines, journal: how many lines the journal has by now, and their SHA-256."""
@@ -208,9 +211,9 @@ def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
     written = record.path_of(Path(config.machine.results), run_name(config)).exists()
     finished = written and saved["iteration"] == saved["length"] and saved.get("untested") is None
     if config.machine.again and (finished or not saved["anew"]):
-        for file in OWN_FILES:
-            for found in folder.glob(file):
-                found.unlink()
+        for file in sorted(folder.iterdir()):
+            if OWN_FILE.fullmatch(file.name) and file.is_file():
+                file.unlink()
         return None
     return saved
 
@@ -222,7 +225,7 @@ def check_fields(saved: dict[str, Any], path: Path) -> None:
     if version not in range(1, VERSION + 1):
         raise other_version(path, f"version {version}")
     if wrong:
-        raise other_version(path, f"no valid {', '.join(wrong)}")
+        raise other_version(path, f"it lacks {', '.join(wrong)}, or holds something else there")
 
 
 def other_version(path: Path, why: str) -> UserError:

@@ -110,7 +110,7 @@ def cases(table):
 WRONG_TYPES = {
     "a whole number": "batch_size=abc batch_size=1.5 batch_size=true batch_size=null seed=1e3 forwards=[1]",
     "a number": "norm.decay=much schedule.scale=abc optimizer.momentum={a:1}",
-    "a list of numbers": "norm.lam=0.5 norm.lam=[abc] norm.lam=[null] schedule.lr=0.1",
+    "a list of numbers": "norm.lam=0.5 norm.lam=[abc] norm.lam=[null] schedule.lr=0.1 schedule.lr=[[0.1]]",
     "a whole number or null": "schedule.epochs=2.5",
     "true or false": "machine.again=maybe",
     "a text": "machine.device=null",

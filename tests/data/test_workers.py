@@ -14,6 +14,7 @@ from pathlib import Path
 import jpegs
 import numpy as np
 import pytest
+import torch
 from running import Run, build_small
 
 import train
@@ -137,6 +138,13 @@ def test_a_process_that_cannot_start_is_one_sentence(monkeypatch):
     with pytest.raises(UserError, match=r"^cannot start 4 processes .* \(Resource temporarily unavailable\): lower"):
         Workers(numbered, 4)
     assert multiprocessing.active_children() == []
+
+
+def test_memory_that_cannot_be_pinned_ends_the_wait_at_once():
+    """As on a machine without the device that is asked for: a thread that fails must not be waited for."""
+    running = Workers(numbered, 1, torch.device("cuda:99"))
+    with contextlib.closing(running), pytest.raises((RuntimeError, AssertionError), match=r"(?i)cuda|nvidia"):
+        next(running.batches([0], StopRequest(), "the disk"))
 
 
 def test_a_mistake_in_a_process_shows_where_it_is():

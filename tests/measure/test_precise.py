@@ -5,6 +5,7 @@ import re
 
 import pytest
 import reference
+import running
 import torch
 from layer_kinds import snapshot, unchanged
 from running import Tiny, cut, follow, send
@@ -219,6 +220,28 @@ def test_a_record_from_elsewhere_gets_no_number_of_this_checkpoint(here, left, w
     assert refused.code == 1
     assert f"{left().record_path} was not made from {left().checkpoint_path} (another journal)" in refused.err
     assert left().record_path.read_bytes() == whole().record_path.read_bytes()
+
+
+def test_a_checkout_with_changes_does_not_measure_for_a_clean_record(here, left, monkeypatch):
+    here()
+    before = left().record_path.read_bytes()
+    monkeypatch.setattr(running, "DIRTY", True)
+    refused = here(PRECISE)
+    assert refused.code == 1
+    assert "is of a clean commit: commit the changes in this checkout before you measure" in refused.err
+    assert left().record_path.read_bytes() == before
+
+
+def test_a_record_that_a_later_process_wrote_keeps_its_parts(here, left, monkeypatch):
+    """Killed between the last checkpoint and the record, and gone on by another commit of the same code."""
+    here()
+    left().record_path.unlink()
+    monkeypatch.setattr(running, "COMMIT", "d" * 40)
+    here()
+    monkeypatch.setattr(running, "COMMIT", "e" * 40)
+    assert here(PRECISE).code == 0
+    assert [part["from"] for part in left().record()["parts"]] == [0, 8, 8]
+    assert left().record()["commit"] == "d" * 40
 
 
 def test_a_measurement_under_other_conditions_is_a_part_of_its_own(here, left, monkeypatch):

@@ -58,6 +58,11 @@ def test_what_cannot_be_true_is_refused_in_one_sentence_that_names_the_field(pat
     assert str(caught.value) == f"{path} cannot be true: {says}; delete it and train again."
 
 
+def test_these_are_not_imported_and_enter_no_table(path, tmp_path, capsys):
+    items = [nonsense.signed(json.loads(path.read_text()), "", key, value) for key, value, _ in SEEN]
+    assert accepted(items, path, tmp_path, capsys) == []
+
+
 def refusals(made, path, tmp_path, capsys):
     """What reading, importing and tables say to a record in the place of another."""
     path.write_text(json.dumps(made))
@@ -106,7 +111,7 @@ def test_nonsense_records(path, tmp_path, capsys, count, figure):
 
 def test_nonsense_is_not_written(path):
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"is not written, .*: test_error_precise must be .* not 101; if no file"):
+    with pytest.raises(UserError, match=r"is not written, .*: test_error_precise must be .* not 101; report this"):
         record.rewrite(path, test_error_precise=101)
     assert path.read_bytes() == before
     with pytest.raises(UserError, match=r"is not written, .*: seconds must be a number"):
@@ -170,9 +175,9 @@ UNKNOWN = dict.fromkeys(PART)
         ({"parts": ["x"]}, "parts must be a list of parts"),
         ({"parts": [PART | {"more": 1}]}, r"parts\[0\] must have from, "),
         ({"parts": [UNKNOWN]}, r"parts\[0\]\.from must be a whole number"),
-        ({"parts": [PART | {"from": 1}]}, "parts must begin at rising iterations, from 0 to 78200"),
-        ({"parts": [PART, PART]}, "parts must begin at rising"),
-        ({"parts": [PART, PART | {"from": 78_201}]}, "parts must begin at rising"),
+        ({"parts": [PART | {"from": 1}]}, "parts must begin at iterations in their order, from 0 to 78200"),
+        ({"parts": [PART, PART | {"from": 5}, PART | {"from": 4}]}, "parts must begin at"),
+        ({"parts": [PART, PART | {"from": 78_201}]}, "parts must begin at"),
         ({"parts": [PART | {"tf32": 1}]}, r"parts\[0\]\.tf32 must be true or false, not 1"),
         ({"parts": [PART, PART | {"from": 3, "mode": "auto"}]}, r"parts\[1\]\.mode must be one of"),
         ({"parts": [PART | {"versions": {"torch": 2}}]}, r"parts\[0\]\.versions must be texts"),

@@ -15,7 +15,7 @@ from running import TIMES, assert_same_run, digits, send, without
 
 from mbn.records import provenance
 from mbn.system.errors import UserError
-from mbn.system.signals import StopRequest
+from mbn.system.signals import StoppedError, StopRequest
 from mbn.training import checkpoint_file, run, state
 from mbn.training.conditions import devices, go_on, made_by, parts_of
 
@@ -55,7 +55,7 @@ def test_a_change_is_said_at_the_resume_and_the_record_lists_both(here, left, af
         monkeypatch.setattr(*patch)
     done = here(*settings)
     assert done.code == 0
-    assert re.search(rf"^warning: conditions change at iteration 3 \({words}\): the bits will not be", done.err, re.M)
+    assert re.search(rf"^warning: conditions change at iteration 3 \({words}\): the bits may not be", done.err, re.M)
     result = left().record()
     first, second = result["parts"]
     assert (first["from"], second["from"]) == (0, 3)
@@ -88,7 +88,10 @@ def test_a_part_that_has_trained_nothing_is_left_out(capsys):
     assert parts == [*begun, {"from": 3, **other}]
     assert go_on(parts, 3, first | {"threads": 4}) == [*begun, {"from": 3, **first, "threads": 4}]
     assert go_on(parts, 5, other) == parts
-    assert "threads 2 -> 4" in capsys.readouterr().err
+    assert "threads 1 -> 4" in capsys.readouterr().err
+    assert go_on(parts, 3, first) == begun  # back to the conditions of what was trained
+    assert go_on(begun, 0, other) == [{"from": 0, **other}]
+    assert capsys.readouterr().err == ""
 
 
 def test_another_commit_with_the_same_code_is_listed_without_a_word(here, left, after, monkeypatch):
@@ -138,6 +141,19 @@ def test_a_checkpoint_without_the_code_s_hash_goes_by_the_commit(here, left, old
     assert left().record()["dirty"] == changed
 
 
+def test_a_signal_while_the_first_images_are_awaited_leaves_a_checkpoint(here, left, monkeypatch):
+    def none_come(self, *_):
+        self.stop.code = 75
+        raise StoppedError
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mbn.data.in_memory.DeviceDataset.train_batches", none_come)
+        stopped = here()
+    assert (stopped.code, left().checkpoint()["iteration"]) == (75, 0)
+    assert "resuming at iteration 0 of 8" in here().out
+
+
 @pytest.mark.parametrize(
     ("saved", "expected"),
     [
@@ -150,6 +166,12 @@ def test_a_record_names_every_device_that_its_run_has_used(saved, expected):
     machine = {"device": "cpu", "mode": "eager", "threads": 1}
     parts = parts_of({"machine": machine, "commit": "a", "dirty": False, **saved})
     assert devices([*parts, parts[0] | {"device": "H100"}]) == expected
+
+
+def test_a_device_of_which_only_the_kind_was_kept_is_no_other_one(older, here, left):
+    older(devices=...)
+    assert "device" not in here().err
+    assert "then" not in left().record()["device"]
 
 
 @pytest.mark.parametrize(
@@ -304,10 +326,13 @@ def test_training_again_deletes_only_what_the_program_wrote(here, left):
     here()
     folder = left().folder
     (folder / "notes").mkdir()
-    for name in ("notes/a.txt", "notes.txt", "weights.safetensors", "my checkpoint.pt"):
+    (folder / "checkpoint.damaged.pt").mkdir()
+    names = ("notes/a.txt", "notes.txt", "weights.safetensors", "my checkpoint.pt", "checkpoint-epoch80.pt")
+    names += ("checkpoint2.pt", "events.out.tfevents.mine")
+    for name in names:
         (folder / name).write_text("mine")
     theirs = {path for path in folder.rglob("*") if path.is_file() and path.read_bytes() == b"mine"}
-    assert len(theirs) == 4
+    assert len(theirs) == len(names)
     assert here("machine.again=true").code == 0
     assert all(path.read_text() == "mine" for path in theirs)
     assert len(left().rows()) == (folder / "metrics.jsonl").read_text().count("\n")
@@ -330,16 +355,17 @@ def test_a_lock_that_was_lost_ends_the_run_before_it_writes(here, left, after, m
     assert here(*epoch).code == 0
 
 
-def test_the_time_of_a_suspended_process_is_not_counted(monkeypatch):
+@pytest.mark.parametrize("in_a_read", [False, True])
+def test_the_time_of_a_suspended_process_is_not_counted(monkeypatch, in_a_read):
+    """In an iteration, or while the losses are read: on a GPU nearly all waiting is there."""
     now, stop = [100.0], StopRequest()
     monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
     clock = state.Clock()
+    clock.start(stop)
     for seconds, suspended in ((1, False), (7, True), (1, False), (0.5, False), (2, True), (1, False)):
         now[0] += seconds
         stop.continued = suspended
-        clock.tick(stop)
-        if seconds == 0.5:
-            clock.count(training=True)
+        clock.count(training=True) if in_a_read or seconds == 0.5 else clock.tick()
     clock.count(training=True)
     assert clock.training_seconds == clock.seconds == 3.5
     assert not stop.continued

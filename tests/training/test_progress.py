@@ -122,7 +122,7 @@ def test_the_guess_is_by_the_operations_on_a_thread():
 )
 def test_a_busy_machine_is_said_in_one_line_that_names_the_setting(monkeypatch, capsys, threads, others, cores, said):
     monkeypatch.setattr(progress, "tasks_of_others", lambda: others)
-    monkeypatch.setattr(progress, "cores", lambda: cores)
+    monkeypatch.setattr(progress.os, "cpu_count", lambda: cores)
     progress.say_if_busy(threads)
     err = capsys.readouterr().err
     assert ("machine.threads=1" in err, err.count("\n")) == (said, int(said))
