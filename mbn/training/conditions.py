@@ -52,18 +52,18 @@ def parts_of(saved: dict[str, Any]) -> list[Conditions]:
     ]
 
 
-def changes(before: Conditions, now: Conditions) -> list[str]:
+def changes(then: Conditions, now: Conditions) -> list[str]:
     """What is known to differ, such as "threads 1 -> 2". Another commit with the same code is no change."""
-    before = before | {"device": before["device"].rpartition(THEN)[2]}
-    if now["device"].startswith(f"{before['device']}:"):  # from before names were kept
-        before["device"] = now["device"]
+    then = then | {"device": then["device"].rpartition(THEN)[2]}
+    if now["device"].startswith(f"{then['device']}:"):  # from before names were kept
+        then["device"] = now["device"]
     said = []
     for key in ("device", "cpu_capability", "threads", "mode", "tf32", "deterministic", "data"):
-        if None not in (before[key], now[key]) and before[key] != now[key]:
-            said.append(f"{key.replace('_', ' ')} {_short(before[key])} -> {_short(now[key])}")
-    if not same_code(before, now):
-        said.append(f"{provenance.with_code(before)} -> {provenance.with_code(now)}")
-    versions = before["versions"] or {}
+        if None not in (then[key], now[key]) and then[key] != now[key]:
+            said.append(f"{key.replace('_', ' ')} {_short(then[key])} -> {_short(now[key])}")
+    if not same_code(then, now):
+        said.append(f"{provenance.with_code(then)} -> {provenance.with_code(now)}")
+    versions = then["versions"] or {}
     return said + [
         f"{name} {version} -> {now['versions'][name]}"
         for name, version in versions.items()
@@ -85,8 +85,8 @@ def same_code(a: Conditions, b: Conditions) -> bool:
 def go_on(parts: list[Conditions], iteration: int, now: Conditions) -> list[Conditions]:
     """The parts of a run that goes on under the present conditions; what has changed is said in one line."""
     if iteration == 0:
-        return [{"from": 0, **now}]
-    trained = [part for part in parts if part["from"] < iteration]
+        return with_part([], 0, now)
+    trained = before(parts, iteration)
     said = changes(trained[-1], now)
     if said:
         print(
@@ -103,9 +103,15 @@ def go_on(parts: list[Conditions], iteration: int, now: Conditions) -> list[Cond
     return with_part(trained, iteration, now)
 
 
+def before(parts: list[Conditions], iteration: int) -> list[Conditions]:
+    """The parts that begin before an iteration: the others have trained nothing of what led to it."""
+    return [part for part in parts if part["from"] < iteration]
+
+
 def with_part(parts: list[Conditions], iteration: int, now: Conditions) -> list[Conditions]:
     """The parts, and one from this iteration on where its conditions are not those of the last one."""
-    return parts if {**parts[-1], "from": 0} == {**now, "from": 0} else [*parts, {"from": iteration, **now}]
+    same = parts and {**parts[-1], "from": 0} == {**now, "from": 0}
+    return parts if same else [*parts, {"from": iteration, **now}]
 
 
 def made_by(parts: list[Conditions]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.system.signals import StopRequest
 from mbn.training import checkpoint_file
-from mbn.training.conditions import Conditions, go_on, parts_of
+from mbn.training.conditions import Conditions, before, go_on, parts_of, with_part
 from mbn.training.journal import VIEW
 
 # Version 1 had no parts and no hash of the journal.
@@ -119,7 +119,8 @@ class State:
         self.epoch_sums, self.row_sums = Sums(), Sums()
         self.clock = Clock()
         self.untested: Statistics | None = None
-        self.now, self.parts = now, [{"from": 0, **now}]
+        self.now, self.began = now, 0  # of this process: its conditions, and the iteration at which it began
+        self.parts = with_part([], 0, now)
         self.again = config.machine.again
         self.replaces = record.content_hash(Path(config.machine.results), self.name)
         # Without dropout training draws no random numbers, so the first states are kept: other threads may change the
@@ -145,11 +146,14 @@ class State:
         if untested is not None:
             self.untested = {name: (mu.to(self.device), s.to(self.device)) for name, (mu, s) in untested.items()}
         print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
-        self.parts = go_on(parts_of(saved), self.iteration, self.now)
+        self.began = self.iteration
+        self.parts = go_on(parts_of(saved), self.began, self.now)
 
     def content(self, mode: str, lines: int, journal: str) -> dict[str, Any]:
         """What a checkpoint holds. lines, journal: how many lines the journal has by now, and their SHA-256."""
-        self.parts[-1]["mode"] = mode  # an iteration that could not be recorded has changed it
+        if mode != self.now["mode"]:  # an iteration that could not be recorded has changed it
+            self.now = self.now | {"mode": mode}
+            self.parts = with_part(before(self.parts, self.began), self.began, self.now)
         return {
             "version": VERSION,
             "name": self.name,

@@ -94,6 +94,20 @@ def test_a_part_that_has_trained_nothing_is_left_out(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("began", [0, 3])
+def test_a_mode_that_fails_later_changes_no_earlier_part(here, left, after, began):
+    """Where an iteration cannot be recorded, the process that tries goes on in another mode, from its own beginning."""
+    if began:
+        after(began, send("SIGTERM"))
+        here()
+    after(2, lambda update: setattr(update, "mode", "compile"))
+    here()
+    result = left().record()
+    expected = [(0, "eager"), (3, "compile")] if began else [(0, "compile")]
+    assert [(part["from"], part["mode"]) for part in result["parts"]] == expected
+    assert result["mode"] == "compile"
+
+
 def test_another_commit_with_the_same_code_is_listed_without_a_word(here, left, after, monkeypatch):
     after(3, send("SIGTERM"))
     here()
