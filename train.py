@@ -15,7 +15,7 @@ from mbn import config as configuration
 from mbn.methods import METHODS
 from mbn.system import signals
 from mbn.system.command_line import Parser, entry_point, failure
-from mbn.system.errors import UserError, printable
+from mbn.system.errors import UserError
 
 if TYPE_CHECKING:
     from mbn.launch.missing_runs import PlannedRun
@@ -174,7 +174,6 @@ def one_after_another(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> 
 
 def tell_of(one: "PlannedRun", reason: str, instead: dict[str, str]) -> None:
     """Print why a run failed, and note it for the table."""
-    reason = printable(reason)
     print(f"error: {one.name}: {reason}", file=sys.stderr)
     instead[one.name] = f"failed: {reason}"
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TextIO
 
-from mbn.system.errors import UserError, lacks_memory
+from mbn.system.errors import UserError, lacks_memory, printable
 from mbn.system.files import cannot_use
 
 P = ParamSpec("P")
@@ -94,7 +94,7 @@ def failure(error: BaseException) -> str:
         return str(known)
     traceback.print_exception(error)
     first = (str(error).strip().splitlines() or ["it says no more"])[0]
-    return f"{type(error).__name__}: {first}"
+    return printable(f"{type(error).__name__}: {first}")
 
 
 def _any_text(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -78,11 +78,12 @@ class Journal:
         self.folder = folder
         if lines is None:
             set_aside(self.path)
+            lines = 0
         there = self.path.exists()
         written, ended = (self.path.read_bytes(), self.path.stat().st_mtime) if there else (b"", time.time())
         # A complete row ends in a newline; a row that a crash cut short does not.
-        kept = written.split(b"\n")[:-1][: lines or 0]
-        if len(kept) < (lines or 0):
+        kept = written.split(b"\n")[:-1][:lines]
+        if len(kept) < lines:
             raise UserError(
                 f"{self.path} has {len(kept)} rows, but its checkpoint needs {lines}: move {folder} away and run "
                 "the command again."
@@ -137,7 +138,7 @@ class Journal:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows, which must be those that this run wrote. Errors: UserError."""
         content = self.path.read_bytes()
-        if hashlib.sha256(content).digest() != self._hash.digest():
+        if hashlib.sha256(content).hexdigest() != self.hash:
             raise self._changed()
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:

@@ -180,7 +180,8 @@ class Run:
         self.journal_hash: str | None = None
         if saved:
             self._restore(saved)
-        self.saved = self.state.iteration  # the iteration of the last checkpoint, and when it was written
+        # The iteration of the last checkpoint, and when it was written.
+        self.saved = self.state.iteration if saved else None
         self.saved_at = time.monotonic()
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -223,7 +224,7 @@ class Run:
                 try:
                     images, labels = next(batches)
                 except StoppedError:  # while it waited for images
-                    if self.saved != state.iteration or not self.checkpoint_path.exists():
+                    if self.saved != state.iteration:
                         self.save(journal)
                     raise self._stopped(stop) from None
                 ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
