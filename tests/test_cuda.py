@@ -1,15 +1,19 @@
 """On a CUDA device: the jobs of scripts/check_gpu.py, and whole runs, alone and side by side."""
 
 import dataclasses
+import itertools
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import running
 import test_lanes
 import torch
+import torch.nn.functional as F
 from running import TINY, Run, assert_same_run, run_here
 from test_check_gpu import script
 
@@ -108,6 +112,36 @@ def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others
         recorded = trained("graph-eager")
         assert recorded.in_mode
         assert equalities.largest_difference(equalities.tensors(recorded), eager)[0] == 0
+
+
+def test_another_lanes_first_convolutions_do_not_spoil_a_recording():
+    """cuDNN waits for the device while it tries algorithms, which a thread that records does not survive."""
+    set_arithmetic(PLACE.device, True, False)
+    begun, done = threading.Event(), threading.Event()
+
+    def records():
+        with own_stream(PLACE.device):
+            for _ in range(8):
+                training = equalities.new_training(Case("resnet20", 8, 1), Arm("mbn", 2, "graph-eager"), PLACE)
+                equalities.train_on(training, equalities.random_batches([8] * 5, PLACE))
+                begun.set()
+                assert training.in_mode
+        done.set()
+
+    def convolves():
+        begun.wait()
+        with own_stream(PLACE.device):
+            for n in itertools.count(1):
+                x, weight = (torch.randn(shape, device=DEVICE) for shape in ((n, 8, 16, 16), (8, 8, 3, 3)))
+                cuda_graph.unrecorded(lambda x=x, weight=weight: F.conv2d(x, weight), PLACE.device)
+                if done.is_set():
+                    return n
+
+    with cuda_graph.shared_thread(), ThreadPoolExecutor(2) as pool:
+        recording, convolving = pool.submit(records), pool.submit(convolves)
+        recording.add_done_callback(lambda _: done.set())
+        recording.result()
+        assert convolving.result() > 8
 
 
 def test_recording_works_here():

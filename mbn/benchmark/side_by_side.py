@@ -13,7 +13,7 @@ import torch
 from mbn.benchmark.jobs import NO_TIME, Finding, left
 from mbn.benchmark.workload import Arm, Case, Place, Workload, prepare, warm_up
 from mbn.launch.lanes import switching_often
-from mbn.system.cuda_graph import one_at_a_time, own_stream
+from mbn.system.cuda_graph import one_at_a_time, own_stream, shared_thread
 
 
 class SideBySide:
@@ -29,6 +29,7 @@ class SideBySide:
         if images.is_cuda:
             torch.cuda.synchronize(images.device)  # wait until the images are there, whichever stream copied them
         self.inside.enter_context(switching_often())
+        self.inside.enter_context(shared_thread())
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """Several runs trained at the same time in one process, each in a thread: one alone leaves most of a GPU idle."""
 
 import contextlib
+import contextvars
 import dataclasses
 import gc
 import os
@@ -18,7 +19,7 @@ from mbn.data import datasets, in_memory
 from mbn.launch.missing_runs import PlannedRun
 from mbn.launch.pool import Child
 from mbn.system.command_line import LastingStream, failure
-from mbn.system.cuda_graph import allow_many_streams, one_at_a_time
+from mbn.system.cuda_graph import allow_many_streams, one_at_a_time, shared_thread
 from mbn.system.errors import UserError
 from mbn.system.signals import StopRequest, say
 
@@ -77,7 +78,8 @@ class Lanes:
 
     def __enter__(self) -> "Lanes":
         out, err = self.output
-        for context in (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), switching_often()):
+        redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        for context in (*redirected, switching_often(), shared_thread()):
             self.inside.enter_context(context)
         return self
 
@@ -177,20 +179,19 @@ class SharedData:
 
 
 class PerThread:
-    """A text stream that writes to another stream in threads that ask for it by `to`."""
+    """A text stream that writes to another stream for threads that ask for it by `to`, and for what they start."""
 
     def __init__(self, usual: TextIO) -> None:
-        self.usual = usual
-        self.own = threading.local()
+        self.own: contextvars.ContextVar[TextIO | LastingStream] = contextvars.ContextVar("own", default=usual)
 
     @contextlib.contextmanager
     def to(self, stream: LastingStream) -> Iterator[None]:
         """Send what this thread writes to stream."""
-        self.own.stream = stream
+        token = self.own.set(stream)
         try:
             yield
         finally:
-            del self.own.stream
+            self.own.reset(token)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(getattr(self.own, "stream", self.usual), name)
+        return getattr(self.own.get(), name)

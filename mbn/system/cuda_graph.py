@@ -1,20 +1,67 @@
 """CUDA graphs: a function of tensors is recorded, then played back with one launch instead of hundreds."""
 
 import contextlib
+import contextvars
 import functools
 import gc
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mbn.system.errors import UserError
 
+T = TypeVar("T")
 # Held while recording a graph or compiling a function: only one of a process's threads may do so at a time.
 one_at_a_time = threading.RLock()
+# The thread that does what is not played back, for all runs of the process.
+_shared: ThreadPoolExecutor | None = None
+
+
+@contextlib.contextmanager
+def shared_thread() -> Iterator[None]:
+    """Inside, `unrecorded` work is done in one thread, whichever thread asks for it."""
+    global _shared
+    with ThreadPoolExecutor(1, "unrecorded") as _shared:
+        try:
+            yield
+        finally:
+            _shared = None
+
+
+def unrecorded(work: Callable[[], T], device: torch.device) -> T:
+    """Do work on the device that is not played back from a recording, while nothing is recorded. Returns its result.
+
+    A thread that does a convolution of a new shape lets cuDNN try algorithms, and cuDNN waits for the whole device.
+    That spoils what another thread records, and takes long while other threads keep the device busy. cuDNN keeps its
+    choices for each thread. So inside `shared_thread` one thread does such work for all: it chooses once.
+
+    The work finds the CUDA stream, the autograd mode, the autocast and the context variables of the thread that asks.
+    On a device that cannot record it is just done.
+    """
+    if not supported(device):
+        return work()
+    if _shared is None:
+        with one_at_a_time:
+            return work()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    gradients, kind = torch.is_grad_enabled(), device.type
+    dtype, casts = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+    def there() -> T:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(one_at_a_time)
+            stack.enter_context(torch.cuda.stream(stream))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(torch.autocast(kind, dtype, enabled=casts))
+            return work()
+
+    return _shared.submit(contextvars.copy_context().run, there).result()
 
 
 def record(function: Callable[[], object]) -> Callable[[], None]:
@@ -97,19 +144,24 @@ class Recorded:
         if self.play is not None:
             self.play()
             return
-        with one_at_a_time:
-            self.calls += 1
-            if self.calls > self.AS_IT_IS:
-                try:
-                    self.play = record(lambda: self.function(*self.inputs))
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # torch has no exception type for what cannot be recorded
-                    self.failed(error)
-                    self.play = lambda: self.function(*self.inputs)
-                self.play()
-            else:
-                self.function(*self.inputs)
+        self.calls += 1
+        if self.calls > self.AS_IT_IS:
+            try:
+                self.play = unrecorded(lambda: record(self._call), self.inputs[0].device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # torch has no exception type for what cannot be recorded
+                self.failed(error)
+                self.play = self._call_unrecorded
+            self.play()
+        else:
+            self._call_unrecorded()
+
+    def _call(self) -> None:
+        self.function(*self.inputs)
+
+    def _call_unrecorded(self) -> None:
+        unrecorded(self._call, self.inputs[0].device)
 
 
 def supported(device: torch.device) -> bool:

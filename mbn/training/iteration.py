@@ -16,7 +16,7 @@ from mbn.norm.functional import statistics_dtype
 from mbn.norm.memories import AllMemories
 from mbn.norm.normprop import project_unit_rows, unit_layers
 from mbn.norm.second_forward import phase
-from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, warn
+from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, unrecorded, warn
 from mbn.training.execution import COMPILED, GRAPHS
 
 
@@ -110,6 +110,8 @@ class Update:
             if len(labels) not in self.recorded:
                 self.recorded[len(labels)] = Recorded(self._iterate, self._not_recorded)
             self.recorded[len(labels)](images, labels)
+        elif self.recorded:  # this run could not be recorded, but others may be at this moment
+            unrecorded(lambda: self._iterate(images, labels), self.device)
         else:
             with one_at_a_time if self.mode == "compile" else contextlib.nullcontext():
                 self._iterate(images, labels)

@@ -8,6 +8,7 @@ from mbn.data.in_memory import Data
 from mbn.measure.statistics_gap import Statistics, epoch_statistics, training_statistics
 from mbn.measure.test_error import Evaluation, batch_size_for, evaluate
 from mbn.methods import METHODS
+from mbn.system.cuda_graph import unrecorded
 from mbn.system.signals import StopRequest
 from mbn.training.iteration import autocast
 from mbn.training.state import State, Sums
@@ -15,14 +16,15 @@ from mbn.training.state import State, Sums
 
 def evaluation(state: State, data: Data, stop: StopRequest) -> Evaluation:
     """Loss and errors on the test images; the model must be in eval mode. Errors: StoppedError after a signal."""
+    batches = stop.checked(data.test_batches(batch_size_for(state.config, state.device)))
     with autocast(state.device, state.config.precision):
-        return evaluate(state.model, stop.checked(data.test_batches(batch_size_for(state.config, state.device))))
+        return unrecorded(lambda: evaluate(state.model, batches), state.device)
 
 
 def statistics_of(state: State, images: Tensor) -> Statistics:
     """The statistics with which a training forward would normalise these images now."""
     with autocast(state.device, state.config.precision):
-        return training_statistics(state.model, images)
+        return unrecorded(lambda: training_statistics(state.model, images), state.device)
 
 
 def row(kind: str, state: State, sums: Sums, rate: float) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Several runs in one process: each ends as it would have in a process of its own."""
 
+import itertools
 import os
 import re
 import signal
@@ -15,7 +16,9 @@ from torch import nn
 
 from mbn.config import REPOSITORY, sweep_lines
 from mbn.launch import lanes
+from mbn.system import cuda_graph
 from mbn.system.errors import UserError
+from mbn.training import report
 from mbn.training.iteration import Update
 
 
@@ -102,6 +105,45 @@ def test_a_recorded_run_equals_an_eager_one_and_goes_on_from_any_iteration(
         assert_same_bits(one.checkpoint()[key], other.checkpoint()[key], key)
     assert [without(row, TIMES) for row in one.rows()] == [without(row, TIMES) for row in other.rows()]
     assert (one.record()["mode"], other.record()["mode"]) == ("eager", "graph-eager")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["all recorded", "one not recorded"])
+def test_one_thread_does_for_all_lanes_what_is_not_played_back(here, left, monkeypatch, recording, fails):
+    """cuDNN waits for the device when a thread does a new convolution: that would spoil another thread's recording."""
+    threads, busy, recordings, record = set(), threading.RLock(), itertools.count(), cuda_graph.record
+
+    def record_but_the_first(function):
+        if fails and next(recordings) == 0:
+            raise RuntimeError("cannot be recorded")
+        return record(function)
+
+    def watched(work):
+        def call(*args):
+            assert busy.acquire(blocking=False)  # no other thread does such work now
+            try:
+                threads.add(threading.current_thread().name)
+                print("watched")
+                return work(*args)
+            finally:
+                busy.release()
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graph, "record", watched(record_but_the_first))
+        for owner, name in ((report, "evaluate"), (report, "training_statistics"), (Update, "_iterate")):
+            patch.setattr(owner, name, watched(getattr(owner, name)))
+        assert here("-m", "norm=mbn", "seed=0,1,2", "machine.mode=graph-eager", "machine.together=3").code == 0
+    assert threads == {"unrecorded_0"}
+    modes = []
+    for seed in (0, 1, 2):
+        one = left("norm=mbn", f"seed={seed}")
+        modes.append(one.record()["mode"])
+        assert "watched" in (one.folder / "log.txt").read_text()
+        assert here("norm=mbn", f"seed={seed}", "machine.mode=eager", folder="eager").code == 0
+        eager = left("norm=mbn", f"seed={seed}", folder="eager")
+        assert_same_bits(one.checkpoint()["model"], eager.checkpoint()["model"], "model")
+    assert modes.count("eager") == fails
 
 
 def test_one_lane_that_diverges_ends_alone(here, left, monkeypatch):

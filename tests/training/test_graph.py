@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -264,3 +266,33 @@ def test_the_operations_that_enter_a_batch_into_all_memories_do_not_grow_with_th
             with Count() as count:
                 update.memories.enter()
         assert count.calls <= most
+
+
+def test_the_shared_thread_works_in_the_modes_of_the_thread_that_asks(recording):
+    def modes():
+        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def found():
+        threads.append(threading.current_thread().name)
+        return modes()
+
+    def fail():
+        raise KeyError("of the work")
+
+    threads, device = [], torch.device("cpu")
+    with cuda_graph.shared_thread():
+        for gradients, casts in itertools.product((True, False), repeat=2):
+            with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                assert cuda_graph.unrecorded(found, device) == modes() == (gradients, casts, torch.bfloat16)
+        with pytest.raises(KeyError, match="of the work"):
+            cuda_graph.unrecorded(fail, device)
+    assert set(threads) == {"unrecorded_0"}
+    cuda_graph.unrecorded(found, device)
+    assert threads[-1] == threading.current_thread().name
+
+
+def test_where_nothing_can_be_recorded_other_threads_do_not_wait():
+    began = threading.Barrier(2, timeout=10)
+    work = partial(cuda_graph.unrecorded, began.wait, torch.device("cpu"))
+    with cuda_graph.shared_thread(), ThreadPoolExecutor(2) as pool:
+        assert sorted(future.result() for future in [pool.submit(work), pool.submit(work)]) == [0, 1]
