@@ -126,7 +126,6 @@ def test_another_lanes_first_convolutions_do_not_spoil_a_recording():
                 equalities.train_on(training, equalities.random_batches([8] * 5, PLACE))
                 begun.set()
                 assert training.in_mode
-        done.set()
 
     def convolves():
         begun.wait()
@@ -139,7 +138,7 @@ def test_another_lanes_first_convolutions_do_not_spoil_a_recording():
 
     with cuda_graph.shared_thread(), ThreadPoolExecutor(2) as pool:
         recording, convolving = pool.submit(records), pool.submit(convolves)
-        recording.add_done_callback(lambda _: done.set())
+        recording.add_done_callback(lambda _: (begun.set(), done.set()))
         recording.result()
         assert convolving.result() > 8
 
