@@ -13,11 +13,13 @@
 # MPS=1 rented_gpu.sh train ...: runs are processes instead of threads of one process. They share the GPU through
 # NVIDIA's MPS server, which this script starts and ends.
 #
-# WORK (default /tmp/mbn) is kept between commands while the machine is rented. git is not brought along: set
-# MBN_COMMIT to what `git describe --always --dirty --abbrev=40 --exclude '*'` prints at home.
+# WORK (default /tmp/mbn) is kept between commands while the machine is rented. Set MBN_COMMIT to what
+# `git describe --always --dirty --abbrev=40 --exclude '*'` prints at home: records name it, and not a git folder that
+# whoever copied the code may have made there.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-/tmp/mbn}
+checkout=$work/checkout
 export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
 # Up to 32 lanes, each with a stream, may reach the device at a time.
@@ -38,6 +40,9 @@ start_mps() {
 
 unpack() { # LOAD
   mkdir -p "$work/site" "$work/inductor"
+  rm -rf "$checkout"
+  mkdir "$checkout"
+  (cd "$here" && cp -r configs mbn models scripts tests train.py pyproject.toml "$checkout")
   cp -r "$1/." "$work/"
   if compgen -G "$work/wheels/*.whl" >/dev/null; then
     python3 -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --upgrade \
@@ -99,7 +104,7 @@ check | benchmark)
   load=$1 out=$2
   shift 2
   unpack "$load"
-  cd "$here"
+  cd "$checkout"
   (nvidia-smi -L || true; command -v nvidia-cuda-mps-control || echo "no nvidia-cuda-mps-control") 2>&1 | tee "$out/log"
   if [ "$command" = check ]; then
     python3 scripts/check_gpu.py --out "$out/check.json" "$@" 2>&1 | tee -a "$out/log" || true
@@ -116,10 +121,10 @@ train)
   began=$SECONDS
   unpack "$load"
   data=$(data_folder)
-  cd "$here"
+  cd "$checkout"
   mkdir -p "$work/results/runs" "$work/results/records" "$work/results/other_records"
-  if [ -d results/unfinished ]; then cp -r results/unfinished/. "$work/results/runs/"; fi
-  cp -r results/records/. "$work/results/records/"
+  if [ -d "$here/results/unfinished" ]; then cp -r "$here/results/unfinished/." "$work/results/runs/"; fi
+  cp -r "$here/results/records/." "$work/results/records/"
   find "$work/results/records" -name '*.json' >"$work/known"
   seconds=$(python3 - "$budget" "$((SECONDS - began))" <<'PYTHON'
 import re, sys

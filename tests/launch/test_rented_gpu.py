@@ -28,7 +28,7 @@ def rental(tmp_path, write_toy):
     def call(*arguments, code=0, **more):
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{WITHOUT_GIT}",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "WORK": str(tmp_path / "work"),
             "RESULTS": str(tmp_path / "home"),
             "MBN_COMMIT": COMMIT,
@@ -55,6 +55,7 @@ def test_runs_are_trained_brought_home_and_continued(rental, tmp_path):
     assert "2 records imported" in said
     taken = [record.read(path) for path in (tmp_path / "home" / "other_records").rglob("*.json")]
     assert [r["iterations"] for r in taken] == [4, 4]
+    assert {(r["commit"], r["dirty"]) for r in taken} == {(COMMIT, False)}  # not what git says of this checkout
     assert all((tmp_path / "home" / "runs" / r["name"] / "metrics.jsonl").exists() for r in taken)
 
     for file in Path(out).iterdir():

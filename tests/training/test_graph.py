@@ -1,10 +1,13 @@
 """Recorded iterations equal eager ones to the bit, with a stand-in for CUDA graphs on the CPU."""
 
+import contextlib
 import copy
+import gc
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -296,3 +299,39 @@ def test_where_nothing_can_be_recorded_other_threads_do_not_wait():
     work = partial(cuda_graph.unrecorded, began.wait, torch.device("cpu"))
     with cuda_graph.shared_thread(), ThreadPoolExecutor(2) as pool:
         assert sorted(future.result() for future in [pool.submit(work), pool.submit(work)]) == [0, 1]
+
+
+class NotedGraph:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    calls: ClassVar[list[str]] = []
+
+    def capture_begin(self, capture_error_mode):
+        self.calls.append(f"begin {capture_error_mode}")
+
+    def capture_end(self):
+        self.calls.append("end")
+
+    def replay(self):
+        self.calls.append("replay")
+
+
+@pytest.mark.parametrize(
+    ("beside_others", "free", "tidies"), [(False, 9, True), (True, 9, False), (True, 4, True)], ids=str
+)
+def test_memory_is_given_back_before_a_recording_unless_that_makes_other_runs_wait(
+    monkeypatch, beside_others, free, tidies
+):
+    calls = NotedGraph.calls = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NotedGraph)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("tidy"))
+    with cuda_graph.shared_thread() if beside_others else contextlib.nullcontext():
+        play = cuda_graph.record(lambda: calls.append("work"))
+        play()
+        assert calls == ["tidy"] * tidies + ["begin thread_local", "work", "end", "replay"]
+        del calls[:]
+        with pytest.raises(ZeroDivisionError):
+            cuda_graph.record(lambda: 1 / 0)
+    assert calls[-1] == "end"  # else the stream would go on recording
+    assert gc.isenabled()
