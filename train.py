@@ -2,6 +2,8 @@
 """Train one network: `python train.py dataset=cifar10 model=resnet56 norm=mbn` is the paper's run."""
 
 import argparse
+import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from mbn.methods import METHODS
 from mbn.system import signals
 from mbn.system.command_line import Parser, entry_point, failure
 from mbn.system.errors import UserError
+from mbn.system.processes import Processes, from_environment, join, leave
 
 if TYPE_CHECKING:
     from mbn.launch.missing_runs import PlannedRun
@@ -48,6 +51,13 @@ exit codes:
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done; 1 a failed run; 2 a configuration error; 75 stopped by a signal, to be resumed; 76 another
     process trains this run; 130 Ctrl-C."""
+    processes = from_environment()
+    code = command(arguments, processes) if processes.main else beside_the_main_process(arguments, processes)
+    leave(processes)
+    return code
+
+
+def command(arguments: list[str], processes: Processes) -> int:
     p = Parser(
         prog="train.py",
         description=DESCRIPTION,
@@ -76,10 +86,26 @@ def main(arguments: list[str]) -> int:
 
         provenance.ask()
         with signals.Exit():
+            if options.multirun and processes.several:
+                raise UserError("a sweep (-m) is for one process: start torchrun for each run.", code=2)
             if options.multirun:
                 return sweep(overrides)
             run(configuration.load(overrides))
     return 0
+
+
+def beside_the_main_process(arguments: list[str], processes: Processes) -> int:
+    """The command in another process than the main one: it prints nothing but an error that is its own."""
+    try:
+        with contextlib.ExitStack() as stack:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            return command(arguments, processes)
+    except UserError as error:
+        if error.everywhere or error.code == 2:  # so does every mistake in the command
+            return error.code
+        raise
 
 
 def run(config: configuration.Config, stop: Any = None, load: Any = None) -> None:
@@ -101,7 +127,11 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
     if config.evaluate.precise and not precise:
         print(f"warning: norm={config.norm.name} has no statistics to measure again.", file=sys.stderr)
     # Importing torch takes seconds: done only once the configuration is known to be right, and not for a finished run.
-    if path.exists() and not config.machine.again:
+    processes = from_environment()
+    join(processes, config.machine.device)
+    if processes.from_main(path.exists) and not config.machine.again:
+        if not processes.main:
+            return
         result = record.read(path)
         warn_of_other_code(result)
         if precise and result["test_error_precise"] is None:

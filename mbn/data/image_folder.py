@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from mbn.data import random_streams
 from mbn.data.in_memory import Batch, check_numbers, normalize
 from mbn.data.workers import Workers
 from mbn.system.errors import UserError, printable
+from mbn.system.processes import ALONE
 from mbn.system.signals import StopRequest
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
@@ -265,8 +266,11 @@ class Decoder:
 
     def batch(self, keys: Iterable[Key]) -> tuple[np.ndarray, np.ndarray]:
         """Images (B, H, W, 3) and labels (B,)."""
-        images, labels = zip(*(self[key] for key in keys), strict=True)
-        return np.stack(images), np.array(labels, dtype=np.int64)
+        decoded = [self[key] for key in keys]
+        images = np.empty((len(decoded), self.size, self.size, 3), np.uint8)
+        for place, (image, _) in zip(images, decoded, strict=True):
+            place[:] = image
+        return images, np.array([label for _, label in decoded], dtype=np.int64)
 
 
 def _reason(error: Exception) -> str:
@@ -297,13 +301,15 @@ class ImageFolders:
         self.train, self.test = open_folders(dataset, root)
         self.fingerprint = fingerprint(self.train, self.test)
         self.stop = StopRequest()
+        self.share: Callable[[int], slice] = ALONE.share
         self.dataset, self.seed, self.device = dataset, seed, device
         self.workers = cores() if workers is None else workers
         self.mean = torch.tensor(dataset.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(dataset.std, device=device).view(3, 1, 1)
 
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
-        return self._batches(self.train, from_iteration(iteration, self.seed, len(self.train), size))
+        batches = from_iteration(iteration, self.seed, len(self.train), size)
+        return self._batches(self.train, (batch[self.share(len(batch))] for batch in batches))
 
     def test_batches(self, size: int) -> Iterator[Batch]:
         return self._plain(self.test, size)
@@ -312,8 +318,8 @@ class ImageFolders:
         return self._plain(self.train, size)
 
     def _plain(self, files: Files, size: int) -> Iterator[Batch]:
-        n = len(files)
-        return self._batches(files, ([(None, i) for i in range(s, min(s + size, n))] for s in range(0, n, size)))
+        own = range(len(files))[self.share(len(files))]
+        return self._batches(files, ([(None, i) for i in own[s : s + size]] for s in range(0, len(own), size)))
 
     def _batches(self, files: Files, tasks: Iterable[list[Key]]) -> Iterator[Batch]:
         decoder = Decoder(files, self.dataset.image_size, self.dataset.flip, self.seed)

@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from mbn.config import Dataset as DatasetConfig
 from mbn.data import random_streams
 from mbn.system.errors import UserError
+from mbn.system.processes import ALONE
 from mbn.system.signals import StopRequest
 
 
@@ -87,11 +89,14 @@ class Data(Protocol):
     """Where a run's batches come from: images float32 (B, 3, H, W) and labels int64 (B,), on the device.
 
     fingerprint: a SHA-256 in hex digits that is another one for other images or labels. stop: a request that ends a
-    wait for a batch with StoppedError; whoever trains puts its own here.
+    wait for a batch with StoppedError; whoever trains puts its own here. share: from a number of images, the part that
+    this process gets of each training batch, and of the images of the others; whoever trains in several processes puts
+    its own here.
     """
 
     fingerprint: str
     stop: StopRequest
+    share: Callable[[int], slice]
 
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
         """The augmented training batches from an iteration on (the first is 0), epoch after epoch, without end."""
@@ -115,6 +120,7 @@ class DeviceDataset:
     def __init__(self, arrays: Arrays, config: DatasetConfig, seed: int, device: torch.device) -> None:
         self.fingerprint = fingerprint(arrays)
         self.stop = StopRequest()  # never waits
+        self.share: Callable[[int], slice] = ALONE.share
         self.train_images = torch.from_numpy(arrays.train_images).to(device)
         self.train_labels = torch.from_numpy(arrays.train_labels).to(device)
         self.test_images = torch.from_numpy(arrays.test_images).to(device)
@@ -134,17 +140,21 @@ class DeviceDataset:
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
         n, padding = len(self.train_labels), self.config.padding
         epoch, position = divmod(iteration, -(-n // size))
-        block = max(1, BLOCK.get(self.device.type, BLOCK_ELSEWHERE) // size) * size
+        block = max(1, BLOCK.get(self.device.type, BLOCK_ELSEWHERE) // size)
         while True:
-            order = torch.from_numpy(random_streams.order(self.seed, epoch, n)).to(self.device)
+            batches = [range(start, min(start + size, n)) for start in range(position * size, n, size)]
+            shares = [batch[self.share(len(batch))] for batch in batches]
+            own = random_streams.order(self.seed, epoch, n)[list(itertools.chain(*shares))]
+            order = torch.from_numpy(own).to(self.device)
             draws = torch.from_numpy(random_streams.crops_and_flips(self.seed, epoch, n, padding)).to(self.device)
             if not self.config.flip:
                 draws[:, 2] = 0
-            for start in range(position * size, n, block):
-                index = order[start : start + block]
+            sizes = [len(share) for share in shares]
+            blocks = [sizes[i : i + block] for i in range(0, len(sizes), block)]
+            for index, each in zip(order.split([sum(each) for each in blocks]), blocks, strict=True):
                 images = crop_and_flip(self.train_images[index], draws[index], padding)
                 images, labels = normalize(images, self.mean, self.std), self.train_labels[index]
-                yield from zip(images.split(size), labels.split(size), strict=True)
+                yield from zip(images.split(each), labels.split(each), strict=True)
             epoch, position = epoch + 1, 0
 
     def test_batches(self, size: int) -> Iterator[Batch]:
@@ -154,5 +164,6 @@ class DeviceDataset:
         return self._plain(self.train_images, self.train_labels, size)
 
     def _plain(self, images: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
+        own = self.share(len(images))
+        for x, y in zip(images[own].split(size), labels[own].split(size), strict=True):
             yield normalize(x, self.mean, self.std), y

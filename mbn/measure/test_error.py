@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbn.config import Config
+from mbn.norm.functional import statistics_dtype
+from mbn.system.processes import ALONE, Processes
+from mbn.system.signals import StoppedError
 
 # Images of 32x32 pixels that are tested at a time; of larger ones, as many as have the same number of pixels. A few
 # would not fill a GPU. On a CPU they should fit into its caches (ResNet-20: half the time of 1,000), and a signal is
@@ -33,15 +36,29 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Run model, which must be in eval mode, over batches of images and labels."""
+def evaluate(
+    model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = ALONE
+) -> Evaluation:
+    """Run model, which must be in eval mode, over batches of images and labels; each of several processes over its own.
+
+    Errors: StoppedError, in all processes, if the batches of one raise it.
+    """
     n = 0
     loss = 0.0
     wrong = torch.zeros(2, dtype=torch.int64)
-    for images, labels in batches:
-        logits = model(images).float()
-        n += len(labels)
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        wrong += torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()]).cpu()
-    return Evaluation(loss / n, 100 * wrong[0].item() / n, 100 * wrong[1].item() / n)
+    stopped = False
+    try:
+        for images, labels in batches:
+            logits = model(images)
+            logits = logits.to(statistics_dtype(logits.dtype))
+            n += len(labels)
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            wrong += torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()]).cpu()
+    except StoppedError:
+        stopped = True  # the others wait for this process's sums
+    sums = torch.tensor([loss, n, *wrong, stopped], dtype=torch.float64)
+    loss, n, top1, top5, stopped = processes.total(sums).tolist()
+    if stopped:
+        raise StoppedError
+    return Evaluation(loss / n, 100 * top1 / n, 100 * top5 / n)

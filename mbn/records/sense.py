@@ -88,6 +88,8 @@ PART = {
     **dict.fromkeys(("tf32", "deterministic"), BOOL),
     **dict.fromkeys(("cpu_capability", "data"), TEXT),
 }
+# What a part has beside these only where several processes trained it.
+SEVERAL = {"processes": Rule("a whole number, at least 2", lambda value: _is_whole(value, 2))}
 CURVES = {key: PERCENT if key.endswith("error") else AT_LEAST_0 for key in AT_EPOCHS} | {"images": COUNT}
 # Means over images, as differences of sums.
 TRAINING = {
@@ -174,10 +176,10 @@ def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the parts of a run, where a record has them."""
     parts = record.get("parts") or []
     for i, part in enumerate(parts):
-        if set(part) != set(PART):
+        if set(part) - set(SEVERAL) != set(PART):
             yield f"parts[{i}] must have {', '.join(PART)}, not {as_json(sorted(part))}"
-        for key, rule in PART.items():
-            if (part[key] is not None or key == "from") and not rule.holds(part[key]):
+        for key, rule in (PART | {key: SEVERAL[key] for key in SEVERAL if key in part}).items():
+            if (part[key] is not None or key in ("from", *SEVERAL)) and not rule.holds(part[key]):
                 yield f"parts[{i}].{key} must be {rule.wanted}, not {as_json(part[key])}"
     begins, end = [part["from"] for part in parts], record["iterations"]
     if parts and (begins[0] != 0 or begins[-1] > end or begins != sorted(begins)):

@@ -14,11 +14,15 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """The message is one sentence that says what to do; it is printable. `code` is the exit code."""
+    """The message is one sentence that says what to do; it is printable. `code` is the exit code.
 
-    def __init__(self, message: str, code: int = 1) -> None:
+    everywhere: whether all processes of a run raise it, so that the main one alone shows it.
+    """
+
+    def __init__(self, message: str, code: int = 1, everywhere: bool = False) -> None:
         super().__init__(printable(message))
         self.code = code
+        self.everywhere = everywhere
 
     def shown(self) -> str:
         """The line that a person sees. A stop by a signal lost nothing, so it is not called an error."""

@@ -18,8 +18,13 @@ Conditions = dict[str, Any]
 THEN = ", then "
 
 
-def conditions(machine: Machine, device: torch.device, threads: int, mode: str, data: str) -> Conditions:
-    """The conditions of this process. mode: as `choose_mode` gives it; data: the data set's fingerprint."""
+def conditions(
+    machine: Machine, device: torch.device, threads: int, mode: str, data: str, processes: int = 1
+) -> Conditions:
+    """The conditions of this process. mode: as `choose_mode` gives it; data: the data set's fingerprint.
+
+    The number of processes is a part of them only if there are several.
+    """
     on_gpu = device.type == "cuda"
     commit, dirty = provenance.commit_and_dirty()
     return {
@@ -34,6 +39,7 @@ def conditions(machine: Machine, device: torch.device, threads: int, mode: str, 
         "dirty": dirty,
         "versions": provenance.versions(),
         "data": data,
+        **({"processes": processes} if processes > 1 else {}),
     }
 
 
@@ -57,7 +63,8 @@ def changes(then: Conditions, now: Conditions) -> list[str]:
     then = then | {"device": then["device"].rpartition(THEN)[2]}
     if now["device"].startswith(f"{then['device']}:"):  # from before names were kept
         then["device"] = now["device"]
-    said = []
+    before, after = then.get("processes", 1), now.get("processes", 1)
+    said = [f"processes {before} -> {after}"] if before != after else []
     for key in ("device", "cpu_capability", "threads", "mode", "tf32", "deterministic", "data"):
         if None not in (then[key], now[key]) and then[key] != now[key]:
             said.append(f"{key.replace('_', ' ')} {_short(then[key])} -> {_short(now[key])}")

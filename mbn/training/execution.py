@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mbn.config import Config, cores, iterations
 from mbn.system import cuda_graph
 from mbn.system.errors import UserError
+from mbn.system.processes import ALONE, Processes
 
 # Multiplications and additions a second that eager training does on one thread of a CPU (measured, see
 # results/benchmarks), and on another device that is not CUDA (a guess: unmeasured).
@@ -27,8 +28,11 @@ GRAPHS = ("graph", "graph-eager")
 COMPILED = ("compile", "graph")
 
 
-def choose_device(wanted: str, earlier: str | None) -> torch.device:
-    """The device that is asked for; for auto the one the run began on, else CUDA where there is one, else the CPU."""
+def choose_device(wanted: str, earlier: str | None, processes: Processes = ALONE) -> torch.device:
+    """The device that is asked for; for auto the one the run began on, else CUDA where there is one, else the CPU.
+
+    Each of several processes gets the GPU of its number on its machine. Errors: UserError.
+    """
     name = wanted
     if wanted == "auto":
         name = earlier or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,15 +40,26 @@ def choose_device(wanted: str, earlier: str | None) -> torch.device:
     if not available[name.split(":")[0]]:
         began = "the run began on it, and " if wanted == "auto" else ""
         raise UserError(f"there is no {name} here: {began}machine.device=cpu uses the CPU.")
-    return torch.device(name)
+    if not processes.several or not name.startswith("cuda"):
+        return torch.device(name)
+    if ":" in wanted:
+        raise UserError(f"machine.device={wanted} is one GPU, but several processes need one each: use cuda.", code=2)
+    if processes.local_size > torch.cuda.device_count():
+        raise UserError(
+            f"{processes.local_size} processes need a GPU each, and there are {torch.cuda.device_count()} here: give "
+            "torchrun as many with --nproc-per-node, or add machine.device=cpu.",
+            code=2,
+        )
+    return torch.device("cuda", processes.local_rank)
 
 
-def choose_threads(wanted: int | None, earlier: int | None) -> int:
-    """CPU threads: the number asked for, else the one the run began with, else the smaller of torch's and `cores`.
+def choose_threads(wanted: int | None, earlier: int | None, processes: Processes = ALONE) -> int:
+    """CPU threads: the number asked for, else the one the run began with, else the smaller of torch's and this
+    process's part of `cores`.
 
     It affects the last bits.
     """
-    return wanted or earlier or min(torch.get_num_threads(), cores())
+    return wanted or earlier or min(torch.get_num_threads(), max(1, cores() // processes.local_size))
 
 
 def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:
@@ -61,17 +76,25 @@ def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> Non
 
 
 def choose_mode(
-    wanted: str, earlier: str | None, config: Config, model: nn.Module, device: torch.device, threads: int
+    wanted: str,
+    earlier: str | None,
+    config: Config,
+    model: nn.Module,
+    device: torch.device,
+    threads: int,
+    processes: Processes = ALONE,
 ) -> str:
     """eager, compile, graph (compiled, then recorded) or graph-eager (recorded without a compiler).
 
     auto continues as the run began. A new run uses a graph on CUDA, and is compiled if it is long enough for that to
     pay. The choice depends on the configuration, the device and the number of threads only, not on measured time, so
-    the same command always makes the same choice.
+    the same command always makes the same choice. Several processes do not record: auto is eager or compile for them.
 
     Errors: UserError where compile is asked for and there is no compiler, or a graph where there is no CUDA.
     """
-    records = cuda_graph.supported(device)
+    records = cuda_graph.supported(device) and not processes.several
+    if wanted in GRAPHS and processes.several:
+        raise UserError(f"machine.mode={wanted} is for one process: leave machine.mode=auto.", code=2)
     if wanted in GRAPHS and not records:
         raise UserError(f"machine.mode={wanted} needs a CUDA device, not {device.type}: leave machine.mode=auto.")
     mode = wanted
@@ -79,7 +102,7 @@ def choose_mode(
         mode = earlier
     elif wanted == "auto":
         modes = ("graph-eager", "graph") if records else ("eager", "compile")
-        mode = modes[pays_to_compile(config, model, device, threads)]
+        mode = modes[pays_to_compile(config, model, device, threads * processes.size)]
     if mode in GRAPHS:
         why = cuda_graph.fault(device)
         if why is not None:

@@ -17,6 +17,7 @@ from mbn.norm.memories import AllMemories
 from mbn.norm.normprop import project_unit_rows, unit_layers
 from mbn.norm.second_forward import phase
 from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, unrecorded, warn
+from mbn.system.processes import ALONE, Processes
 from mbn.training.execution import COMPILED, GRAPHS
 
 
@@ -70,6 +71,7 @@ class Update:
         precision: str,
         device: torch.device,
         batch_size: int | None = None,
+        processes: Processes = ALONE,
     ):
         self.model = model
         self.device = device
@@ -81,7 +83,12 @@ class Update:
         self.projects = bool(unit_layers(model))
         # Before the first step too: the effect of a step depends on the row's norm.
         project_unit_rows(model)
-        self.batch_size = batch_size
+        self.batch_size, self.processes = batch_size, processes
+        # Images in the batch of all processes, and in a full share of this one.
+        self.n, self.full = (
+            batch_size or 0,
+            None if batch_size is None else len(range(batch_size)[processes.share(batch_size)]),
+        )
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
         self.second: Callable[..., None] = self._second
         if mode in COMPILED:
@@ -96,7 +103,11 @@ class Update:
     def _first(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.device, self.precision):
             logits = self.model(images)
-        loss = F.cross_entropy(logits.to(statistics_dtype(logits.dtype)), labels)
+        wide = logits.to(statistics_dtype(logits.dtype))
+        if self.processes.several:  # the sum over processes is the mean over the whole batch, whatever their shares
+            loss = F.cross_entropy(wide, labels, reduction="sum") / self.n
+        else:
+            loss = F.cross_entropy(wide, labels)
         errors = (logits.detach().argmax(1) != labels).sum()
         return loss, torch.stack([loss.detach(), errors.to(loss.dtype)])
 
@@ -104,8 +115,12 @@ class Update:
         # It returns nothing, so the compiler leaves out everything after the last layer's statistics.
         self.model(images)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode."""
+    def __call__(self, images: Tensor, labels: Tensor, n: int | None = None) -> None:
+        """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode.
+
+        n: how many images the batch has, where these are the share of one of several processes.
+        """
+        self.n = len(labels) if n is None else n
         if self.mode in GRAPHS:
             if len(labels) not in self.recorded:
                 self.recorded[len(labels)] = Recorded(self._iterate, self._not_recorded)
@@ -120,10 +135,12 @@ class Update:
     def _iterate(self, images: Tensor, labels: Tensor) -> None:
         """One iteration without anything that depends on the host, so that it can be recorded."""
         self.watch(images)
-        whole = self.batch_size in (None, len(images))
+        whole = self.full in (None, len(images))
         first, second = (self.first, self.second) if whole else (self._first, self._second)
         loss, measured = first(images, labels)
         loss.backward()
+        if self.processes.several:
+            measured = self._add_up(measured)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.projects:
@@ -133,6 +150,18 @@ class Update:
                 second(images)
         self.memories.enter()
         push(self.window, measured)
+
+    def _add_up(self, measured: Tensor) -> Tensor:
+        """Add up gradients, losses and errors over the processes, in one message. Returns the loss and the errors.
+
+        Not by DistributedDataParallel: in its first iteration, also after a resume, it sends other messages than later,
+        in which sums have other last bits.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        sums = torch.cat([measured.to(gradients[0].dtype), *(gradient.reshape(-1) for gradient in gradients)])
+        measured, *parts = self.processes.total(sums).split([len(measured), *(g.numel() for g in gradients)])
+        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
+        return measured
 
     def _not_recorded(self, error: Exception) -> None:
         """Go on in eager mode: the iteration that could not be recorded has changed nothing yet."""

@@ -167,6 +167,18 @@ class Journal:
             self.view = None
 
 
+class NoJournal:
+    """Stands in for the journal in the processes beside the main one, which alone writes."""
+
+    lines, hash = 0, ""
+
+    def write(self, row: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
 # The numbers that rows have of each kind.
 NUMBERS = {
     "train": ("images", "train_loss", "train_error"),

@@ -117,6 +117,8 @@ def say_where(state: State, mode: str, expected: float | None) -> None:
     left = state.length - state.iteration
     compiling = " (compiling takes a minute or two before the first iteration)" if mode in COMPILED else ""
     threads = f"{state.threads} thread{'s' * (state.threads != 1)}"
+    if state.processes.several:
+        threads = f"{state.processes.size} processes, each with {threads}"
     rest = " left" if state.iteration else ""
     guess = "" if expected is None else f", about {duration(expected * left / state.length)}{rest} (a rough guess)"
     device = state.parts[-1]["device"]

@@ -18,7 +18,7 @@ def evaluation(state: State, data: Data, stop: StopRequest) -> Evaluation:
     """Loss and errors on the test images; the model must be in eval mode. Errors: StoppedError after a signal."""
     batches = stop.checked(data.test_batches(batch_size_for(state.config, state.device)))
     with autocast(state.device, state.config.precision):
-        return unrecorded(lambda: evaluate(state.model, batches), state.device)
+        return unrecorded(lambda: evaluate(state.model, batches, state.processes), state.device)
 
 
 def statistics_of(state: State, images: Tensor) -> Statistics:

@@ -19,14 +19,16 @@ from mbn.measure.first_nonfinite import first_nonfinite
 from mbn.measure.precise_bn import take_precise_statistics
 from mbn.methods import METHODS
 from mbn.network_layers import Layers, from_config
+from mbn.norm.base import norm_layers
 from mbn.records import provenance, record
 from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import first_line, one_at_a_time, own_stream
 from mbn.system.errors import UserError, lacks_memory
 from mbn.system.files import lock, remove_partials, write_atomically
-from mbn.system.signals import Stop, StoppedError, StopRequest
+from mbn.system.processes import ALONE, Processes, another_may_end, from_environment, join
+from mbn.system.signals import CODES, Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
-from mbn.training.conditions import conditions, devices, made_by, with_part
+from mbn.training.conditions import Conditions, conditions, devices, made_by, with_part
 from mbn.training.execution import (
     COMPILED,
     GRAPHS,
@@ -37,7 +39,7 @@ from mbn.training.execution import (
     set_arithmetic,
 )
 from mbn.training.iteration import READ_EVERY, Update, autocast
-from mbn.training.journal import Journal
+from mbn.training.journal import Journal, NoJournal
 from mbn.training.progress import Pace, Progress, say_if_busy, say_where
 from mbn.training.schedule import scheduled
 from mbn.training.state import State, Sums, other_version, saved_state
@@ -61,24 +63,34 @@ def train(
     build: makes the network from its layers. stop: says when to stop; None means on this process's signals. open_data:
     opens the data set. Runs in threads need both: a thread cannot answer signals, and threads share their images.
 
+    All processes that torchrun started for the run call it; the main one alone reads and writes files.
+
     Errors: UserError, with code 75 or 130 when a signal stopped the run; the same call continues it.
     """
     results, name = Path(config.machine.results), run_name(config)
-    folder = results / "runs" / name
-    with lock(folder / "lock") as held, _memory_is_enough(config):
+    folder, processes = results / "runs" / name, from_environment()
+    join(processes, config.machine.device)
+    with another_may_end(processes), _memory_is_enough(config), contextlib.ExitStack() as stack:
+        held = processes.on_main(lambda: stack.enter_context(lock(folder / "lock")))
         with one_at_a_time:  # seeds and generators belong to the process
-            run = Run(config, build, folder, held.check, open_data)
-        for path in (*(folder / file for file in WRITTEN), record.path_of(results, name)):
-            remove_partials(path)
-        journal = run.open_journal()
+            run = Run(config, build, folder, held.check if held else _nothing, open_data, processes)
+        if processes.main:
+            for path in (*(folder / file for file in WRITTEN), record.path_of(results, name)):
+                remove_partials(path)
+        journal = processes.on_main(run.open_journal) or NoJournal()
         with own_stream(run.state.device):
             try:
                 with _signals(stop) as signals:
-                    run.data.stop = signals
+                    if not processes.several:  # else the others would wait for what this process did not get
+                        run.data.stop = signals
                     run.train(signals, journal)
                     return run.finish(signals, journal)
             finally:
                 run.update.recorded.clear()  # frees the memory that recordings hold
+
+
+def _nothing() -> None:
+    pass
 
 
 def _signals(stop: StopRequest | None) -> contextlib.AbstractContextManager[StopRequest]:
@@ -148,27 +160,33 @@ class Run:
         folder: Path,
         check_lock: Callable[[], None],
         open_data: OpenData | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.config, self.folder, self.check_lock = config, folder, check_lock
+        self.config, self.folder, self.check_lock, self.processes = config, folder, check_lock, processes
         self.checkpoint_path = folder / "checkpoint.pt"
-        saved = saved_state(config, folder)
+        saved = processes.from_main(lambda: saved_state(config, folder))
         machine, earlier = config.machine, saved["machine"] if saved else {}
         # Device, threads and mode are chosen once: a resumed run goes on as it began.
-        device = choose_device(machine.device, earlier.get("device"))
-        threads = choose_threads(machine.threads, earlier.get("threads"))
+        device = choose_device(machine.device, earlier.get("device"), processes)
+        threads = choose_threads(machine.threads, earlier.get("threads"), processes)
         torch.set_num_threads(threads)
         set_arithmetic(device, machine.tf32, machine.deterministic)
         # Before anything is compiled: data that are missing are said at once.
-        self.data = (open_data or load_data)(config, device)
+        self.data = processes.main_first(lambda: (open_data or load_data)(config, device))
+        self.data.share = processes.share
         torch.manual_seed(config.seed)
         model = build(from_config(config))
-        mode = choose_mode(machine.mode, earlier.get("mode"), config, model, device, threads)
-        now = conditions(machine, device, threads, mode, self.data.fingerprint)
-        self.state = State(config, model, device, now)
+        for layer in norm_layers(model):
+            layer.sync = processes.several  # statistics of the whole batch
+        mode = choose_mode(machine.mode, earlier.get("mode"), config, model, device, threads, processes)
+        now = conditions(machine, device, threads, mode, self.data.fingerprint, processes.size)
+        self._check_alike(now)
+        self.state = State(config, model, device, now, processes)
         self.model = self.state.model
         self.method = METHODS[config.norm.name]
         self.update = Update(
-            self.model, self.state.optimizer, config.forwards, mode, config.precision, device, config.batch_size
+            *(self.model, self.state.optimizer, config.forwards, mode, config.precision, device),
+            *(config.batch_size, processes),
         )
         if config.forwards == 2 and not self.method.statistics:
             print(
@@ -183,6 +201,18 @@ class Run:
         # The iteration of the last checkpoint, and when it was written.
         self.saved = self.state.iteration if saved else None
         self.saved_at = time.monotonic()
+
+    def _check_alike(self, now: Conditions) -> None:
+        """Check that all processes train the same. Errors: UserError."""
+        everyone = self.processes.everyones({key: now[key] for key in ("code", "data", "versions", "mode")})
+        for rank, other in enumerate(everyone):
+            differ = [key for key in other if other[key] != everyone[0][key]]
+            if differ:
+                raise UserError(
+                    f"process {rank + 1} of {len(everyone)} has other {' and '.join(differ)} than the first: give all "
+                    "machines the same checkout, packages and data.",
+                    everywhere=True,
+                )
 
     def _restore(self, saved: dict[str, Any]) -> None:
         try:
@@ -199,11 +229,13 @@ class Run:
         write_atomically(self.folder / "config.yaml", text.encode())
         return Journal(self.folder, text, self.journal_lines, self.journal_hash)
 
-    def train(self, stop: StopRequest, journal: Journal) -> None:
+    def train(self, stop: StopRequest, journal: Journal | NoJournal) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
         state, update = self.state, self.update
         on_cpu = state.device.type == "cpu"
-        expected = eager_seconds(self.config, state.model, state.device, state.threads) if on_cpu else None
+        expected = None
+        if on_cpu:
+            expected = eager_seconds(self.config, state.model, state.device, state.threads * self.processes.size)
         say_where(state, update.mode, expected)
         if on_cpu and self.config.machine.threads is None:
             say_if_busy(state.threads)
@@ -229,7 +261,7 @@ class Run:
                     raise self._stopped(stop) from None
                 ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
                 state.untested = report.statistics_of(state, images) if ends else None
-                update(images, labels)
+                update(images, labels, state.images_before(state.iteration + 1) - state.images)
                 stop.nothing_to_save = False
                 state.clock.tick()
                 state.iteration += 1
@@ -243,11 +275,19 @@ class Run:
                     state.row_sums = Sums()
                 if ends:
                     self._end_epoch(stop, journal, progress, rows)
-                stopped = stop.code is not None and state.iteration < state.length
-                if self.save_is_due(ends) or (stopped and self.saved != state.iteration):
+                due, stopped = self._agree(stop, self.save_is_due(ends))
+                if due or (stopped and self.saved != state.iteration):
                     self.save(journal)
                 if stopped:
                     raise self._stopped(stop)
+
+    def _agree(self, stop: StopRequest, save_is_due: bool) -> tuple[bool, bool]:
+        """Whether to save, and whether to stop, as all processes do it: if one is to."""
+        if self.processes.lost_launcher:
+            stop.code = stop.code or CODES["SIGTERM"]
+        due, code = self.processes.highest(save_is_due, stop.code or 0)
+        stop.code = int(code) or None
+        return bool(due), stop.code is not None and self.state.iteration < self.state.length
 
     def set_schedule(self, iteration: int) -> None:
         """Set the learning rate and the method's scheduled values for this 0-based iteration."""
@@ -271,7 +311,7 @@ class Run:
             state.add(iteration, loss, errors)
         state.clock.count(training=True)
 
-    def _end_epoch(self, stop: StopRequest, journal: Journal, progress: Progress, rows: Pace) -> None:
+    def _end_epoch(self, stop: StopRequest, journal: Journal | NoJournal, progress: Progress, rows: Pace) -> None:
         """Test, write the epoch's row, show it. Errors: UserError where a signal ends the test, which is then saved."""
         state, began = self.state, time.monotonic()
         assert state.untested is not None
@@ -279,6 +319,7 @@ class Run:
             row = report.epoch_row(state, self.data, state.untested, rows.look(), stop)
         except StoppedError:
             state.model.train()
+            self._agree(stop, False)  # the signal may have come to another process alone
             self.save(journal)
             raise self._stopped(stop) from None
         if not math.isfinite(row["test_loss"]):
@@ -295,7 +336,7 @@ class Run:
         wait = min(self.config.machine.checkpoint_seconds, SAVES_APART if epoch_ends else math.inf)
         return self.state.iteration == self.state.length or time.monotonic() - self.saved_at > wait
 
-    def save(self, journal: Journal) -> None:
+    def save(self, journal: Journal | NoJournal) -> None:
         """Write a checkpoint, unless the state is no longer finite. Errors: UserError."""
         if self.update.pending:
             self.drain()
@@ -305,7 +346,9 @@ class Run:
             raise self._diverged(f"{name} is no longer finite after iteration {last}", last)
         self.check_lock()
         journal.sync()
-        checkpoint_file.save(state.content(self.update.mode, journal.lines, journal.hash), self.checkpoint_path)
+        content = state.content(self.update.mode, journal.lines, journal.hash)
+        if self.processes.main:
+            checkpoint_file.save(content, self.checkpoint_path)
         self.saved, self.saved_at = state.iteration, time.monotonic()
         state.clock.count(training=False)
 
@@ -315,6 +358,7 @@ class Run:
             f"stopped at iteration {self.state.iteration:,} of {self.state.length:,}, saved in {self.checkpoint_path}: "
             "the same command goes on from there.",
             code=stop.code,
+            everywhere=True,
         )
 
     def _diverged(self, what: str, iteration: int) -> UserError:
@@ -323,7 +367,8 @@ class Run:
         epoch = iteration // self.state.per_epoch + 1
         lr = scheduled(self.config, iteration, self.state.length)["lr"]
         return UserError(
-            f"training diverged: {what} (epoch {epoch}, learning rate {lr}); {last}; try a smaller schedule.lr."
+            f"training diverged: {what} (epoch {epoch}, learning rate {lr}); {last}; try a smaller schedule.lr.",
+            everywhere=True,
         )
 
     def precise_error(self, stop: StopRequest) -> float:
@@ -336,7 +381,7 @@ class Run:
         Errors: UserError after a signal.
         """
         self.set_schedule(self.state.length - 1)  # lambda, r_max and d_max as at the end of training
-        batches = stop.checked(self.data.train_batches(0, self.config.batch_size))
+        batches = self.processes.checked(stop, self.data.train_batches(0, self.config.batch_size))
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         try:
             with autocast(self.state.device, self.config.precision):
@@ -348,12 +393,16 @@ class Run:
         self.model.load_state_dict(kept)
         return error
 
-    def finish(self, stop: StopRequest, journal: Journal) -> dict[str, Any]:
+    def finish(self, stop: StopRequest, journal: Journal | NoJournal) -> dict[str, Any]:
         """Write the record of a run that has reached its end, and return it. Errors: UserError after a signal."""
+        precise = self.precise_error(stop) if self.config.evaluate.precise and self.method.statistics else None
+        return self.processes.from_main(lambda: self._write_record(journal, precise))
+
+    def _write_record(self, journal: Journal | NoJournal, precise: float | None) -> dict[str, Any]:
+        assert isinstance(journal, Journal)
         state, rows, results = self.state, list(journal.rows()), Path(self.config.machine.results)
         epochs = [row for row in rows if row["kind"] == "epoch"]
         last = epochs[-1]
-        precise = self.config.evaluate.precise and self.method.statistics
         train_loss, train_error = last_epoch(rows, self.config.dataset.train_images)
         content = {
             "name": state.name,
@@ -362,7 +411,7 @@ class Run:
             "test_error_best": min(row["test_error"] for row in epochs),
             "train_error": train_error,
             "test_error_top5": last["test_error_top5"],
-            "test_error_precise": self.precise_error(stop) if precise else None,
+            "test_error_precise": precise,
             "test_loss": last["test_loss"],
             "train_loss": train_loss,
             "iterations": state.length,

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from mbn.config import Config, distinction, iterations, iterations_per_epoch, ru
 from mbn.measure.statistics_gap import Statistics, uses_dropout
 from mbn.records import record
 from mbn.system.errors import UserError
+from mbn.system.processes import ALONE, Processes
 from mbn.system.signals import StopRequest
 from mbn.training import checkpoint_file
 from mbn.training.conditions import Conditions, before, go_on, parts_of, with_part
@@ -101,8 +103,16 @@ class State:
     replace, or None.
     """
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device, now: Conditions) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        device: torch.device,
+        now: Conditions,
+        processes: Processes = ALONE,
+    ) -> None:
         self.config, self.device, self.threads = config, device, now["threads"]
+        self.processes = processes
         self.name = run_name(config)
         self.length, self.per_epoch = iterations(config), iterations_per_epoch(config)
         self.model = model.to(device).to(memory_format=torch.channels_last)
@@ -126,15 +136,15 @@ class State:
         # Without dropout training draws no random numbers, so the first states are kept: other threads may change the
         # process's generators meanwhile.
         self.generators = None if uses_dropout(self.model) else generators(device)
+        if self.generators is None and processes.rank:
+            torch.manual_seed(_own_seed(config.seed, processes, 0))  # not the masks of another process
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what a checkpoint holds. Errors: KeyError, TypeError, ValueError, RuntimeError for another's."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.optimizer.param_groups[0]["lr"] = self.lr
-        torch.set_rng_state(saved["generators"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in saved["generators"]:
-            torch.cuda.set_rng_state(saved["generators"]["cuda"], self.device)
+        self._restore_generators(saved)
         if self.generators is not None:
             self.generators = generators(self.device)
         self.iteration = saved["iteration"]
@@ -149,8 +159,24 @@ class State:
         self.began = self.iteration
         self.parts = go_on(parts_of(saved), self.began, self.now)
 
+    def _restore_generators(self, saved: dict[str, Any]) -> None:
+        """Go on with this process's draws; with new ones if the number of processes is another."""
+        others = saved.get("other_generators", [])
+        if self.generators is None and len(others) + 1 != self.processes.size:
+            torch.manual_seed(_own_seed(self.config.seed, self.processes, saved["iteration"]))
+            return
+        own = [saved["generators"], *others][self.processes.rank if self.generators is None else 0]
+        torch.set_rng_state(own["cpu"])
+        if self.device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], self.device)
+
     def content(self, mode: str, lines: int, journal: str) -> dict[str, Any]:
-        """What a checkpoint holds. lines, journal: how many lines the journal has by now, and their SHA-256."""
+        """What a checkpoint holds. lines, journal: how many lines the journal has by now, and their SHA-256.
+
+        Called by all processes: where training draws, the main one gets the generators of all.
+        """
+        own = self.generators or generators(self.device)
+        others = self.processes.everyones(own)[1:] if self.generators is None else []
         if mode != self.now["mode"]:  # an iteration that could not be recorded has changed it
             self.now = self.now | {"mode": mode}
             self.parts = with_part(before(self.parts, self.began), self.began, self.now)
@@ -163,7 +189,8 @@ class State:
             "length": self.length,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "generators": self.generators or generators(self.device),
+            "generators": own,
+            **({"other_generators": others} if others else {}),
             "epoch_sums": self.epoch_sums.as_list(),
             "row_sums": self.row_sums.as_list(),
             "journal_lines": lines,
@@ -238,6 +265,12 @@ def other_version(path: Path, why: str) -> UserError:
         f"{path} is of another version of this code ({why}): go on with the code that wrote it, or move {path.parent} "
         "away and run the command again to start over."
     )
+
+
+def _own_seed(seed: int, processes: Processes, iteration: int) -> int:
+    """A seed for a process's draws from an iteration on, another one for each."""
+    key = np.random.SeedSequence((seed, processes.size, processes.rank, iteration))
+    return int(key.generate_state(1, np.uint64)[0])
 
 
 def generators(device: torch.device) -> dict[str, Tensor]:

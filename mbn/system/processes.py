@@ -1,0 +1,192 @@
+"""The processes that train one run, started by torchrun: which one this is, its share, what they tell each other."""
+
+import contextlib
+import datetime
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from mbn.system.errors import UserError
+from mbn.system.signals import Item, StoppedError, StopRequest
+
+T = TypeVar("T")
+# What torchrun sets.
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How long a process waits for another that is alive: one may decode or compile for long.
+PATIENCE = datetime.timedelta(minutes=30)
+
+
+class Processes:
+    """One of `size` processes that train a run together; each knows its `rank`, from 0.
+
+    The first one is the main process: it alone reads and writes the run's files, and prints. All methods are called by
+    all processes, in the same order. With size 1 they do nothing but the work itself.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.parent = os.getppid()
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    def share(self, n: int, whole: int = 1) -> slice:
+        """This process's part of n images; parts differ by one image at most, or by one group of `whole` images."""
+        groups = -(-n // whole)
+        first, last = (min(n, groups * rank // self.size * whole) for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """The main process does work. Returns its result there, None elsewhere. Errors: a UserError, in all of them."""
+        return self._by_main(work, lambda result: None)
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """The main process does work, and all get its result. Errors: a UserError, in all of them."""
+        result: T = self._by_main(work, lambda result: result)  # type: ignore[assignment]
+        return result
+
+    def _by_main(self, work: Callable[[], T], send: Callable[[T], Any]) -> T | None:
+        if not self.several:
+            return work()
+        import torch.distributed as dist
+
+        result: T | None = None
+        box: list[Any] = [None, None]
+        if self.main:
+            try:
+                result = work()
+                box[0] = send(result)
+            except UserError as error:
+                box[1] = (str(error), error.code)
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            message, code = box[1]
+            raise UserError(message, code, everywhere=True)
+        return result if self.main else box[0]
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """All do work, the main process before the others: it may download what the others then find."""
+        done = self.on_main(work)
+        result = done if self.main else work()
+        return result  # type: ignore[return-value]
+
+    def total(self, tensor: Any) -> Any:
+        """The sum over the processes of a tensor, which is changed in place."""
+        if self.several:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def highest(self, *numbers: float) -> list[float]:
+        """The highest of each number over the processes, by way of the CPU: a GPU's queued work is not waited for."""
+        if not self.several:
+            return list(numbers)
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def everyones(self, value: Any) -> list[Any]:
+        """The value of every process, by rank."""
+        if not self.several:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def checked(self, stop: StopRequest, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items; all processes have as many. Errors: StoppedError, in all at once, after a request to stop."""
+        if not self.several:
+            yield from stop.checked(items)
+            return
+        for item in items:
+            code = int(self.highest(stop.code or 0)[0])
+            if code:
+                stop.code = code
+                raise StoppedError
+            yield item
+
+    @property
+    def lost_launcher(self) -> bool:
+        """Whether the process that started this one has ended: nobody would end the others if one ends."""
+        return self.several and os.getppid() != self.parent
+
+
+ALONE = Processes()
+
+
+def from_environment() -> Processes:
+    """This process, as torchrun started it; ALONE without torchrun. Errors: UserError. Does not import torch."""
+    if not all(name in os.environ for name in NAMES):
+        return ALONE
+    try:
+        rank, size, local_rank, local_size = (int(os.environ[name]) for name in NAMES[:4])
+    except ValueError:
+        raise UserError(
+            f"{', '.join(NAMES[:4])} must be whole numbers, as torchrun sets them: unset them to train in one process.",
+            code=2,
+        ) from None
+    return _one(rank, size, local_rank, local_size) if size > 1 else ALONE
+
+
+@functools.cache
+def _one(*numbers: int) -> Processes:
+    return Processes(*numbers)
+
+
+def join(processes: Processes, device: str) -> None:
+    """Connect the processes, once. device: the configured one; on CUDA each process takes the GPU of its local rank."""
+    if not processes.several:
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        torch.cuda.set_device(processes.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+
+
+def leave(processes: Processes) -> None:
+    """Say goodbye at the end, so that the last message to another process is not lost."""
+    if processes.several:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def another_may_end(processes: Processes) -> Iterator[None]:
+    """Inside, the end of another process is a UserError, instead of whatever a message to it raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not processes.several or not _is_of_messages(error):
+            raise
+        raise UserError(
+            f"process {processes.rank + 1} of {processes.size} lost another one, which has ended: the same command "
+            "goes on from the last checkpoint."
+        ) from None
+
+
+def _is_of_messages(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()  # gloo has no class of errors
+    return any(word in text for word in ("gloo", "connection closed by peer", "connection reset", "broken pipe"))

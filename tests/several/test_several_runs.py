@@ -1,0 +1,195 @@
+"""A run in several processes is the run in one: same losses, weights, memories and record."""
+
+import itertools
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Processes
+from running import TIMES, assert_same_run, without
+from several_runs import Stops, command, left
+
+from mbn.records import provenance
+from mbn.system import processes as system_processes
+from mbn.training import conditions
+
+METHODS = {
+    "BN": ("norm=bn",),
+    "BN-2": ("norm=bn", "forwards=2"),
+    "BRN-2": ("norm=brn",),
+    "MBN": ("norm=mbn",),
+    "MBN-1": ("norm=mbn", "forwards=1"),
+    "MBN, gradient batch": ("norm=mbn", "norm.gradient=batch"),
+    "GN": ("norm=gn",),
+}
+# What says how many processes there were, and what depends on time.
+PLACES = TIMES | {"parts", "versions"}
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    with Processes(3, tmp_path_factory.mktemp("processes")) as processes:
+        yield processes
+
+
+@pytest.fixture
+def trained(processes, tmp_path):
+    """A function that runs `train.py` in so many processes, and returns what it left and what the main one said."""
+
+    def call(size, *overrides, folder=None, code=0, **how):
+        results = tmp_path / (folder or str(size))
+        results.mkdir(exist_ok=True)
+        ended = processes.run(size, command, str(results), *overrides, **how)
+        assert [one[0] for one in ended] == [code] * size, ended
+        assert all((out, err) == ("", "") for _, out, err in ended[1:])  # only the main one prints
+        return left(results, *overrides), ended[0]
+
+    return call
+
+
+def assert_close(one, other, within, name="run"):
+    """Equal but for rounding: floats and tensors within a share of their size."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_close(one[key], other[key], within, f"{name}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), name
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_close(*pair, within, f"{name}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, name
+        assert (one - other).abs().max() <= within * max(1, float(one.abs().max())), name
+    elif isinstance(one, float):
+        assert math.isclose(one, other, rel_tol=within, abs_tol=within), (name, one, other)
+    else:
+        assert one == other, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_two_and_three_processes_train_the_same(trained, method):
+    alone, _ = trained(1, *METHODS[method], "evaluate.precise=true")
+    for size in (2, 3):
+        several, _ = trained(size, *METHODS[method], "evaluate.precise=true")
+        checkpoints = alone.checkpoint(), several.checkpoint()
+        for key in ("model", "optimizer", "iteration", "length"):
+            assert_close(checkpoints[0][key], checkpoints[1][key], 1e-9, key)
+        assert_close(*([without(row, TIMES) for row in run.rows()] for run in (alone, several)), 1e-9, "journal")
+        assert_close(*(without(run.record(), PLACES) for run in (alone, several)), 1e-9, "record")
+        assert [part["processes"] for part in several.record()["parts"]] == [size]
+
+
+def test_a_last_batch_with_fewer_images_than_processes(trained):
+    """Of 1437 images in batches of 359 one image is left: two of three processes get none of it."""
+    few = ("norm=mbn", "batch_size=359", "schedule.iterations=10")
+    alone, several = (trained(size, *few)[0] for size in (1, 3))
+    assert_close(alone.checkpoint()["model"], several.checkpoint()["model"], 1e-9, "model")
+    assert_close(*(without(run.record(), PLACES) for run in (alone, several)), 1e-9, "record")
+
+
+@pytest.mark.parametrize("method", ["BN", "MBN"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_signal_to_one_process_stops_all_and_they_go_on_with_the_same_bits(trained, method, dropout):
+    whole, _ = trained(3, *METHODS[method], float64=False, dropout=dropout)
+    for at, rank in ((4, 2), (7, 1)):
+        part, (_, _, err) = trained(
+            3, *METHODS[method], folder="part", code=75, float64=False, dropout=dropout, before=Stops(at, rank)
+        )
+        assert err.startswith("stopped at iteration")
+    part, _ = trained(3, *METHODS[method], folder="part", float64=False, dropout=dropout)
+    assert_same_run(whole, part)
+    assert len(part.record()["parts"]) == 1
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (2, 3), (1, 2)], ids=str)
+def test_a_run_goes_on_in_another_number_of_processes_with_one_warning(trained, sizes):
+    alone, _ = trained(1, "norm=mbn", folder="alone")
+    trained(sizes[0], "norm=mbn", folder="part", code=75, before=Stops(5, 0))
+    part, (_, _, err) = trained(sizes[1], "norm=mbn", folder="part")
+    assert err.count("warning: ") == 1
+    assert f"conditions change at iteration 5 (processes {sizes[0]} -> {sizes[1]})" in err
+    assert_close(alone.checkpoint()["model"], part.checkpoint()["model"], 1e-9, "model")
+    parts = part.record()["parts"]
+    assert [(one["from"], one.get("processes", 1)) for one in parts] == [(0, sizes[0]), (5, sizes[1])]
+
+
+def has_other_code():
+    """In the second process."""
+    if dist.get_rank() == 1:
+        conditions.provenance = mock.Mock(wraps=provenance, code=lambda: "0" * 64)
+
+
+def test_masks_of_dropout_are_each_processs_own(processes, tmp_path):
+    (one, two) = processes.run(2, first_masks, str(tmp_path))
+    assert one != two
+
+
+def first_masks(results):
+    masks = []
+    command(results, "schedule.iterations=1", dropout=0.5, before=lambda: watch_dropout(masks))
+    return masks[0]
+
+
+def watch_dropout(masks):
+    original = torch.nn.Dropout.forward
+
+    def forward(self, x):
+        y = original(self, x)
+        if self.training:
+            masks.append((y[0] != 0).flatten()[:200].tolist())
+        return y
+
+    torch.nn.Dropout.forward = forward
+
+
+def test_a_loss_that_diverges_ends_all_with_one_sentence(trained):
+    _, (_, _, err) = trained(2, "norm=bn", "schedule.lr=[1e30,1e30,1e30]", code=1)
+    assert err.count("error: training diverged: the ") == 1
+
+
+def test_an_error_of_the_main_process_ends_all_with_one_sentence(trained):
+    run, _ = trained(2, "norm=bn", code=75, before=Stops(3, 0))
+    run.checkpoint_path.write_bytes(b"no checkpoint")
+    (run.folder / "checkpoint.previous.pt").unlink(missing_ok=True)
+    _, (_, _, err) = trained(2, "norm=bn", code=1)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("machine.mode=graph",), "machine.mode=graph is for one process"),
+        (("-m", "seed=0,1"), "a sweep (-m) is for one process"),
+        (("batch_size=0",), "batch_size"),
+    ],
+    ids=["graph", "sweep", "mistake"],
+)
+def test_a_mistake_is_said_once(processes, tmp_path, overrides, said):
+    ended = processes.run(2, command, str(tmp_path), *overrides)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert said in ended[0][2]
+    assert ended[0][2].count("error: ") == 1
+    assert ended[1][1:] == ("", "")
+
+
+def test_processes_with_other_code_do_not_train(trained):
+    _, (_, _, err) = trained(2, "norm=bn", code=1, before=has_other_code)
+    assert "process 2 of 2 has other code than the first" in err
+
+
+def test_a_finished_run_is_shown_by_the_main_process(trained):
+    trained(2, "norm=bn")
+    _, (_, out, _) = trained(2, "norm=bn")
+    assert "The run is finished" in out
+
+
+def test_shares_differ_by_one_image_and_keep_groups_whole():
+    for n, size, whole in itertools.product(range(12), range(1, 6), range(1, 5)):
+        shares = [range(n)[system_processes.Processes(rank, size).share(n, whole)] for rank in range(size)]
+        assert [i for share in shares for i in share] == list(range(n))
+        assert all(share.start % whole == 0 or not share for share in shares)
+        groups = [-(-len(share) // whole) for share in shares]
+        assert max(groups) - min(groups) <= 1
