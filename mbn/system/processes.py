@@ -4,17 +4,21 @@ import contextlib
 import datetime
 import functools
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from mbn.system.errors import UserError
-from mbn.system.signals import Item, StoppedError, StopRequest
+from mbn.system.signals import Item, StoppedError, StopRequest, say
 
 T = TypeVar("T")
 # What torchrun sets.
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long a process waits for another that is alive: one may decode or compile for long.
 PATIENCE = datetime.timedelta(minutes=30)
+# Seconds for saving and stopping once the launcher has ended.
+GRACE = 20
 
 
 class Processes:
@@ -157,7 +161,21 @@ def join(processes: Processes, device: str) -> None:
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
         torch.cuda.set_device(processes.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    threading.Thread(target=_end_without_launcher, args=(processes,), daemon=True).start()
+    with another_may_end(processes):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+
+
+def _end_without_launcher(processes: Processes) -> None:
+    """End this process some time after its launcher has ended, if it has not stopped by itself until then.
+
+    It may wait for a process that has ended too: torchrun, which would end it then, is no more.
+    """
+    while not processes.lost_launcher:
+        time.sleep(1)
+    time.sleep(GRACE)
+    say("error: the launcher of this process has ended: the same command goes on from the last checkpoint.")
+    os._exit(1)
 
 
 def leave(processes: Processes) -> None:

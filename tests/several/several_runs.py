@@ -83,7 +83,7 @@ def command(results, *overrides, float64=True, dropout=0.0, before=lambda: None)
             mock.patch.dict(os.environ, environment()),
             mock.patch.object(models, "build", build),
             mock.patch.object(config, "load", load_quickly),
-            mock.patch.object(train, "leave", lambda processes: None),
+            mock.patch.object(train, "leave"),
             mock.patch.object(training_run, "SAVES_APART", 0.0),
             # What `before` may replace.
             mock.patch.object(Update, "__call__", Update.__call__),

@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from running import TIMES, assert_same_run, without
 from several_runs import Stops, command, left
 
@@ -26,12 +25,6 @@ METHODS = {
 }
 # What says how many processes there were, and what depends on time.
 PLACES = TIMES | {"parts", "versions"}
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    with Processes(3, tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
 
 
 @pytest.fixture
@@ -151,8 +144,7 @@ def test_a_loss_that_diverges_ends_all_with_one_sentence(trained):
 
 def test_an_error_of_the_main_process_ends_all_with_one_sentence(trained):
     run, _ = trained(2, "norm=bn", code=75, before=Stops(3, 0))
-    run.checkpoint_path.write_bytes(b"no checkpoint")
-    (run.folder / "checkpoint.previous.pt").unlink(missing_ok=True)
+    (run.folder / "metrics.jsonl").write_text("\n" * 9)
     _, (_, _, err) = trained(2, "norm=bn", code=1)
     assert err.startswith("error: ")
     assert err.count("\n") == 1
