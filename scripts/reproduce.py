@@ -91,6 +91,9 @@ def parser() -> Parser:
     p.add_argument("--budget", type=_seconds, metavar="9m", help="save and stop in time, to go on later: s, m, h")
     p.add_argument("--launcher", choices=("slurm",), help="submit the runs to a cluster through submitit")
     p.add_argument("--slurm", default="", metavar="OPTIONS", help="for sbatch: partition=gpu,time=8:00:00,gpus=1")
+    p.add_argument(
+        "--gpus-per-run", type=_whole(1), metavar="N", help="with Slurm: N processes for each run, by torchrun"
+    )
     p.add_argument("--import", type=Path, dest="source", metavar="PATH", help="take records from a folder or archive")
     p.add_argument("--allow-dirty", action="store_true", help="also import records made with uncommitted code")
     p.add_argument("--grids", type=Path, default=grid.GRIDS, help=argparse.SUPPRESS)
@@ -143,6 +146,8 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
         raise UserError(f"no table is named: choose among {', '.join(grid.names(options.grids))}, or all.", code=2)
     if options.slurm and options.launcher != "slurm":
         raise UserError("--slurm needs --launcher slurm.", code=2)
+    if options.gpus_per_run is not None and options.launcher != "slurm":
+        raise UserError("--gpus-per-run needs --launcher slurm: here, torchrun starts the processes of a run.", code=2)
     if options.budget is not None and options.launcher == "slurm":
         raise UserError("--budget is for runs that wait here: with Slurm give time= to --slurm.", code=2)
     if not Path(config.machine.results).is_dir():
@@ -167,7 +172,7 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
         return 0
     print(expected, file=sys.stderr)
     if options.launcher == "slurm":
-        return hand_over(missing, results, settings, options.slurm)
+        return hand_over(missing, results, settings, options.slurm, options.gpus_per_run)
     return train(missing, results, jobs, settings, config, options)
 
 
@@ -185,11 +190,17 @@ def show_status(items: list[str], config: Config, options: argparse.Namespace) -
     print(status_text([table_status(table, seeds, options.scale, has_record, estimate) for table in tables]))
 
 
-def hand_over(missing: list[PlannedRun], results: Path, settings: list[str], text: str) -> int:
-    """Submit the runs to Slurm, and do not wait for them."""
-    from mbn.launch.slurm import slurm_options, submit
+def hand_over(missing: list[PlannedRun], results: Path, settings: list[str], text: str, gpus: int | None) -> int:
+    """Submit the runs to Slurm, and do not wait for them. gpus: processes of each run, each with a GPU."""
+    from mbn.launch.slurm import in_processes, slurm_options, submit
 
-    jobs = submit([(run, command(run, settings)) for run in missing], results, slurm_options(text))
+    asked = slurm_options(text)
+    if gpus is not None and not any(key.startswith(("gpus", "gres")) for key in asked):
+        asked["gpus_per_node"] = str(gpus)
+    commands = [command(run, settings) for run in missing]
+    jobs = submit(
+        [(run, in_processes(line, gpus or 1)) for run, line in zip(missing, commands, strict=True)], results, asked
+    )
     for run, job in zip(missing, jobs, strict=True):
         print(f"{run.name}: job {job}")
     return 0

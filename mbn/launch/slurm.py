@@ -61,6 +61,14 @@ class SlurmJob:
         return DelayedSubmission(type(self)(self.command, self.log))
 
 
+def in_processes(command: Sequence[str], number: int) -> list[str]:
+    """The command of a run, started by torchrun in so many processes of one machine."""
+    if number == 1:
+        return list(command)
+    python, *rest = command
+    return [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *rest]
+
+
 def submit(runs: Sequence[tuple[PlannedRun, Sequence[str]]], results: Path, options: dict[str, str]) -> list[str]:
     """Submit runs with their commands to Slurm as one array, and return the job numbers. Errors: UserError."""
     try:

@@ -87,6 +87,7 @@ def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
         ("table6 --budget 9", "--budget", 2),
         ("table6 --budget 9m --launcher slurm", "--budget", 2),
         ("table6 --slurm gpus=1", "--launcher slurm", 2),
+        ("table6 --gpus-per-run 4", "--launcher slurm", 2),
         ("table6 --seeds 0", "--seeds", 2),
         ("table6 --seed 4294967296", "--seed", 2),
         ("table6 --jobs many", "--jobs", 2),

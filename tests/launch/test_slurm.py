@@ -56,6 +56,24 @@ def test_runs_are_handed_to_slurm_as_one_array(checkout, tmp_path, monkeypatch):
     assert {f"#SBATCH --{option}" for option in wanted} <= asked
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"), [("partition=gpu", "gpus-per-node=4"), ("gres=gpu:a100:4", "gres=gpu:a100:4")]
+)
+def test_runs_in_several_processes_are_started_by_torchrun(checkout, tmp_path, monkeypatch, options, asked):
+    for name, script in (("srun", "exit 1"), ("sbatch", f"cp $1 {tmp_path}/submitted; echo Submitted batch job 7")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    checkout.call("toy", "--seeds", "1", "--launcher", "slurm", "--slurm", options, "--gpus-per-run", "4")
+    said = (tmp_path / "submitted").read_text()
+    assert f"#SBATCH --{asked}\n" in said
+    assert said.count("gpu") == asked.count("gpu") + options.count("gpu") * (asked not in options)
+    assert slurm.in_processes(["python", "train.py", "seed=0"], 4) == [
+        *("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "train.py", "seed=0")
+    ]
+    assert slurm.in_processes(["python", "train.py"], 1) == ["python", "train.py"]
+
+
 def test_a_cluster_that_is_not_there(checkout, monkeypatch):
     monkeypatch.setenv("PATH", "")  # nor is git
     _, error = checkout.call("toy", *OPTIONS, code=1)

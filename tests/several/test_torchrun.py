@@ -118,6 +118,11 @@ def test_killed_processes_end_the_others_and_the_same_command_goes_on_with_the_s
             kill(torchrun, victim, 0.3, torchrun.trains)
     assert "stopped at iteration " in torchrun.log.read_text()
     with Torchrun(tmp_path / "killed", 2) as torchrun:
+        torchrun.wait_until(torchrun.trains)
+        torchrun.process.terminate()
+        torchrun.ends(SOON)
+    assert "stopped at iteration " in torchrun.log.read_text()
+    with Torchrun(tmp_path / "killed", 2) as torchrun:
         assert torchrun.ends(BEGINS) == 0, torchrun.log.read_text()
     assert "resuming at iteration" in torchrun.log.read_text()
     assert_same_run(whole_run(processes, tmp_path), left(tmp_path / "killed", *RUNS))
