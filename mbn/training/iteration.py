@@ -84,11 +84,9 @@ class Update:
         # Before the first step too: the effect of a step depends on the row's norm.
         project_unit_rows(model)
         self.batch_size, self.processes = batch_size, processes
-        # Images in the batch of all processes, and in a full share of this one.
-        self.n, self.full = (
-            batch_size or 0,
-            None if batch_size is None else len(range(batch_size)[processes.share(batch_size)]),
-        )
+        # Images in the batch of all processes, and in this one's share of a whole batch.
+        self.n = batch_size or 0
+        self.full = len(range(batch_size)[processes.share(batch_size)]) if batch_size else None
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
         self.second: Callable[..., None] = self._second
         if mode in COMPILED:
@@ -115,12 +113,11 @@ class Update:
         # It returns nothing, so the compiler leaves out everything after the last layer's statistics.
         self.model(images)
 
-    def __call__(self, images: Tensor, labels: Tensor, n: int | None = None) -> None:
-        """Train on one batch: images (B, 3, H, W), labels (B,). The model must be in training mode.
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Train on one batch, or on this process's share of one: images (B, 3, H, W), labels (B,).
 
-        n: how many images the batch has, where these are the share of one of several processes.
+        The model must be in training mode, and `n` the number of images of all processes, if there are several.
         """
-        self.n = len(labels) if n is None else n
         if self.mode in GRAPHS:
             if len(labels) not in self.recorded:
                 self.recorded[len(labels)] = Recorded(self._iterate, self._not_recorded)

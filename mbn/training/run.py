@@ -261,7 +261,8 @@ class Run:
                     raise self._stopped(stop) from None
                 ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
                 state.untested = report.statistics_of(state, images) if ends else None
-                update(images, labels, state.images_before(state.iteration + 1) - state.images)
+                update.n = state.images_before(state.iteration + 1) - state.images
+                update(images, labels)
                 stop.nothing_to_save = False
                 state.clock.tick()
                 state.iteration += 1
