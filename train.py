@@ -18,7 +18,7 @@ from mbn.methods import METHODS
 from mbn.system import signals
 from mbn.system.command_line import Parser, entry_point, failure
 from mbn.system.errors import UserError
-from mbn.system.processes import Processes, from_environment, join, leave
+from mbn.system.processes import Processes, another_may_end, from_environment, join, leave
 
 if TYPE_CHECKING:
     from mbn.launch.missing_runs import PlannedRun
@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 done; 1 a failed run; 2 a configuration error; 75 stopped by a signal, to be resumed; 76 another
     process trains this run; 130 Ctrl-C."""
     processes = from_environment()
-    code = command(arguments, processes) if processes.main else beside_the_main_process(arguments, processes)
+    with another_may_end(processes):
+        code = command(arguments, processes) if processes.main else beside_the_main_process(arguments, processes)
     leave(processes)
     return code
 

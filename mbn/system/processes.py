@@ -159,7 +159,7 @@ def join(processes: Processes, device: str) -> None:
     if dist.is_initialized():
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if cuda:
+    if cuda and processes.local_rank < torch.cuda.device_count():  # else `choose_device` says it
         torch.cuda.set_device(processes.local_rank)
     threading.Thread(target=_end_without_launcher, args=(processes,), daemon=True).start()
     with another_may_end(processes):
@@ -184,6 +184,8 @@ def leave(processes: Processes) -> None:
         import torch.distributed as dist
 
         if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
             dist.destroy_process_group()
 
 

@@ -71,14 +71,15 @@ class StoppedError(Exception):
 class StopRequest:
     """Whether training is to stop: `code` is then the exit code, else None.
 
-    nothing_to_save: whether a stop would lose nothing now. continued: whether the process was suspended (Ctrl-Z) and
+    nothing_to_save: whether a stop would lose nothing now. patient: whether a second signal changes nothing, because a
+    cluster and torchrun may both pass on the same one. continued: whether the process was suspended (Ctrl-Z) and
     has continued since this was last set to False: the time between was no training.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.code: int | None = None
-        self.nothing_to_save = False
+        self.nothing_to_save = self.patient = False
         self.continued = False
 
     def checked(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -110,7 +111,9 @@ class Stop(StopRequest, Answered):
             return
         code = self.codes[name]
         if self.code is not None:
-            self._end(code)
+            if not self.patient:
+                self._end(code)
+            return
         if self.nothing_to_save:
             self._exit(number, "before the first iteration")
         self.code = code

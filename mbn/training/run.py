@@ -25,7 +25,7 @@ from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import first_line, one_at_a_time, own_stream
 from mbn.system.errors import UserError, lacks_memory
 from mbn.system.files import lock, remove_partials, write_atomically
-from mbn.system.processes import ALONE, Processes, another_may_end, from_environment, join
+from mbn.system.processes import ALONE, Processes, from_environment, join
 from mbn.system.signals import CODES, Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
 from mbn.training.conditions import Conditions, conditions, devices, made_by, with_part
@@ -70,7 +70,7 @@ def train(
     results, name = Path(config.machine.results), run_name(config)
     folder, processes = results / "runs" / name, from_environment()
     join(processes, config.machine.device)
-    with another_may_end(processes), _memory_is_enough(config), contextlib.ExitStack() as stack:
+    with _memory_is_enough(config), contextlib.ExitStack() as stack:
         held = processes.on_main(lambda: stack.enter_context(lock(folder / "lock")))
         with one_at_a_time:  # seeds and generators belong to the process
             run = Run(config, build, folder, held.check if held else _nothing, open_data, processes)
@@ -81,6 +81,7 @@ def train(
         with own_stream(run.state.device):
             try:
                 with _signals(stop) as signals:
+                    signals.patient = processes.several
                     if not processes.several:  # else the others would wait for what this process did not get
                         run.data.stop = signals
                     run.train(signals, journal)
@@ -237,7 +238,7 @@ class Run:
         if on_cpu:
             expected = eager_seconds(self.config, state.model, state.device, state.threads * self.processes.size)
         say_where(state, update.mode, expected)
-        if on_cpu and self.config.machine.threads is None:
+        if on_cpu and self.config.machine.threads is None and not self.processes.several:
             say_if_busy(state.threads)
         batches = self.data.train_batches(state.iteration, self.config.batch_size)
         row_every = iterations_between_rows(state.per_epoch)
@@ -268,7 +269,8 @@ class Run:
                 state.iteration += 1
                 progress.bar.update()
                 row_due = state.iteration % state.per_epoch % row_every == 0 and not ends
-                if ends or row_due or update.pending == READ_EVERY or progress.line_is_due():
+                line_due = progress.line_is_due() and not self.processes.several  # whose clocks differ
+                if ends or row_due or update.pending == READ_EVERY or line_due:
                     self.drain()
                     progress.show()
                 if row_due:
