@@ -130,26 +130,22 @@ def has_other_code():
 
 
 def test_masks_of_dropout_are_each_processs_own(processes, tmp_path):
-    (one, two) = processes.run(2, first_masks, str(tmp_path))
+    one, two = processes.run(2, generator_at_first_dropout, str(tmp_path))
     assert one != two
 
 
-def first_masks(results):
-    masks = []
-    command(results, "schedule.iterations=1", dropout=0.5, before=lambda: watch_dropout(masks))
-    return masks[0]
+def generator_at_first_dropout(results):
+    states = []
 
+    def watch():
+        original = torch.nn.Dropout.forward
+        torch.nn.Dropout.forward = lambda self, x: (
+            states.append(torch.get_rng_state().tolist()) if self.training else None,
+            original(self, x),
+        )[1]
 
-def watch_dropout(masks):
-    original = torch.nn.Dropout.forward
-
-    def forward(self, x):
-        y = original(self, x)
-        if self.training:
-            masks.append((y[0] != 0).flatten()[:200].tolist())
-        return y
-
-    torch.nn.Dropout.forward = forward
+    command(results, "schedule.iterations=1", dropout=0.5, before=watch)
+    return states[0]
 
 
 def test_a_loss_that_diverges_ends_all_with_one_sentence(trained):
