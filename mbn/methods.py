@@ -14,6 +14,8 @@ from mbn.system.setting_fields import ABOVE_0, SHARE, Rule, among, at_least, set
 
 # Settings. A default here is the value of a setting that is absent, see `mbn.config.schema`.
 
+GROUP = "images whose statistics are taken together; null: the whole batch"
+
 
 @dataclass
 class Norm:
@@ -24,6 +26,7 @@ class Norm:
 class BN(Norm):
     eps: float = setting(1e-5, "added to the variance", ABOVE_0)
     momentum: float = setting(0.1, "share of the newest batch in the moving averages", SHARE)
+    group: int | None = setting(None, GROUP, at_least(1))
 
 
 @dataclass
@@ -38,12 +41,14 @@ class MBN(Norm):
         staged=True,
     )
     gradient: str = setting("paper", "paper, or batch: batch norm's whole gradient", among("paper", "batch"))
+    group: int | None = setting(None, GROUP, at_least(1))
 
 
 @dataclass
 class BRN(Norm):
     eps: float = setting(1e-5, "added to the variance", ABOVE_0)
     momentum: float = setting(0.01, "share of the newest batch in the moving averages", SHARE)
+    group: int | None = setting(None, GROUP, at_least(1))
 
 
 @dataclass

@@ -39,9 +39,10 @@ def from_config(config: Config) -> Layers:
     return layers
 
 
-def bn(forwards: int, eps: float = 1e-5, momentum: float = 0.1) -> Layers:
+def bn(forwards: int, eps: float = 1e-5, momentum: float = 0.1, group: int | None = None) -> Layers:
     """Batch normalisation (Ioffe and Szegedy 2015)."""
-    return Layers(nn.Conv2d, partial(BatchNorm2d, eps=eps, momentum=momentum, forwards=forwards), _relu)
+    norm = partial(BatchNorm2d, eps=eps, momentum=momentum, forwards=forwards, group_size=group)
+    return Layers(nn.Conv2d, norm, _relu)
 
 
 def mbn(
@@ -51,6 +52,7 @@ def mbn(
     decay: float = 0.9,
     eps: float = 1e-5,
     gradient: str = "paper",
+    group: int | None = None,
 ) -> Layers:
     """Memorized batch normalisation (Guo et al. 2018), lambda starting at lam."""
     norm = partial(
@@ -61,13 +63,14 @@ def mbn(
         lam=lam,
         forwards=forwards,
         gradient=gradient,
+        group_size=group,
     )
     return Layers(nn.Conv2d, norm, _relu)
 
 
-def brn(forwards: int, eps: float = 1e-5, momentum: float = 0.01) -> Layers:
+def brn(forwards: int, eps: float = 1e-5, momentum: float = 0.01, group: int | None = None) -> Layers:
     """Batch renormalisation (Ioffe 2017), starting as batch normalisation: r_max = 1, d_max = 0."""
-    norm = partial(BatchRenorm2d, eps=eps, momentum=momentum, r_max=1.0, d_max=0.0, forwards=forwards)
+    norm = partial(BatchRenorm2d, eps=eps, momentum=momentum, r_max=1.0, d_max=0.0, forwards=forwards, group_size=group)
     return Layers(nn.Conv2d, norm, _relu)
 
 

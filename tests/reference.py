@@ -52,17 +52,27 @@ def weighted_moments(batches: list[Vectors], alpha: list[float]) -> tuple[Tensor
 
 
 class _Layer:
-    """What the three normalisations with batch statistics share: which forward pass remembers."""
+    """What the three normalisations with batch statistics share: which forward pass remembers, and groups of images."""
 
-    def __init__(self, channels: int, forwards: int, eps: float = 1e-5) -> None:
-        self.channels, self.forwards, self.eps = channels, forwards, eps
+    def __init__(self, channels: int, forwards: int, group_size: int | None, eps: float = 1e-5) -> None:
+        self.channels, self.forwards, self.group_size, self.eps = channels, forwards, group_size, eps
+
+    def groups(self, x: Tensor) -> list[Tensor]:
+        """x cut into groups of group_size images, in their order; the last one may be smaller."""
+        groups: list[list[Tensor]] = []
+        for i, image in enumerate(x):
+            if i == 0 or (self.group_size is not None and i % self.group_size == 0):
+                groups.append([])
+            groups[-1].append(image)
+        return [torch.stack(images) for images in groups]
 
     def forward(self, x: Tensor, gamma: Tensor, beta: Tensor, number: int = 1) -> Tensor:
         """The first forward, which is differentiated, or the second, after the step: the same rule.
 
-        The last of a layer's forwards remembers x, after it was normalised.
+        Each group of images is normalised as if it were the batch. The last of a layer's forwards remembers x, after it
+        was normalised.
         """
-        y = self.normalize(x, gamma, beta)
+        y = torch.cat([self.normalize(group, gamma, beta) for group in self.groups(x)])
         if number == self.forwards:
             self.remember(x)
         return y
@@ -86,8 +96,8 @@ class _Layer:
 class MBN(_Layer):
     """Memorized batch normalisation (Guo et al. 2018). `memory` holds the remembered inputs, the newest first."""
 
-    def __init__(self, channels, k, eta=0.9, lam=0.1, forwards=2, gradient="paper", eps=1e-5) -> None:
-        super().__init__(channels, forwards, eps)
+    def __init__(self, channels, k, eta=0.9, lam=0.1, forwards=2, gradient="paper", group_size=None) -> None:
+        super().__init__(channels, forwards, group_size)
         self.k, self.eta, self.lam, self.gradient = k, eta, lam, gradient
         self.memory: list[Vectors] = []
 
@@ -117,7 +127,7 @@ class MBN(_Layer):
         return sigma_B / sigma_hat, (mu_B - mu_hat) / sigma_hat
 
     def remember(self, x: Tensor) -> None:
-        """Enter x as age 0; what is older than k batches is forgotten."""
+        """Enter x, whole, as age 0; what is older than k batches is forgotten."""
         self.memory = [vectors(x.detach()), *self.memory][: self.k]
 
     def pooled(self) -> tuple[Tensor, Tensor]:
@@ -156,8 +166,10 @@ class BRN(_Layer):
     It is batch normalisation until `warmup_steps` updates.
     """
 
-    def __init__(self, channels, momentum=0.01, r_max=3.0, d_max=5.0, warmup_steps=0, forwards=1, eps=1e-5) -> None:
-        super().__init__(channels, forwards, eps)
+    def __init__(
+        self, channels, momentum=0.01, r_max=3.0, d_max=5.0, warmup_steps=0, forwards=1, group_size=None
+    ) -> None:
+        super().__init__(channels, forwards, group_size)
         self.momentum, self.r_max, self.d_max, self.warmup_steps = momentum, r_max, d_max, warmup_steps
         self.mu = torch.zeros(channels, dtype=torch.float64)
         self.sigma = torch.ones(channels, dtype=torch.float64)
@@ -178,8 +190,11 @@ class BRN(_Layer):
         return self.renormalize(x, gamma, beta, *self.correction(x.detach()))
 
     def remember(self, x: Tensor) -> None:
-        """mu += momentum (mu_B - mu), sigma += momentum (sigma_B - sigma)."""
-        mu_B, sigma_B = self.batch_statistics(x.detach())
+        """mu += momentum (mu_B - mu), sigma += momentum (sigma_B - sigma): mu_B, sigma_B of groups are averaged."""
+        mu_B, sigma_B = torch.zeros_like(self.mu), torch.zeros_like(self.sigma)
+        for group in self.groups(x.detach()):
+            mu, sigma = self.batch_statistics(group)
+            mu_B, sigma_B = mu_B + len(group) / len(x) * mu, sigma_B + len(group) / len(x) * sigma
         step = self.momentum if self.updates else 1.0
         self.mu = self.mu + step * (mu_B - self.mu)
         self.sigma = self.sigma + step * (sigma_B - self.sigma)
@@ -196,8 +211,8 @@ class BRN(_Layer):
 class BN(_Layer):
     """Batch normalisation with torch's conventions: momentum 0.1, unbiased variance in the moving average."""
 
-    def __init__(self, channels, momentum=0.1, forwards=1, eps=1e-5) -> None:
-        super().__init__(channels, forwards, eps)
+    def __init__(self, channels, momentum=0.1, forwards=1, group_size=None) -> None:
+        super().__init__(channels, forwards, group_size)
         self.momentum = momentum
         self.mean = torch.zeros(channels, dtype=torch.float64)
         self.var = torch.ones(channels, dtype=torch.float64)
@@ -208,11 +223,15 @@ class BN(_Layer):
         return self.renormalize(x, gamma, beta, r=1, d=0)
 
     def remember(self, x: Tensor) -> None:
-        """mean += momentum (mu_B - mean), var += momentum (s2_B n / (n - 1) - var)."""
-        xs = vectors(x.detach())
-        mu, s2 = moments(xs)
-        self.mean = self.mean + self.momentum * (mu - self.mean)
-        self.var = self.var + self.momentum * (s2 * len(xs) / (len(xs) - 1) - self.var)
+        """mean += momentum (mu_B - mean), var += momentum (s2_B n / (n - 1) - var): both of groups are averaged."""
+        mu_B, var_B = torch.zeros_like(self.mean), torch.zeros_like(self.var)
+        for group in self.groups(x.detach()):
+            xs = vectors(group)
+            mu, s2 = moments(xs)
+            mu_B = mu_B + len(group) / len(x) * mu
+            var_B = var_B + len(group) / len(x) * s2 * len(xs) / (len(xs) - 1)
+        self.mean = self.mean + self.momentum * (mu_B - self.mean)
+        self.var = self.var + self.momentum * (var_B - self.var)
         self.updates += 1
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,8 @@ def follow(model: Small, references, x, remember=True):
     given = []
     for conv, layer, reference in zip((model.conv1, model.conv2), norm_layers(model), references, strict=True):
         given.append(conv(x))
-        x = reference.normalize(given[-1], layer.weight, layer.bias).relu()
+        groups = [reference.normalize(group, layer.weight, layer.bias) for group in reference.groups(given[-1])]
+        x = torch.cat(groups).relu()
         if remember:
             reference.remember(given[-1])
     return given

@@ -169,6 +169,9 @@ def _rules_of_several(config: Config) -> Iterator[tuple[str, bool, str, Any]]:
         if spec.metadata.get("staged"):
             wanted = f"a list of 1 or {stages} numbers (one more than milestones)"
             yield key, len(value) in (1, stages), wanted, value
+    size = getattr(config.norm, "group", None)
+    wanted = f"null or a number that divides batch_size={config.batch_size}"
+    yield "norm.group", size is None or config.batch_size % size == 0, wanted, size
     images = dataset.train_images
     wanted = f"from 1 to the {images} training images of {dataset.name}"
     yield "batch_size", 1 <= config.batch_size <= images, wanted, config.batch_size

@@ -74,7 +74,7 @@ def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
         sigma_test = (s2_test + layer.eps).sqrt()
         mean = ((mu - mu_test).abs() / sigma_test).mean()
         std = (sigma / sigma_test).log().abs().mean()
-        dead = (sigma**2 < 1.001 * layer.eps).sum()
+        dead = (sigma.view(-1, layer.num_features) ** 2 < 1.001 * layer.eps).all(0).sum()
         measured.append(torch.stack([mean, std, dead.to(mean.dtype)]))
     numbers = torch.cat(measured).tolist()
     norms = dict(zip(weights, numbers, strict=False))
@@ -88,6 +88,6 @@ def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
         "gap_means": means,
         "gap_stds": stds,
         "dead_channels": int(sum(lost.values())),
-        "dead_layers": sum(count == len(training[name][0]) for name, count in lost.items()),
+        "dead_layers": sum(count == layers[name].num_features for name, count in lost.items()),
         "layer_dead_channels": {name: int(count) for name, count in lost.items() if count},
     }

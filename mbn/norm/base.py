@@ -1,6 +1,7 @@
 """What all layers with batch statistics share: shapes, precision, state, and which forward pass remembers."""
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,11 +15,14 @@ from torch.fx import Proxy
 from .functional import (
     affine_normalize,
     batch_moments,
+    gathered,
     is_capturing,
     is_transformed,
     joint_batch_norm,
     joint_moments,
+    one_after_another,
     renormalized_batch_norm,
+    side_by_side,
     statistics_dtype,
     values_per_channel,
 )
@@ -65,6 +69,11 @@ class BatchStatisticsNorm(nn.Module):
     Errors: ValueError for an input of the wrong shape, and for an eps that is not above 0; RuntimeError where the
     statistics have been cast to half precision, and with sync=True for second derivatives, `torch.func` and a process
     outside the group.
+
+    With group_size=N the images of a training batch are cut, in their order, into groups of N (the last one may be
+    smaller), and each is normalised as a batch of its own. What is remembered is of all groups, once a batch. With
+    sync=True too the groups are each process's own, and only what is remembered is of all processes: the forward that
+    remembers sends the one message, the backward none.
     """
 
     input_dims: tuple[int, ...] = ()
@@ -93,6 +102,8 @@ class BatchStatisticsNorm(nn.Module):
     # Whether there was a training forward since the last second forward, and whether it looks forgotten.
     _waiting = False
     _forgotten = False
+    # The images of a batch that are normalised together; None for all.
+    group_size: int | None = None
     # Of a converted layer: the old one without its tensors, for the way back.
     origin: nn.Module | None = None
     # The modules inside that are applied to the normalised x, in this order: a BatchNorm's own activation or dropout.
@@ -107,6 +118,7 @@ class BatchStatisticsNorm(nn.Module):
         affine: bool,
         bias: bool,
         forwards: int,
+        group_size: int | None,
         sync: bool | None,
         process_group: Any,
         device: Any,
@@ -116,8 +128,15 @@ class BatchStatisticsNorm(nn.Module):
         if forwards not in (1, 2):
             raise ValueError(f"forwards must be 1 or 2, not {forwards!r}")
         check_number("eps", eps, lambda: eps > 0, "above 0")
+        check_number(
+            "group_size",
+            group_size,
+            lambda: group_size is None or (operator.index(group_size) >= 1 and not isinstance(group_size, bool)),
+            "a whole number of at least 1 or None",
+        )
         self.num_features = num_features
         self.eps = eps
+        self.group_size = None if group_size is None else operator.index(group_size)
         self.affine = affine
         self.forwards = forwards
         self.phase = "first"
@@ -139,6 +158,20 @@ class BatchStatisticsNorm(nn.Module):
 
         joint: the batch that x is a part of, if it is one of several processes; x itself may be empty then.
         """
+        y, mu, s2 = self.normalize(x, remember, joint)
+        if remember:
+            self.take(mu, s2, values_per_channel(x) if joint is None else joint.n)
+        return y
+
+    def normalize(self, x: Tensor, remember: bool, joint: Joint | None) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and what is to be remembered of x: a mean and a variance. As `normalize_training`, but remembers nothing.
+
+        x may have k C channels, which are k batches side by side: so are what is returned of it.
+        """
+        raise NotImplementedError
+
+    def together(self, mu: Tensor, s2: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is remembered of k batches at once: mu, s2 (k, C) and n (k,) as (C,), (C,) and ()."""
         raise NotImplementedError
 
     def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
@@ -147,7 +180,8 @@ class BatchStatisticsNorm(nn.Module):
 
     def check_single_value(self, x: Tensor) -> None:
         """Raise ValueError if x, with one value a channel, cannot be normalised with a gradient that is not zero."""
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        where = "" if self.group_size is None else f" in a group of the batch (group_size={self.group_size})"
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}{where}")
 
     def test_statistics(self) -> tuple[Tensor, Tensor]:
         """The mean and variance (C,) by which evaluation would normalise now."""
@@ -157,8 +191,8 @@ class BatchStatisticsNorm(nn.Module):
         """Let evaluation normalise by this mean and variance (C,) from now on."""
         raise NotImplementedError
 
-    def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and sqrt(variance + eps) (C,) that would normalise x in training now. Changes nothing."""
+    def normalizing(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and sqrt(variance + eps) that would normalise a batch of these moments in training now."""
         raise NotImplementedError
 
     def reset_running_stats(self) -> None:
@@ -201,6 +235,8 @@ class BatchStatisticsNorm(nn.Module):
         remember = self.phase == ("first", "second")[self.forwards - 1]
         if self.phase == "first" and self.forwards == 2:
             self._note_first_forward()
+        if self.group_size is not None:
+            return self._train_in_groups(x, remember)
         joint = self.joint_batch(x)
         n = values_per_channel(x)
         if n <= 1 and joint is not None:
@@ -214,6 +250,52 @@ class BatchStatisticsNorm(nn.Module):
     def normalize_empty(self, x: Tensor, remember: bool) -> Tensor:
         """As in torch: nothing to normalise, and gradients of zero."""
         return F.batch_norm(x, None, None, *self._affine(x), True, 0.0, self.eps)
+
+    def _groups(self, x: Tensor) -> list[tuple[Tensor, int]]:
+        """The images of x in at most two parts of so many groups each: the groups of group_size, and the rest."""
+        n, size = x.shape[0], self.group_size or x.shape[0]
+        groups, rest = n // size, n % size  # not divmod, which torch.compile does not know of sizes that change
+        cut = n - rest
+        parts = [(x[:cut], groups)] if groups else []
+        return [*parts, (x[cut:], 1)] if rest or not groups else parts
+
+    def _train_in_groups(self, x: Tensor, remember: bool) -> Tensor:
+        """Normalise each group of images as a batch of its own, and remember all of them at once."""
+        processes = self.joint_group()
+        ys: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        if x.numel() == 0:
+            if not remember or processes is None:
+                return self.normalize_empty(x, remember)
+            self._take_groups(x, seen, processes)
+            return self.normalize_empty(x, False)
+        for part, groups in self._groups(x):
+            n = values_per_channel(part) // groups
+            if n == 1:
+                self.check_single_value(part[:1])
+            y, mu, s2 = self.normalize(side_by_side(part, groups), remember, None)
+            ys.append(one_after_another(y, groups, part.stride(1) == 1))
+            seen.append((mu.view(groups, -1), s2.view(groups, -1), mu.new_full((groups,), n)))
+        if remember:
+            self._take_groups(x, seen, processes)
+        return torch.cat(ys) if len(ys) > 1 else ys[0]
+
+    @torch.no_grad()
+    def _take_groups(self, x: Tensor, seen: list[tuple[Tensor, Tensor, Tensor]], processes: Any) -> None:
+        """Remember as one batch what was seen of the groups of x, which may be empty, and of other processes'."""
+        n = values_per_channel(x)
+        if seen:
+            mu, s2, _ = self.together(*(torch.cat(each) for each in zip(*seen, strict=True)))
+        else:
+            mu = s2 = torch.zeros(self.num_features, device=x.device, dtype=statistics_dtype(x.dtype))
+        if processes is None:
+            self.take(mu, s2, n)
+            return
+        mu, s2, total = self.together(*gathered(mu, s2, mu.new_full((1,), n), processes))
+        if n == 0 and not is_capturing(x) and int(total.item()) == 0:
+            self.normalize_empty(x, True)
+        else:
+            self.take(mu, s2, total.reshape(1))
 
     def take(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
         """Remember a batch: now, or at the end of the second forward with what other calls of the layer have noted."""
@@ -239,6 +321,21 @@ class BatchStatisticsNorm(nn.Module):
         """mu, s2 and n by which a training forward would normalise x: of this process's batch, or of the joint one."""
         joint = self.joint_batch(x)
         return (*batch_moments(x), values_per_channel(x)) if joint is None else (joint.mu, joint.s2, joint.n)
+
+    @torch.no_grad()
+    def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and sqrt(variance + eps) (C,) that would normalise x in training now. Changes nothing.
+
+        With group_size they have a row for each group.
+        """
+        if self.group_size is None:
+            return self.normalizing(*self.moments(x))
+        rows = []
+        for part, groups in self._groups(x):
+            mu, s2 = (each.view(groups, -1) for each in batch_moments(side_by_side(part, groups)))
+            rows.append(self.normalizing(mu, s2, values_per_channel(part) // groups))
+        means, sigmas = zip(*rows, strict=True)
+        return torch.cat(means), torch.cat(sigmas)
 
     def renormalize(self, x: Tensor, mu: Tensor, s2: Tensor, r: Tensor, d: Tensor, joint: Joint | None) -> Tensor:
         """y = gamma ((x - mu) / sqrt(s2 + eps) * r + d) + beta, with mu and s2 of x, or of the joint batch."""
@@ -293,8 +390,13 @@ class BatchStatisticsNorm(nn.Module):
     def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta in the statistics' precision, as torch's kernels need them for an x in half precision."""
         dtype = statistics_dtype(x.dtype)
-        weight, bias = self.weight, self.bias
-        return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight = None if self.weight is None else self._for_each(x, self.weight.to(dtype))
+        return weight, None if self.bias is None else self._for_each(x, self.bias.to(dtype))
+
+    def _for_each(self, x: Tensor, statistic: Tensor) -> Tensor:
+        """A (C,) tensor for an x of k C channels, which are k batches side by side."""
+        batches = x.shape[1] // self.num_features
+        return statistic if batches == 1 else statistic.repeat(batches)
 
     def versions(self) -> tuple[tuple[int, int], ...]:
         """Which tensors gamma and beta are, and how often each was written, as autograd counts it: their versions.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import BatchStatisticsNorm, Joint, check_number
-from .functional import joint_batch_norm
+from .functional import average, joint_batch_norm, statistics_dtype
 
 
 class _BatchNorm(BatchStatisticsNorm):
@@ -25,6 +25,8 @@ class _BatchNorm(BatchStatisticsNorm):
         eps: added to the variance, above 0.
         momentum: the share of the newest batch in the moving averages, in (0, 1]; None for the mean of all batches.
         forwards: 1 or 2.
+        group_size: None, or N: mu_B and s2_B are those of each group of N images. The averages move towards the mean
+            over the groups of their means and unbiased variances, weighted by their number of images.
         affine, bias: whether there are gamma (`weight`) and beta (`bias`).
         sync, process_group: True takes mu_B and s2_B over all processes in the group (default: of all).
         device, dtype: of the parameters; statistics have at least float32.
@@ -39,7 +41,7 @@ class _BatchNorm(BatchStatisticsNorm):
     """
 
     statistics = ("running_mean", "running_var")
-    settings = ("momentum", "forwards")
+    settings = ("momentum", "forwards", "group_size")
 
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -51,6 +53,7 @@ class _BatchNorm(BatchStatisticsNorm):
         *,
         momentum: float | None = 0.1,
         forwards: int = 1,
+        group_size: int | None = None,
         affine: bool = True,
         bias: bool = True,
         sync: bool | None = None,
@@ -58,7 +61,7 @@ class _BatchNorm(BatchStatisticsNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
+        super().__init__(num_features, eps, affine, bias, forwards, group_size, sync, process_group, device, dtype)
         check_number("momentum", momentum, lambda: momentum is None or 0 < momentum <= 1, "in (0, 1] or None")
         self.momentum = momentum
         self.register_buffer("running_var", torch.ones(num_features, **self._like))
@@ -72,8 +75,7 @@ class _BatchNorm(BatchStatisticsNorm):
         if joint is not None:
             mu, s2, n, group = joint
             if remember:
-                self._move_averages(mu, s2 * (n / (n - 1)))
-                self._count()
+                self.take(mu, s2 * (n / (n - 1)), n)
             return joint_batch_norm(x, mu, s2, 1 / n, weight, bias, self.eps, group)
         # Without buffers there is nothing to update. Momentum 0 would not be enough: 0 * NaN is NaN.
         mean, var = (self.running_mean, self.running_var) if remember else (None, None)
@@ -82,14 +84,28 @@ class _BatchNorm(BatchStatisticsNorm):
             self._count()
         return F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
 
+    def normalize(self, x: Tensor, remember: bool, joint: Joint | None) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bias = self._affine(x)
+        mean = x.new_zeros(x.shape[1], dtype=statistics_dtype(x.dtype))
+        variance = mean.clone()
+        # At momentum 1 it writes into them the batch's mean and unbiased variance.
+        return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, self.eps), mean, variance
+
+    def together(self, mu: Tensor, s2: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return average(mu, s2, n)
+
+    def take(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
+        self._move_averages(mu, s2)
+        self._count()
+
     def _share_of_newest(self) -> float:
         return self.momentum if self.momentum is not None else 1 / (float(self.num_batches_tracked) + 1)
 
     @torch.no_grad()
     def _move_averages(self, mean: Tensor, variance: Tensor) -> None:
         share = self._share_of_newest()
-        for average, value in ((self.running_mean, mean), (self.running_var, variance)):
-            average.lerp_(value.to(average.dtype), share)
+        for moving, value in ((self.running_mean, mean), (self.running_var, variance)):
+            moving.lerp_(value.to(moving.dtype), share)
 
     def _count(self) -> None:
         if not self.deferred:
@@ -103,9 +119,7 @@ class _BatchNorm(BatchStatisticsNorm):
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
 
-    @torch.no_grad()
-    def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, s2, _ = self.moments(x)
+    def normalizing(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
         return mu, (s2 + self.eps).sqrt()
 
     def reset_running_stats(self) -> None:

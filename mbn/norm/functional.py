@@ -115,6 +115,31 @@ def pool(mu: Tensor, s2: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     return m, v, w
 
 
+def average(mu: Tensor, spread: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted means over several batches: sum weight_i mu_i / w, sum weight_i spread_i / w, and w. As `pool`."""
+    w = weight.sum()
+    share = (weight / w)[:, None]
+    return (share * mu).sum(0), (share * spread).sum(0), w
+
+
+def side_by_side(x: Tensor, groups: int) -> Tensor:
+    """Groups of x's images as channels of their own: (groups g, C, *spatial) to (g, groups C, *spatial)."""
+    if groups == 1:
+        return x
+    if x.stride(1) == 1:  # channels last, as the result is then
+        return x.movedim(1, -1).unflatten(0, (groups, -1)).movedim(0, -2).flatten(-2).movedim(-1, 1)
+    return x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def one_after_another(y: Tensor, groups: int, channels_last: bool) -> Tensor:
+    """The way back from `side_by_side`."""
+    if groups == 1:
+        return y
+    if channels_last:
+        return y.movedim(1, -1).unflatten(-1, (groups, -1)).movedim(-2, 0).flatten(0, 1).movedim(-1, 1)
+    return y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+
+
 def as_values(count: Tensor, n: int | Tensor) -> Tensor:
     """count, where one below 0 stands for that many batches of n values: statistics that a BatchNorm brought along.
 
@@ -373,12 +398,17 @@ def joint_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
             mu, s2 = batch_moments(x)
         else:
             mu = s2 = torch.zeros(x.shape[1], device=x.device, dtype=statistics_dtype(x.dtype))
-        own = torch.cat([mu, s2, mu.new_full((1,), n)])
-        every = own.new_empty(dist.get_world_size(group) * len(own))
-        _all_gather(every, own, group=group)
-        mus, s2s, ns = every.view(-1, len(own)).split([len(mu), len(mu), 1], 1)
-        mu, s2, n_joint = pool(mus, s2s, ns[:, 0])
+        mu, s2, n_joint = pool(*gathered(mu, s2, mu.new_full((1,), n), group))
         return mu, s2, n_joint.reshape(1)
+
+
+def gathered(mu: Tensor, s2: Tensor, n: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """mu, s2 (C,) and n (1,) of every process: (processes, C) twice, and (processes,). One message."""
+    own = torch.cat([mu, s2, n])
+    every = own.new_empty(dist.get_world_size(group) * len(own))
+    _all_gather(every, own, group=group)
+    mus, s2s, ns = every.view(-1, len(own)).split([len(mu), len(mu), 1], 1)
+    return mus, s2s, ns[:, 0]
 
 
 def joint_batch_norm(

@@ -18,6 +18,7 @@ from .functional import (
     joint_batch_norm,
     memorized_batch_norm,
     memorized_moments,
+    pool,
     snapshot,
     statistics_dtype,
     values_per_channel,
@@ -54,6 +55,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
             rho = n_B / (n_B + W) of batch norm's two correction terms. "batch" (ours, not the paper's) gives the same y
             and keeps both terms whole: the memory's correction is a constant, like batch renormalisation's r and d.
         forwards: 1 or 2.
+        group_size: None, or N: the images of a batch are cut into groups of N, and B above is each group. One entry a
+            batch is remembered, the moments and the n of all groups together.
         pretrained_batches: the statistics of a trained BatchNorm count as so many batches of the n of the first batch
             that is remembered; 0 leaves them out of the memory.
         affine, bias: whether there are gamma (`weight`) and beta (`bias`).
@@ -83,7 +86,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         "memory_weight",
         "lam_tensor",
     )
-    settings = ("memory", "decay", "lam", "gradient", "forwards", "pretrained_batches")
+    settings = ("memory", "decay", "lam", "gradient", "forwards", "group_size", "pretrained_batches")
     scheduled = "lam_tensor"
 
     running_var: Tensor
@@ -103,6 +106,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         lam: float = 0.1,
         gradient: str = "paper",
         forwards: int = 2,
+        group_size: int | None = None,
         pretrained_batches: float = 10,
         affine: bool = True,
         bias: bool = True,
@@ -111,7 +115,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
+        super().__init__(num_features, eps, affine, bias, forwards, group_size, sync, process_group, device, dtype)
         try:
             self.memory = operator.index(memory)
         except TypeError:
@@ -149,11 +153,12 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         """W = lambda w (1,), the memory's weight beside a batch of n values."""
         return self.lam_tensor * as_values(self.memory_weight, n)
 
-    def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
+    def normalize(self, x: Tensor, remember: bool, joint: Joint | None) -> tuple[Tensor, Tensor, Tensor]:
         n: int | Tensor = values_per_channel(x) if joint is None else joint.n
         m, v, W = self.running_mean, self.running_var, self._weight_beside(n)
         if remember and not self.waits:  # this forward overwrites them
             m, v, W = snapshot(m, v, W)
+        m, v = self._for_each(x, m), self._for_each(x, v)
         if self.gradient == "paper":
             weight, bias = self._affine(x)
             if joint is None:
@@ -171,9 +176,10 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
                 r = (s2 + self.eps).sqrt() * inv_hat
                 d = (mu - mu_hat) * inv_hat
             y = self.renormalize(x, mu, s2, r, d, joint)
-        if remember:
-            self.take(mu, s2, n)
-        return y
+        return y, mu, s2
+
+    def together(self, mu: Tensor, s2: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return pool(mu, s2, n)
 
     def check_single_value(self, x: Tensor) -> None:
         if self.gradient == "paper" and not torch.compiler.is_compiling() and not is_capturing(x):
@@ -203,9 +209,7 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
 
-    @torch.no_grad()
-    def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, s2, n = self.moments(x)
+    def normalizing(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
         W = self._weight_beside(n)
         mu_hat, s2_hat, _ = memorized_moments(mu, s2, n, self.running_mean, self.running_var, W)
         return mu_hat, (s2_hat + self.eps).sqrt()

@@ -7,13 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BatchStatisticsNorm, Joint, check_number, is_trained, norm_layers
-from .functional import (
-    batch_moments,
-    move_averages,
-    snapshot,
-    statistics_dtype,
-    values_per_channel,
-)
+from .functional import average, batch_moments, move_averages, snapshot, statistics_dtype
 
 
 class _BatchRenorm(BatchStatisticsNorm):
@@ -39,6 +33,8 @@ class _BatchRenorm(BatchStatisticsNorm):
         warmup_steps: the bounds are 1 and 0, which is batch norm, until the averages have taken in so many batches
             (counted on the device): for loops without a schedule, such as reinforcement learning's.
         forwards: 1, or 2 to update the averages in `second_forward` only.
+        group_size: None, or N: mu_B, sigma_B, r and d are those of each group of N images. The averages move towards
+            the mean over the groups of mu_B and sigma_B, weighted by their number of images.
         affine, bias: whether there are gamma (`weight`) and beta (`bias`).
         sync, process_group: True takes mu_B and s2_B over all processes in the group (default: of all).
         device, dtype: of the parameters; statistics have at least float32.
@@ -55,7 +51,7 @@ class _BatchRenorm(BatchStatisticsNorm):
     """
 
     statistics = ("running_mean", "running_std", "bounds")
-    settings = ("momentum", "r_max", "d_max", "warmup_steps", "forwards")
+    settings = ("momentum", "r_max", "d_max", "warmup_steps", "forwards", "group_size")
     scheduled = "bounds"
 
     running_std: Tensor
@@ -72,6 +68,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         d_max: float = 5.0,
         warmup_steps: int = 0,
         forwards: int = 1,
+        group_size: int | None = None,
         affine: bool = True,
         bias: bool = True,
         sync: bool | None = None,
@@ -79,7 +76,7 @@ class _BatchRenorm(BatchStatisticsNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, affine, bias, forwards, sync, process_group, device, dtype)
+        super().__init__(num_features, eps, affine, bias, forwards, group_size, sync, process_group, device, dtype)
         check_number("momentum", momentum, lambda: 0 < momentum <= 1, "in (0, 1]")
         check_number("warmup_steps", warmup_steps, lambda: warmup_steps >= 0, "at least 0")
         self.momentum = momentum
@@ -105,27 +102,29 @@ class _BatchRenorm(BatchStatisticsNorm):
         _check_bounds(r_max, d_max)
         self.set_scheduled_values(float(r_max), float(d_max))
 
-    def _correction(self, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """r and d for a batch with mean mu and standard deviation sigma, from the current averages."""
+    def _correction(self, mu: Tensor, sigma: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """r and d for a batch with mean mu and standard deviation sigma, from the averages mean and std."""
         r_max, d_max = self.bounds[0], self.bounds[1]
         if self.warmup_steps:
             warm = self.num_batches_tracked >= self.warmup_steps
             r_max, d_max = torch.where(warm, r_max, 1), torch.where(warm, d_max, 0)
-        r = (sigma / self.running_std).clamp(r_max.reciprocal(), r_max)
-        d = ((mu - self.running_mean) / self.running_std).clamp(-d_max, d_max)
+        r = (sigma / std).clamp(r_max.reciprocal(), r_max)
+        d = ((mu - mean) / std).clamp(-d_max, d_max)
         return r, d
 
-    def normalize_training(self, x: Tensor, remember: bool, joint: Joint | None) -> Tensor:
+    def normalize(self, x: Tensor, remember: bool, joint: Joint | None) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             # detach: no_grad does not stop forward-mode AD
             mu, s2 = batch_moments(x.detach()) if joint is None else (joint.mu, joint.s2)
-            r, d = self._correction(mu, (s2 + self.eps).sqrt())
+            mean, std = self._for_each(x, self.running_mean), self._for_each(x, self.running_std)
+            r, d = self._correction(mu, (s2 + self.eps).sqrt(), mean, std)
             if remember and not self.waits:  # this forward overwrites the averages that r and d come from
                 r, d = snapshot(r, d)
-        y = self.renormalize(x, mu, s2, r, d, joint)
-        if remember:
-            self.take(mu, s2, values_per_channel(x) if joint is None else joint.n)
-        return y
+        return self.renormalize(x, mu, s2, r, d, joint), mu, s2
+
+    def together(self, mu: Tensor, s2: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, sigma, total = average(mu, (s2 + self.eps).sqrt(), n)
+        return mean, sigma.square() - self.eps, total
 
     @torch.no_grad()
     def enter(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
@@ -142,12 +141,10 @@ class _BatchRenorm(BatchStatisticsNorm):
         self.running_mean.copy_(mean)
         self.running_std.copy_((variance + self.eps).sqrt())
 
-    @torch.no_grad()
-    def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def normalizing(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
         # y = ((x - mu_B) / sigma_B * r + d) = (x - (mu_B - d sigma_B / r)) / (sigma_B / r)
-        mu, s2, _ = self.moments(x)
         sigma = (s2 + self.eps).sqrt()
-        r, d = self._correction(mu, sigma)
+        r, d = self._correction(mu, sigma, self.running_mean, self.running_std)
         return mu - d * sigma / r, sigma / r
 
     def reset_running_stats(self) -> None:

@@ -72,6 +72,7 @@ class Update:
         device: torch.device,
         batch_size: int | None = None,
         processes: Processes = ALONE,
+        share: Callable[[int], slice] = ALONE.share,
     ):
         self.model = model
         self.device = device
@@ -86,7 +87,7 @@ class Update:
         self.batch_size, self.processes = batch_size, processes
         # Images in the batch of all processes, and in this one's share of a whole batch.
         self.n = batch_size or 0
-        self.full = len(range(batch_size)[processes.share(batch_size)]) if batch_size else None
+        self.full = len(range(batch_size)[share(batch_size)]) if batch_size else None
         self.first: Callable[..., tuple[Tensor, Tensor]] = self._first
         self.second: Callable[..., None] = self._second
         if mode in COMPILED:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mbn.data.in_memory import Data
@@ -22,9 +23,23 @@ def evaluation(state: State, data: Data, stop: StopRequest) -> Evaluation:
 
 
 def statistics_of(state: State, images: Tensor) -> Statistics:
-    """The statistics with which a training forward would normalise these images now."""
+    """The statistics with which a training forward would normalise these images now.
+
+    With groups of images, of which each of several processes has its own, a row for every group of all processes.
+    """
     with autocast(state.device, state.config.precision):
-        return unrecorded(lambda: training_statistics(state.model, images), state.device)
+        found = unrecorded(lambda: training_statistics(state.model, images), state.device)
+    if not state.processes.several or getattr(state.config.norm, "group", None) is None:
+        return found
+    own = {name: (mu.cpu(), sigma.cpu()) for name, (mu, sigma) in found.items()} if len(images) else {}
+    every = [of_one for of_one in state.processes.everyones(own) if of_one]
+    return {
+        name: (
+            torch.cat([of_one[name][0] for of_one in every]).to(state.device),
+            torch.cat([of_one[name][1] for of_one in every]).to(state.device),
+        )
+        for name in found
+    }
 
 
 def row(kind: str, state: State, sums: Sums, rate: float) -> dict[str, Any]:

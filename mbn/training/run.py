@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,9 @@ class Run:
         set_arithmetic(device, machine.tf32, machine.deterministic)
         # Before anything is compiled: data that are missing are said at once.
         self.data = processes.main_first(lambda: (open_data or load_data)(config, device))
-        self.data.share = processes.share
+        # No group of images whose statistics are taken together is in two processes.
+        share = partial(processes.share, whole=getattr(config.norm, "group", None) or 1)
+        self.data.share = share
         torch.manual_seed(config.seed)
         model = build(from_config(config))
         for layer in norm_layers(model):
@@ -187,7 +190,7 @@ class Run:
         self.method = METHODS[config.norm.name]
         self.update = Update(
             *(self.model, self.state.optimizer, config.forwards, mode, config.precision, device),
-            *(config.batch_size, processes),
+            *(config.batch_size, processes, share),
         )
         if config.forwards == 2 and not self.method.statistics:
             print(

@@ -111,22 +111,23 @@ WRONG_TYPES = {
     "a whole number": "batch_size=abc batch_size=1.5 batch_size=true batch_size=null seed=1e3 forwards=[1]",
     "a number": "norm.decay=much schedule.scale=abc optimizer.momentum={a:1}",
     "a list of numbers": "norm.lam=0.5 norm.lam=[abc] norm.lam=[null] schedule.lr=0.1 schedule.lr=[[0.1]]",
-    "a whole number or null": "schedule.epochs=2.5",
+    "a whole number or null": "schedule.epochs=2.5 norm.group=2.5",
     "true or false": "machine.again=maybe",
     "a text": "machine.device=null",
     "a group of settings": "optimizer=3",
 }
 IMPOSSIBLE = {
     "from 1 to the 50000 training images": "batch_size=0 batch_size=50001",
-    "at least 1": "norm.memory=0 schedule.epochs=0 schedule.iterations=-1 schedule.default_epochs=0 "
-    "evaluate.batch_size=0 machine.threads=0 machine.together=0 dataset.classes=0 dataset.image_size=0 "
-    "dataset.train_images=0 dataset.test_images=0",
+    "at least 1": "norm.memory=0 norm.group=0 norm.group=-2 schedule.epochs=0 schedule.iterations=-1 "
+    "schedule.default_epochs=0 evaluate.batch_size=0 machine.threads=0 machine.together=0 "
+    "dataset.classes=0 dataset.image_size=0 dataset.train_images=0 dataset.test_images=0",
     "at least 0": "optimizer.weight_decay=-1 dataset.padding=-1 machine.workers=-1",
     "above 0": "norm.eps=0 schedule.milestones=[0,0.4] schedule.lr=[0.1,0,0.1] schedule.lr=[inf] schedule.scale=0 "
     "machine.checkpoint_seconds=0 dataset.std=[0,1,1]",
     "below 1": "schedule.milestones=[0.4,1] optimizer.momentum=1",
     "above 0 and at most 1": "norm.decay=0 norm.decay=1.01 norm.decay=nan",
     "from 0 to 1": "norm.lam=[-0.1] norm.lam=[0.1,0.5,1.1] norm.lam=[nan]",
+    "null or a number that divides batch_size=128": "norm.group=3 norm.group=256",
     "1 or 3": "norm.lam=[0.1,0.5] norm.lam=[] schedule.lr=[0.1,0.01]",
     "3 numbers": "dataset.mean=[0.5]",
     "rises": "schedule.milestones=[0.6,0.4] schedule.milestones=[0.4,0.4]",
@@ -162,6 +163,12 @@ def test_an_impossible_value_is_refused_with_what_would_be_right(override, wante
     assert message.startswith(key)
     assert wanted in message
     assert sentence(message)
+
+
+@pytest.mark.parametrize("norm", ["bn", "mbn", "brn"])
+def test_groups_of_images_are_part_of_the_name_and_null_is_none(norm):
+    names = [run_name(load_once(f"norm={norm}", *group)) for group in ([], ["norm.group=null"], ["norm.group=128"])]
+    assert names[0] == names[1] != names[2]
 
 
 def test_a_batch_larger_than_the_chosen_data_set_is_refused():
@@ -450,6 +457,7 @@ OTHER_TEXTS = {
     "evaluate.batch_size": 500,
     "dataset.name": "cifar100",
     "norm.gradient": "batch",
+    "norm.group": 2,
     "precision": "bf16",
     "machine.data": "/x",
     "machine.results": "/y",

@@ -248,11 +248,12 @@ def test_reset_parameters_and_reset_running_stats_are_torchs(kind, forwards):
 @pytest.mark.parametrize(
     ("norm", "defaults"),
     [
-        ("bn", {"momentum": 0.1, "forwards": 1}),
-        ("brn", {"momentum": 0.01, "r_max": 3.0, "d_max": 5.0, "warmup_steps": 0, "forwards": 1}),
+        ("bn", {"momentum": 0.1, "forwards": 1, "group_size": None}),
+        ("brn", {"momentum": 0.01, "r_max": 3.0, "d_max": 5.0, "warmup_steps": 0, "forwards": 1, "group_size": None}),
         (
             "mbn",
-            {"memory": 20, "decay": 0.9, "lam": 0.1, "gradient": "paper", "forwards": 2, "pretrained_batches": 10},
+            {"memory": 20, "decay": 0.9, "lam": 0.1, "gradient": "paper", "forwards": 2, "pretrained_batches": 10}
+            | {"group_size": None},
         ),
     ],
 )
@@ -266,6 +267,7 @@ def test_the_defaults_are_the_papers(norm, defaults):
     ("norm", "setting", "values"),
     [
         *((norm, "forwards", (0, 3)) for norm in NORMS),
+        *((norm, "group_size", (0, -1, 2.0, True, "2")) for norm in NORMS),
         *((norm, "eps", (0.0, -1e-5, float("nan"))) for norm in NORMS),
         *((norm, "momentum", (0.0, 1.1)) for norm in ("bn", "brn")),
         ("brn", "warmup_steps", (-1, float("nan"))),

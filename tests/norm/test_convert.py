@@ -245,9 +245,15 @@ def test_a_network_may_have_layers_of_two_norms_part_by_part():
     [
         (nn.ReLU(), "gn", {}, ValueError, "norm must be one of mbn, brn, bn, not 'gn'"),
         (nn.ReLU(), "mbn", {"lambda_": 1}, TypeError, "'lambda_' here; theirs are memory, .*, pretrained_batches$"),
-        (nn.ReLU(), "brn", {"affine": False}, TypeError, "'affine' here; .*, forwards; eps, weight and bias stay"),
-        (nn.ReLU(), "bn", {"eps": 1e-3}, TypeError, "'eps' here; theirs are momentum, forwards; eps, .* stay"),
-        (nn.ReLU(), "bn", {"num_features": 2}, TypeError, "'num_features' here; theirs are momentum, forwards$"),
+        (nn.ReLU(), "brn", {"affine": False}, TypeError, "'affine' here; .*, group_size; eps, weight and bias stay"),
+        (nn.ReLU(), "bn", {"eps": 1e-3}, TypeError, "'eps' here; theirs are momentum, .*; eps, .* stay"),
+        (
+            nn.ReLU(),
+            "bn",
+            {"num_features": 2},
+            TypeError,
+            "'num_features' here; theirs are momentum, forwards, group_size$",
+        ),
         *(
             (
                 convert(nn.BatchNorm2d(3), has),
@@ -330,9 +336,13 @@ def test_a_lazy_batch_norm_can_be_converted_once_it_has_run():
 @pytest.mark.parametrize(
     ("norm", "settings"),
     [
-        ("mbn", {"memory": 7, "decay": 0.5, "lam": 0.3, "gradient": "batch", "forwards": 1, "pretrained_batches": 3}),
-        ("brn", {"momentum": 0.2, "r_max": 2.0, "d_max": 4.0, "warmup_steps": 5, "forwards": 2}),
-        ("bn", {"momentum": 0.2, "forwards": 2}),
+        (
+            "mbn",
+            {"memory": 7, "decay": 0.5, "lam": 0.3, "gradient": "batch", "forwards": 1, "pretrained_batches": 3}
+            | {"group_size": 2},
+        ),
+        ("brn", {"momentum": 0.2, "r_max": 2.0, "d_max": 4.0, "warmup_steps": 5, "forwards": 2, "group_size": 2}),
+        ("bn", {"momentum": 0.2, "forwards": 2, "group_size": 2}),
     ],
 )
 def test_settings_reach_every_layer_by_name(norm, settings):

@@ -39,6 +39,8 @@ from mbn.norm.second_forward import phase
 # How many images of each batch the processes get, in turn.
 TWO = ((4, 4), (3, 5), (1, 7), (0, 8))
 THREE = ((3, 4, 1), (0, 1, 7), (2, 3, 3), (0, 8, 0))
+# The same in whole groups of 3, the last one of a batch of 2.
+IN_GROUPS = ((3, 5, 0), (6, 0, 2), (0, 8, 0))
 ITERATIONS = 30
 KEEPS_BUFFERS = (
     {"forward_sync_buffers": False}
@@ -72,14 +74,14 @@ def add_up(tensors):
             dist.all_reduce(tensor)
 
 
-def train(kind, forwards, sizes, dtype=torch.float64, wrap=None, together=False, iterations=ITERATIONS):
+def train(kind, forwards, sizes, dtype=torch.float64, wrap=None, together=False, iterations=ITERATIONS, **settings):
     """Train a network on this process's part of every batch; its outputs, and its state in the end.
 
     wrap: settings of DistributedDataParallel, which then adds up the gradients. together: the layers' memories are
     entered at once, as the trainer does.
     """
     torch.manual_seed(1)
-    model = net = network(kind, forwards=forwards, sync=None if alone() else True).to(dtype)
+    model = net = network(kind, forwards=forwards, sync=None if alone() else True, **settings).to(dtype)
     if wrap is not None and not alone():
         model = DistributedDataParallel(net, **wrap)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -155,6 +157,15 @@ def test_distributed_data_parallel_trains_as_one_process(processes, kind):
 def test_memories_that_are_entered_at_once_are_the_same(processes, kind, forwards):
     results = processes.run(2, train, kind, forwards, TWO, together=True, iterations=8)
     assert_as_one(results, train_alone(kind, forwards, TWO, iterations=8))
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["each", "at once"])
+@one_or_two
+@kinds
+def test_groups_of_images_lie_within_processes_and_all_are_remembered(processes, kind, forwards, together):
+    settings = {"iterations": 6, "group_size": 3}
+    results = processes.run(3, train, kind, forwards, IN_GROUPS, together=together, **settings)
+    assert_as_one(results, train_alone(kind, forwards, IN_GROUPS, **settings), 1e-11)
 
 
 # One layer at a time.
@@ -280,8 +291,9 @@ def precise(kind):
 
 @one_or_two
 @kinds
-def test_a_joint_batch_without_a_value_does_what_it_does_in_one_process(processes, kind, forwards):
-    layer = trained(kind, forwards=forwards)
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_a_joint_batch_without_a_value_does_what_it_does_in_one_process(processes, kind, forwards, group_size):
+    layer = trained(kind, forwards=forwards, group_size=group_size)
     results = processes.run(2, empty, layer)
     assert results == 2 * [empty(layer)]
 
@@ -307,14 +319,14 @@ def test_a_forward_sends_one_message_a_layer_and_its_backward_another(processes,
     assert processes.run(2, messages, kind) == 2 * [expected]
 
 
-def messages(kind):
+def messages(kind, group_size=None):
     """The numbers in each message of a forward and backward, a second forward, evaluation, and without sync."""
     sent = []
     gather, reduce = functional._all_gather, dist.all_reduce
     functional._all_gather = lambda every, own, group: (sent.append(own.numel()), gather(every, own, group=group))
     dist.all_reduce = lambda own, group: (sent.append(own.numel()), reduce(own, group=group))
     try:
-        net, other = (network(kind, forwards=2, sync=sync) for sync in (True, False))
+        net, other = (network(kind, forwards=2, sync=sync, group_size=group_size) for sync in (True, False))
         x = inputs(4, 3, 5, 5)
         runs = (
             lambda: net(x).sum().backward(),
@@ -328,6 +340,12 @@ def messages(kind):
 
 
 # What is refused.
+
+
+@kinds
+def test_in_groups_only_the_forward_that_remembers_sends_a_message(processes, kind):
+    expected = [], [2 * c + 1 for c in (4, 5, 6)], [], []
+    assert processes.run(2, messages, kind, 2) == 2 * [expected]
 
 
 @kinds
@@ -401,18 +419,18 @@ def lonely(kind):
 # Compiled.
 
 
-@pytest.mark.parametrize("sizes", [(3, 4), (0, 7)])
-def test_a_compiled_network_computes_the_same(processes, sizes):
+@pytest.mark.parametrize(("sizes", "group_size"), [((3, 4), None), ((0, 7), None), ((4, 3), 2)])
+def test_a_compiled_network_computes_the_same(processes, sizes, group_size):
     """In one graph, but where a process has no image: there it is asked whether the others have any."""
-    for differences in processes.run(2, compiled, sizes):
+    for differences in processes.run(2, compiled, sizes, group_size):
         assert max(differences) < 1e-12
 
 
-def compiled(sizes):
+def compiled(sizes, group_size):
     """The relative differences of a compiled network's outputs, gradients and memories from an eager one's."""
     warnings.simplefilter("ignore")  # the compiler's own, and what it logs of a graph that it cuts
     torch._logging.set_logs(dynamo=logging.ERROR)
-    eager = nn.Sequential(*(make(kind, forwards=1, sync=True) for kind in ("mbn paper", "brn")))
+    eager = nn.Sequential(*(make(k, forwards=1, sync=True, group_size=group_size) for k in ("mbn paper", "brn")))
     net = copy.deepcopy(eager)
     function = torch.compile(net, backend="aot_eager", fullgraph=min(sizes) > 0)
     results = []

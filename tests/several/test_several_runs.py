@@ -22,6 +22,9 @@ METHODS = {
     "MBN-1": ("norm=mbn", "forwards=1"),
     "MBN, gradient batch": ("norm=mbn", "norm.gradient=batch"),
     "GN": ("norm=gn",),
+    "BN, groups": ("norm=bn", "norm.group=25"),
+    "BRN-2, groups": ("norm=brn", "norm.group=25"),
+    "MBN, groups": ("norm=mbn", "norm.group=25"),
 }
 # What says how many processes there were, and what depends on time.
 PLACES = TIMES | {"parts", "versions"}

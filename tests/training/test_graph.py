@@ -88,9 +88,9 @@ def plant(monkeypatch, fault):
     elif fault == "bounds":
         original = _BatchRenorm._correction
 
-        def correction(self, mu, sigma):
+        def correction(self, mu, *rest):
             kept, self.bounds = self.bounds, torch.tensor([self.r_max, self.d_max], dtype=mu.dtype)
-            r_and_d = original(self, mu, sigma)
+            r_and_d = original(self, mu, *rest)
             self.bounds = kept
             return r_and_d
 

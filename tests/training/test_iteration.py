@@ -44,6 +44,10 @@ METHODS = {
     "mbn 1": (mbn(1, 0.1, memory=3), 1),
     "mbn 2": (mbn(2, 0.1, memory=3), 2),
     "mbn 2 batch": (mbn(2, 0.1, memory=3, gradient="batch"), 2),
+    "bn 1 in groups": (bn(1, group=2), 1),
+    "brn 2 in groups": (brn(2, group=2), 2),
+    "mbn 1 in groups": (mbn(1, 0.1, memory=3, group=2), 1),
+    "mbn 2 batch in groups": (mbn(2, 0.1, memory=3, gradient="batch", group=2), 2),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
