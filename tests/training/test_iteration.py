@@ -193,9 +193,10 @@ def test_the_second_forward_keeps_nothing_for_a_backward_pass():
     assert set(kept) == {"first"}
 
 
-def test_fifty_iterations_read_from_the_device_once(reads):
+@pytest.mark.parametrize("layers", [mbn(2, 0.1), mbn(2, 0.1, group=3), brn(2, group=3), bn(2, group=3)])
+def test_fifty_iterations_read_from_the_device_once(layers, reads):
     """Reading a value, a list or a copy on the host waits for a GPU."""
-    _, _, update = prepare(mbn(2, 0.1), forwards=2)
+    _, _, update = prepare(layers, forwards=2)
 
     class Values(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
