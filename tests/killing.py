@@ -269,9 +269,9 @@ def aim(place: str, at: int, draw: random.Random) -> None:
     if place == "evaluation":  # between its first batch and its second
 
         def evaluate(original):
-            def call(model, batches):
+            def call(model, batches, *rest):
                 numbers = itertools.count()
-                return original(model, map(after(lambda batch: batch, lambda _: next(numbers)), batches))
+                return original(model, map(after(lambda batch: batch, lambda _: next(numbers)), batches), *rest)
 
             return call
 
