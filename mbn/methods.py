@@ -58,6 +58,11 @@ class GN(Norm):
     channels: int = setting(4, "channels in a group, at least", at_least(1))
 
 
+def group_of(norm: Norm) -> int | None:
+    """norm.group, the images whose statistics are taken together; None also for methods without such a setting."""
+    return getattr(norm, "group", None)
+
+
 @dataclass(frozen=True)
 class Change:
     """Settings of a method that change during training: `value_path(config, iteration, iterations)` gives their values,

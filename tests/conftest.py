@@ -7,6 +7,7 @@ import pytest
 import reliability
 import torch
 from fake_cuda_graph import recording  # noqa: F401
+from processes import Processes
 from torch import nn
 
 from mbn.training import run
@@ -78,6 +79,13 @@ def forkers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forkers")
     with killing.Forker(folder / "one") as one, killing.Forker(folder / "other") as other:
         yield one, other
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Three processes that have imported torch, and work together."""
+    with Processes(3, tmp_path_factory.mktemp("processes")) as processes:
+        yield processes
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from mbn.config.registry import DATASETS, NETWORKS, Model, networks
-from mbn.methods import METHODS, Norm
+from mbn.methods import METHODS, Norm, group_of
 from mbn.system.errors import ConfigError
 from mbn.system.setting_fields import ABOVE_0, BELOW_1, Rule, among, at_least, group, leaves, setting, shown
 
@@ -169,7 +169,7 @@ def _rules_of_several(config: Config) -> Iterator[tuple[str, bool, str, Any]]:
         if spec.metadata.get("staged"):
             wanted = f"a list of 1 or {stages} numbers (one more than milestones)"
             yield key, len(value) in (1, stages), wanted, value
-    size = getattr(config.norm, "group", None)
+    size = group_of(config.norm)
     wanted = f"null or a number that divides batch_size={config.batch_size}"
     yield "norm.group", size is None or config.batch_size % size == 0, wanted, size
     images = dataset.train_images

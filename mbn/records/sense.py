@@ -178,8 +178,8 @@ def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
     for i, part in enumerate(parts):
         if set(part) - set(SEVERAL) != set(PART):
             yield f"parts[{i}] must have {', '.join(PART)}, not {as_json(sorted(part))}"
-        for key, rule in (PART | {key: SEVERAL[key] for key in SEVERAL if key in part}).items():
-            if (part[key] is not None or key in ("from", *SEVERAL)) and not rule.holds(part[key]):
+        for key, rule in (PART | SEVERAL).items():
+            if key in part and (part[key] is not None or key in ("from", *SEVERAL)) and not rule.holds(part[key]):
                 yield f"parts[{i}].{key} must be {rule.wanted}, not {as_json(part[key])}"
     begins, end = [part["from"] for part in parts], record["iterations"]
     if parts and (begins[0] != 0 or begins[-1] > end or begins != sorted(begins)):

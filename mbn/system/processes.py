@@ -48,14 +48,14 @@ class Processes:
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """The main process does work. Returns its result there, None elsewhere. Errors: a UserError, in all of them."""
-        return self._by_main(work, lambda result: None)
+        return self._by_main(work, sends=False)
 
     def from_main(self, work: Callable[[], T]) -> T:
         """The main process does work, and all get its result. Errors: a UserError, in all of them."""
-        result: T = self._by_main(work, lambda result: result)  # type: ignore[assignment]
+        result: T = self._by_main(work, sends=True)  # type: ignore[assignment]
         return result
 
-    def _by_main(self, work: Callable[[], T], send: Callable[[T], Any]) -> T | None:
+    def _by_main(self, work: Callable[[], T], sends: bool) -> T | None:
         if not self.several:
             return work()
         import torch.distributed as dist
@@ -65,7 +65,7 @@ class Processes:
         if self.main:
             try:
                 result = work()
-                box[0] = send(result)
+                box[0] = result if sends else None
             except UserError as error:
                 box[1] = (str(error), error.code)
         dist.broadcast_object_list(box, src=0)
@@ -77,8 +77,7 @@ class Processes:
     def main_first(self, work: Callable[[], T]) -> T:
         """All do work, the main process before the others: it may download what the others then find."""
         done = self.on_main(work)
-        result = done if self.main else work()
-        return result  # type: ignore[return-value]
+        return done if self.main else work()  # type: ignore[return-value]
 
     def total(self, tensor: Any) -> Any:
         """The sum over the processes of a tensor, which is changed in place."""
@@ -162,8 +161,7 @@ def join(processes: Processes, device: str) -> None:
     if cuda and processes.local_rank < torch.cuda.device_count():  # else `choose_device` says it
         torch.cuda.set_device(processes.local_rank)
     threading.Thread(target=_end_without_launcher, args=(processes,), daemon=True).start()
-    with another_may_end(processes):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
 
 
 def _end_without_launcher(processes: Processes) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from mbn.data.in_memory import Data
 from mbn.measure.statistics_gap import Statistics, epoch_statistics, training_statistics
 from mbn.measure.test_error import Evaluation, batch_size_for, evaluate
-from mbn.methods import METHODS
+from mbn.methods import METHODS, group_of
 from mbn.system.cuda_graph import unrecorded
 from mbn.system.signals import StopRequest
 from mbn.training.iteration import autocast
@@ -29,7 +29,7 @@ def statistics_of(state: State, images: Tensor) -> Statistics:
     """
     with autocast(state.device, state.config.precision):
         found = unrecorded(lambda: training_statistics(state.model, images), state.device)
-    if not state.processes.several or getattr(state.config.norm, "group", None) is None:
+    if not state.processes.several or group_of(state.config.norm) is None:
         return found
     own = {name: (mu.cpu(), sigma.cpu()) for name, (mu, sigma) in found.items()} if len(images) else {}
     every = [of_one for of_one in state.processes.everyones(own) if of_one]

@@ -18,7 +18,7 @@ from mbn.data.datasets import load_data
 from mbn.data.in_memory import Data
 from mbn.measure.first_nonfinite import first_nonfinite
 from mbn.measure.precise_bn import take_precise_statistics
-from mbn.methods import METHODS
+from mbn.methods import METHODS, group_of
 from mbn.network_layers import Layers, from_config
 from mbn.norm.base import norm_layers
 from mbn.records import provenance, record
@@ -176,7 +176,7 @@ class Run:
         # Before anything is compiled: data that are missing are said at once.
         self.data = processes.main_first(lambda: (open_data or load_data)(config, device))
         # No group of images whose statistics are taken together is in two processes.
-        share = partial(processes.share, whole=getattr(config.norm, "group", None) or 1)
+        share = partial(processes.share, whole=group_of(config.norm) or 1)
         self.data.share = share
         torch.manual_seed(config.seed)
         model = build(from_config(config))

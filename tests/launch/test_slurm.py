@@ -44,14 +44,20 @@ def test_a_job_whose_run_fails_has_failed(tmp_path):
     assert (tmp_path / "log").read_text() == "no\n"
 
 
-def test_runs_are_handed_to_slurm_as_one_array(checkout, tmp_path, monkeypatch):
+@pytest.fixture
+def submitted(tmp_path, monkeypatch):
+    """What sbatch, a stand-in for Slurm's, was given."""
     for name, script in (("srun", "exit 1"), ("sbatch", f"cp $1 {tmp_path}/submitted; echo Submitted batch job 7")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path / "submitted"
+
+
+def test_runs_are_handed_to_slurm_as_one_array(checkout, submitted):
     out, _ = checkout.call("toy", "--seeds", "2", *OPTIONS)
     assert re.findall(r": job (\S+)", out) == ["7_0", "7_1", "7_2", "7_3"]
-    asked = set((tmp_path / "submitted").read_text().splitlines())
+    asked = set(submitted.read_text().splitlines())
     wanted = ("partition=gpu", "time=8:00:00", "gpus=1", "cpus-per-task=4", "array=0-3%4")
     assert {f"#SBATCH --{option}" for option in wanted} <= asked
 
@@ -59,13 +65,9 @@ def test_runs_are_handed_to_slurm_as_one_array(checkout, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "asked"), [("partition=gpu", "gpus-per-node=4"), ("gres=gpu:a100:4", "gres=gpu:a100:4")]
 )
-def test_runs_in_several_processes_are_started_by_torchrun(checkout, tmp_path, monkeypatch, options, asked):
-    for name, script in (("srun", "exit 1"), ("sbatch", f"cp $1 {tmp_path}/submitted; echo Submitted batch job 7")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+def test_runs_in_several_processes_are_started_by_torchrun(checkout, submitted, options, asked):
     checkout.call("toy", "--seeds", "1", "--launcher", "slurm", "--slurm", options, "--gpus-per-run", "4")
-    said = (tmp_path / "submitted").read_text()
+    said = submitted.read_text()
     assert f"#SBATCH --{asked}\n" in said
     assert said.count("gpu") == asked.count("gpu") + options.count("gpu") * (asked not in options)
     assert slurm.in_processes(["python", "train.py", "seed=0"], 4) == [

@@ -24,7 +24,6 @@ from layer_kinds import (
     trained,
     unchanged,
 )
-from processes import Processes
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
@@ -47,12 +46,6 @@ KEEPS_BUFFERS = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else {"broadcast_buffers": False}
 )
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    with Processes(3, tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
 
 
 def alone():

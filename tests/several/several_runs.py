@@ -16,6 +16,7 @@ import models
 import train
 from mbn import config
 from mbn.norm.base import norm_layers
+from mbn.system.processes import NAMES
 from mbn.training import conditions
 from mbn.training import run as training_run
 from mbn.training.iteration import Update
@@ -40,13 +41,7 @@ def environment():
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return {}
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    return {
-        "RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_RANK": rank,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "localhost",
-    } | {"MASTER_PORT": "0"}
+    return dict(zip(NAMES, (rank, size, rank, size, "localhost", "0"), strict=True))
 
 
 class Stops:

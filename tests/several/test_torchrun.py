@@ -138,9 +138,7 @@ def whole_run(processes, folder):
     return left(results, *RUNS)
 
 
-@pytest.mark.long(
-    "21", "Processes of a run under torchrun killed: the others end within 30 s; resumed to the same bits"
-)
+@pytest.mark.long("1", "Processes of a run under torchrun killed: the others end within 30 s; resumed to the same bits")
 @pytest.mark.timeout(3600)
 def test_kills_at_any_moment(tmp_path, processes, count, figure):
     draw, whole, total = random.Random(0), whole_run(processes, tmp_path), count(30)
