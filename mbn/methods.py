@@ -86,7 +86,8 @@ class Method:
     """A method. label, colour, marker: in figures. layers: path of f(forwards, **settings), which gives its `Layers`.
 
     statistics: whether its layers have batch statistics; a second forward refreshes these, and precise statistics
-    replace them. not_residual: why it cannot be applied to networks with shortcuts, if it cannot.
+    replace them. not_residual: why it cannot be applied to networks with shortcuts, if it cannot. gamma: whether its
+    layers have a gamma that starts at 1.
     """
 
     label: str
@@ -97,6 +98,7 @@ class Method:
     statistics: bool = True
     change: Change | None = None
     not_residual: str = ""
+    gamma: bool = True
 
 
 # Colours that colour-blind readers can tell apart: Okabe and Ito 2008.
@@ -127,5 +129,6 @@ METHODS: dict[str, Method] = {
         statistics=False,
         not_residual="has no rule for the sum of a residual block and its shortcut (the paper says that it cannot be "
         "applied there)",
+        gamma=False,
     ),
 }

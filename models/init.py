@@ -15,3 +15,11 @@ def he_fan_out(module: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def uniform_gamma(module: nn.Module) -> None:
+    """The gamma of every norm layer from U(0, 1), where torch before 1.2 started its BatchNorm."""
+    for layer in module.modules():
+        gamma = getattr(layer, "weight", None)
+        if isinstance(gamma, nn.Parameter) and gamma.dim() == 1:
+            nn.init.uniform_(gamma)

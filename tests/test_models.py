@@ -64,6 +64,22 @@ def test_the_registry_names_the_images_that_a_small_network_can_take(name):
     assert [side for side in range(1, 65) if takes(side)] == list(NETWORKS[name].sides)
 
 
+def test_uniform_gamma_changes_nothing_else_of_a_network():
+    def weights(**settings):
+        torch.manual_seed(0)
+        return build("cifar", "resnet20", **settings).state_dict()
+
+    plain, drawn = weights(), weights(gamma="uniform")
+    gammas = [name for name in plain if "bn" in name and name.endswith(".weight")]
+    assert len(gammas) == 19
+    assert [name for name in plain if not torch.equal(plain[name], drawn[name])] == gammas
+    values = torch.cat([drawn[name] for name in gammas])
+    assert values.min() < 0.01
+    assert values.max() > 0.99
+    assert abs(values.mean() - 0.5) < 0.05
+    assert abs(values.std() - 12**-0.5) < 0.02
+
+
 class MarkedConv(nn.Conv2d):
     pass
 

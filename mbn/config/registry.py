@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from mbn.system.setting_fields import BELOW_1, setting
+from mbn.system.setting_fields import BELOW_1, among, setting
+
+GAMMAS = ("ones", "uniform")
 
 
 @dataclass
 class Model:
     name: str = setting(MISSING, "the network")
+    gamma: str = setting("ones", "the norm layers' gamma at first; uniform: U(0, 1), as in old torch", among(*GAMMAS))
 
 
 @dataclass

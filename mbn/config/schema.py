@@ -73,7 +73,11 @@ class Schedule:
 @dataclass
 class Optimizer:
     momentum: float = setting(0.9, "without Nesterov", BELOW_1)
-    weight_decay: float = setting(0.0, "on all parameters", Rule("at least 0", lambda value: 0 <= value < math.inf))
+    weight_decay: float = setting(
+        0.0, "on all parameters, but see decay_norm", Rule("at least 0", lambda value: 0 <= value < math.inf)
+    )
+    decay_norm: bool = setting(True, "whether gamma and beta decay too")
+    warmup: int = setting(0, "iterations at the start that have a tenth of the learning rate", at_least(0))
 
 
 @dataclass
@@ -164,6 +168,8 @@ def _rules_of_several(config: Config) -> Iterator[tuple[str, bool, str, Any]]:
     why_not = METHODS[norm].not_residual
     wanted = f"one of {', '.join(sorted(plain))} with norm={norm}, which {why_not}"
     yield "model", not why_not or model in plain, wanted, model
+    wanted = f"ones with norm={norm}, whose layers have no gamma that starts at 1"
+    yield "model.gamma", METHODS[norm].gamma or config.model.gamma == "ones", wanted, config.model.gamma
     stages = len(config.schedule.milestones) + 1
     for key, spec, value in leaves(config):
         if spec.metadata.get("staged"):

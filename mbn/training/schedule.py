@@ -13,7 +13,8 @@ from mbn.methods import MBN, METHODS
 def scheduled(config: Config, iteration: int, length: int) -> dict[str, Any]:
     """The values to set at a 0-based iteration of `length`: "lr" and, as "method", the method's own."""
     schedule, change = config.schedule, METHODS[config.norm.name].change
-    values: dict[str, Any] = {"lr": value_at(schedule.lr, schedule.milestones, iteration, length)}
+    lr = value_at(schedule.lr, schedule.milestones, iteration, length)
+    values: dict[str, Any] = {"lr": lr / 10 if iteration < config.optimizer.warmup else lr}
     if change:
         values["method"] = change.values(config, iteration, length)
     return values

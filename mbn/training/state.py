@@ -118,7 +118,7 @@ class State:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.lr = torch.tensor(0.0, device=device)
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
+            _groups(self.model, config.optimizer.decay_norm),
             lr=self.lr,
             momentum=config.optimizer.momentum,
             weight_decay=config.optimizer.weight_decay,
@@ -143,7 +143,8 @@ class State:
         """Go on from what a checkpoint holds. Errors: KeyError, TypeError, ValueError, RuntimeError for another's."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = self.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self._restore_generators(saved)
         if self.generators is not None:
             self.generators = generators(self.device)
@@ -225,6 +226,24 @@ class State:
         images = self.images_before(iteration + 1) - self.images_before(iteration)
         self.epoch_sums.add(loss, errors, images)
         self.row_sums.add(loss, errors, images)
+
+
+def _groups(model: nn.Module, decay_norm: bool) -> list[dict[str, Any]]:
+    """The optimiser's groups of parameters: all in one, or gamma and beta in a second one without weight decay.
+
+    Gamma and beta: parameters of one dimension, except a bias beside a matrix or filters.
+    """
+    if decay_norm:
+        return [{"params": list(model.parameters())}]
+    others: list[nn.Parameter] = []
+    norms: list[nn.Parameter] = []
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        of_map = isinstance(weight, nn.Parameter) and weight.dim() > 1
+        for name, parameter in module.named_parameters(recurse=False):
+            of_norm = parameter.dim() == 1 and not (of_map and name == "bias")
+            (norms if of_norm else others).append(parameter)
+    return [{"params": others}, {"params": norms, "weight_decay": 0.0}]
 
 
 def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import running
 
+from mbn.config import load
 from mbn.norm.base import norm_layers
 from mbn.training.iteration import Update
-from mbn.training.schedule import renorm_bounds, value_at
+from mbn.training.schedule import renorm_bounds, scheduled, value_at
 
 LR, LAM, STONES = [0.1, 0.01, 0.001], [0.1, 0.5, 0.9], [0.4, 0.6]
 
@@ -39,6 +40,15 @@ def test_milestones_are_exact_in_the_decimals_that_were_typed():
     for percent in range(1, 100):
         changes = [t for t in range(101) if value_at([1, 2], [percent / 100], t, 100) == 2]
         assert changes[0] == percent
+
+
+def test_warmup_is_a_tenth_of_the_rate_whatever_the_stage():
+    def rates(*overrides):
+        config = load(["schedule.iterations=10", *overrides])
+        return [scheduled(config, t, 10)["lr"] for t in range(10)]
+
+    assert rates() == [0.1] * 4 + [0.01] * 2 + [0.001] * 4
+    assert rates("optimizer.warmup=5") == pytest.approx([0.01] * 4 + [0.001] + [0.01] + [0.001] * 4)
 
 
 def test_one_value_is_a_constant():

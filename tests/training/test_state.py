@@ -196,6 +196,19 @@ def test_the_result_of_other_code_is_shown_with_a_warning(here, left, monkeypatc
     assert here().err == ""
 
 
+def test_gamma_and_beta_do_not_decay_with_decay_norm_false(here, left, whole, after):
+    decay, rest = "optimizer.weight_decay=0.5", ("optimizer.decay_norm=false", "optimizer.warmup=3")
+    after(5, send("SIGTERM"))
+    here(decay, *rest)
+    here(decay, *rest)
+    run = left(decay, *rest)
+    assert_same_run(run, whole(decay, *rest))
+    groups = run.checkpoint()["optimizer"]["param_groups"]
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.5), (2, 0.0)]
+    gamma = [one.checkpoint()["model"]["norm.weight"].norm() for one in (run, whole(decay, rest[1]))]
+    assert gamma[0] > 1.1 * gamma[1]
+
+
 def test_the_optimiser_is_plain_sgd_over_all_parameters(whole):
     (group,) = whole().checkpoint()["optimizer"]["param_groups"]
     assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
