@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mbn import config as configuration
-from mbn.methods import METHODS
 from mbn.system import signals
 from mbn.system.command_line import Parser, entry_point, failure
 from mbn.system.errors import UserError
@@ -111,7 +110,7 @@ def beside_the_main_process(arguments: list[str], processes: Processes) -> int:
 
 def run(config: configuration.Config, stop: Any = None, load: Any = None) -> None:
     """Train, or show the result of a finished run. stop, load: for runs in threads, see `mbn.training.run`."""
-    from mbn.records import record
+    from mbn.records import controls, record
 
     results = Path(config.machine.results)
     path = record.path_of(results, configuration.run_name(config))
@@ -124,8 +123,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
         registered(f"models.{network['builder']}", "mbn/config/registry.py")
         return models.build(layers=layers, **network)
 
-    precise = config.evaluate.precise and METHODS[config.norm.name].statistics
-    if config.evaluate.precise and not precise:
+    if config.evaluate.precise and "precise" not in controls.asked(config):
         print(f"warning: norm={config.norm.name} has no statistics to measure again.", file=sys.stderr)
     # Importing torch takes seconds: done only once the configuration is known to be right, and not for a finished run.
     processes = from_environment()
@@ -135,10 +133,10 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
             return
         result = record.read(path)
         warn_of_other_code(result)
-        if precise and result["test_error_precise"] is None:
-            from mbn.training.run import add_precise_error
+        if wanted := controls.missing(config, result["controls"]):
+            from mbn.training.run import add_controls
 
-            result = add_precise_error(config, build, stop)
+            result = add_controls(config, build, wanted, stop)
         print(f"{record.in_a_sentence(result)}\nThe run is finished; machine.again=true trains it again.")
     else:
         from mbn.training.run import train

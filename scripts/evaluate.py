@@ -5,6 +5,7 @@ python scripts/evaluate.py results/runs/cifar10/resnet20/NAME/checkpoint.pt
 python scripts/evaluate.py weights.pth model=resnet50 dataset=imagenet norm=bn machine.data=/data/imagenet
 python scripts/evaluate.py checkpoint.pt --train
 python scripts/evaluate.py checkpoint.pt --export model.safetensors
+python scripts/evaluate.py checkpoint.pt --rules --record
 """
 
 import argparse
@@ -49,23 +50,95 @@ def main(arguments: list[str]) -> None:
         help="measure on the training images, prepared like test images, instead of the test images: the difference "
         "is the generalisation gap",
     )
+    parser.add_argument(
+        "--rules",
+        action="store_true",
+        help="of a file of ours also the test error under other rules (statistics of the test batch, ...) and with "
+        "precise statistics, and the training error in evaluation mode; takes minutes",
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="with --rules: write them into the run's record in machine.results too"
+    )
     options = parser.parse_intermixed_args(arguments)
-    run(options.weights, options.overrides, options.export, options.train)
+    if options.record and not options.rules:
+        raise UserError("--record writes what --rules measures: add --rules.", code=2)
+    if options.rules and (options.train or options.export):
+        raise UserError("--rules is a command of its own: leave out --train and --export.", code=2)
+    if options.rules:
+        rules(options.weights, options.overrides, options.record)
+    else:
+        run(options.weights, options.overrides, options.export, options.train)
+
+
+def rules(path: Path, overrides: list[str], write: bool) -> None:
+    """Print the controls of a file of ours; write: also put them into the record of its run."""
+    import torch
+
+    from mbn.records import controls, provenance, record
+    from mbn.training.conditions import conditions
+
+    if write:
+        provenance.ask()
+    trained = of_its_run(path, overrides)
+    config, device = trained.config, trained.device
+    home = record.path_of(Path(config.machine.results), configuration.run_name(config))
+    result = record.read(home) if write else None
+    error = trained.test_error()
+    if result is not None:
+        controls.check_near(error, result["test_error"], path)
+    measured = trained.controls(controls.possible(config))
+    print(f"{path}\n  {error:6.2f} % test error")
+    print("\n".join(f"  {line}" for line in in_lines(measured)))
+    if result is not None:
+        by = conditions(config.machine, device, torch.get_num_threads(), "eager", trained.data.fingerprint)
+        record.rewrite(home, controls=controls.completed(result["controls"], measured, by))
+        print(f"wrote {home}")
+
+
+def of_its_run(path: Path, overrides: list[str]) -> Any:
+    """The network that a file of ours holds, with the configuration of its run. Errors: UserError."""
+    import torch
+
+    from mbn.data.datasets import load_data
+    from mbn.system.signals import StopRequest
+    from mbn.training.controls import Trained
+    from mbn.training.execution import choose_device, choose_threads, set_arithmetic
+
+    others = [override for override in overrides if not override.lstrip("+").startswith(("machine.", "evaluate."))]
+    if others:
+        raise UserError(f"--rules measures the run that {path} describes: leave out {' '.join(others)}.", code=2)
+    state, described = read_weights(path)
+    if described is None:
+        raise UserError(f"{path} names no run: --rules is for files that train.py or --export wrote.")
+    here = configuration.to_dict(configuration.load(overrides))
+    config = configuration.from_dict({**described, "machine": here["machine"], "evaluate": here["evaluate"]})
+    device = choose_device(config.machine.device, None)
+    torch.set_num_threads(choose_threads(config.machine.threads, None))
+    set_arithmetic(device, config.machine.tf32, config.machine.deterministic)
+    return Trained(config, network(config, state, path, device), load_data(config, device), device, StopRequest())
+
+
+def in_lines(measured: dict[str, Any]) -> list[str]:
+    """What was measured, a line each."""
+    lines = [f"{error:6.2f} % {name}" for name, error in (measured["rules"] or {}).items()]
+    if "test_error_precise" in measured:
+        lines.append(f"{measured['test_error_precise']:6.2f} % precise statistics")
+    lines.append(f"{measured['train_error']:6.2f} % training error in evaluation mode")
+    if gap := measured.get("population_gap"):
+        lines.append(f"from the population's statistics: means {gap['mean']:.4f} sigma, log sigma {gap['std']:.4f}")
+    return lines
 
 
 def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> None:
-    import torch
-
-    import models
     from mbn.data.datasets import load_data
     from mbn.measure.test_error import batch_size_for, evaluate
-    from mbn.network_layers import from_config
     from mbn.training.execution import choose_device
     from mbn.training.iteration import autocast
 
-    if any(override.lstrip("+").startswith("evaluate.precise=") for override in overrides):
+    if any(override.lstrip("+").startswith(("evaluate.precise=", "evaluate.rules=")) for override in overrides):
         raise UserError(
-            "evaluate.precise is for train.py: give it to the run's own command, also if it is finished.", 2
+            "evaluate.precise and evaluate.rules are for train.py, also if a run is finished: here use --rules.",
+            2,
         )
     if export is not None and "=" in export.name:
         raise UserError(f"{export} looks like a setting: name the file after --export.", code=2)
@@ -76,14 +149,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     # The batch size is training's, and evaluation may have fewer training images.
     config = configuration.load([*lines, "batch_size=1"])
     device = choose_device(config.machine.device, None)
-    model = models.build(layers=from_config(config), **configuration.network(config))
-    fill(
-        model,
-        state,
-        f"{path} does not fit model={config.model.name} norm={config.norm.name} with {config.dataset.classes} classes",
-        path,
-    )
-    model = model.to(device).to(memory_format=torch.channels_last).eval()
+    model = network(config, state, path, device)
     data = load_data(config, device)
     batches = (data.plain_train_batches if train else data.test_batches)(batch_size_for(config, device))
     with autocast(device, config.precision):
@@ -108,6 +174,23 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
             identity = {**described, "dataset": identity["dataset"]}
         write_atomically(export, save(weights, {"config": json.dumps(identity)}))
         print(f"wrote {export}{again}")
+
+
+def network(config: configuration.Config, state: dict[str, Any], path: Path, device: Any) -> Any:
+    """The network that config describes, with the weights of a file, in eval mode. Errors: UserError."""
+    import torch
+
+    import models
+    from mbn.network_layers import from_config
+
+    model = models.build(layers=from_config(config), **configuration.network(config))
+    fill(
+        model,
+        state,
+        f"{path} does not fit model={config.model.name} norm={config.norm.name} with {config.dataset.classes} classes",
+        path,
+    )
+    return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
 def fill(model: Any, state: dict[str, Any], misfit: str, path: Path) -> None:

@@ -68,6 +68,7 @@ def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0,
         "parts": [part],
         "journal": "1" * 64,
         "curves": curves,
+        "controls": None,
     }
     record.write(results, content | fields)
     return record.path_of(results, content["name"])

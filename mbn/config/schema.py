@@ -83,6 +83,11 @@ class Optimizer:
 @dataclass
 class Evaluate:
     precise: bool = setting(False, "also the test error with statistics recomputed over the training set (PreciseBN)")
+    rules: bool = setting(
+        False,
+        "also the test error under other rules (statistics of the test batch, ...), and the error on augmented "
+        "training images in evaluation mode",
+    )
     batch_size: int | None = setting(
         None,
         "images tested at a time; null: 125 of CIFAR's on a CPU, 5000 on a GPU, and fewer of larger images",

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .as_in_training import as_in_training, kept
 from .base import BatchStatisticsNorm, norm_layers
-from .memories import enter_noted
-from .second_forward import held, phase
 
 
 @torch.no_grad()
@@ -42,29 +41,15 @@ def set_precise_statistics(
     """
     layers = [layer for layer in norm_layers(module) if not layer.frozen]
     moments = [_Moments(layer) for layer in layers]
-    of_two = [layer for layer in layers if layer.forwards == 2]
-    modes = [(child, child.training) for child in module.modules()]
-    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
-    module.train()
-    for child in module.modules():
-        if isinstance(child, nn.modules.dropout._DropoutNd):
-            child.training = False
     empty = True
-    try:
-        with contextlib.ExitStack() as hooks:
-            for layer, own in zip(layers, moments, strict=True):
-                hooks.enter_context(layer.register_forward_hook(own.note))
-            for batch in batches:
-                empty = False
-                x = batch[0] if isinstance(batch, tuple | list) else batch
-                with phase(of_two, "second") if roll else held(module):
-                    (forward or module)(x)
-                enter_noted(layers)
-    finally:
-        for child, mode in modes:
-            child.training = mode
-        for buffer, value in kept:
-            buffer.copy_(value)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept(module))
+        take = stack.enter_context(as_in_training(module, roll, forward))
+        for layer, own in zip(layers, moments, strict=True):
+            stack.enter_context(layer.register_forward_hook(own.note))
+        for batch in batches:
+            empty = False
+            take(batch[0] if isinstance(batch, tuple | list) else batch)
     if empty:
         raise ValueError("set_precise_statistics was given no batch: give it batches of training inputs")
     for layer, own in zip(layers, moments, strict=True):

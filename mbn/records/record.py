@@ -14,17 +14,18 @@ from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
 # Version 1 had no field for its version; version 2 had no hash of the code; version 3 had no parts and no hash of the
-# journal.
-VERSION = 4
+# journal; version 4 had no controls. Up to version 4 `test_error_precise` was measured with the memory held.
+VERSION = 5
 FIELDS = (
     "version",
     *("name", "config", "test_error", "test_error_best", "train_error", "test_error_top5", "test_error_precise"),
     *("test_loss", "train_loss", "iterations", "images", "parameters", "seconds", "images_per_second"),
     *("device", "mode", "threads", "commit", "dirty", "code", "versions", "parts", "journal", "date", "curves"),
+    "controls",
     "checksum",
 )
 # Fields that records of earlier versions lack; they are then read as None.
-LATER = ("version", "code", "parts", "journal")
+LATER = ("version", "code", "parts", "journal", "controls")
 
 
 def path_of(results: Path, name: str) -> Path:
@@ -162,7 +163,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def in_a_sentence(record: dict[str, Any]) -> str:
     """One line for the end of a run."""
-    precise, iterations = record["test_error_precise"], record["iterations"]
+    precise, iterations = (record["controls"] or {}).get("test_error_precise"), record["iterations"]
     return (
         f"{record['name']}: test error {record['test_error']:.2f} % (best epoch {record['test_error_best']:.2f} %"
         + (f", with precise statistics {precise:.2f} %), " if precise is not None else "), ")

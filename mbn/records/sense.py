@@ -17,7 +17,7 @@ from mbn.system.setting_fields import Rule, among
 # Errors on test images, in percent.
 TEST_ERRORS = ("test_error", "test_error_best", "test_error_top5", "test_error_precise")
 # Fields that may be null: not measured, or not known.
-NULLABLE = ("test_error_precise", "commit", "dirty", "code", "parts", "journal")
+NULLABLE = ("test_error_precise", "commit", "dirty", "code", "parts", "journal", "controls")
 # No field counts so far. Python's whole numbers have no largest one, and floats made of them do.
 MOST = 1e15
 # By so much the sums and differences of floats may miss a limit.
@@ -26,6 +26,12 @@ NEARLY = 1e-6
 
 def _is_number(value: Any, least: float = 0, most: float = MOST) -> bool:
     return type(value) in (int, float) and least <= value <= most  # a bool is no number, and NaN is in no range
+
+
+def _is_share(percent: float, of: int) -> bool:
+    """Whether a number in percent is a whole number of so many images."""
+    wrong = percent * of / 100
+    return abs(wrong - round(wrong)) < NEARLY
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -80,7 +86,30 @@ RULES = {
         lambda value: isinstance(value, list) and value != [] and all(isinstance(part, dict) for part in value),
     ),
     "journal": HASH,
+    "controls": Rule("controls by their names", lambda value: isinstance(value, dict)),
 }
+# What was measured of the final weights: all may be null but `by`.
+CONTROLS = {
+    **dict.fromkeys(("test_error_precise", "train_error"), PERCENT),
+    "population_gap": Rule(
+        "a mean and a std, both at least 0",
+        lambda value: (
+            isinstance(value, dict) and set(value) == {"mean", "std"} and all(map(_is_number, value.values()))
+        ),
+    ),
+    "rules": Rule(
+        "test errors from 0 to 100 by the names of rules",
+        lambda value: (
+            isinstance(value, dict)
+            and value != {}
+            and all(map(_is_text, value))
+            and all(map(PERCENT.holds, value.values()))
+        ),
+    ),
+    "by": Rule("what measured it, by its names", lambda value: isinstance(value, dict)),
+}
+# Of these, commit, dirty and code may be null.
+BY = {key: RULES[key] for key in ("device", "threads", "code", "commit", "dirty", "versions", "date")}
 # A stretch of a run under the same conditions: all may be null, except where it begins.
 PART = {
     "from": Rule("a whole number, at least 0", lambda value: _is_whole(value, 0)),
@@ -117,6 +146,8 @@ def _faults(record: dict[str, Any], config: Config) -> Iterator[str]:
             yield f"{key} must be {wanted}, not {as_json(record[key])}"
     yield from _wrong_curves(record)
     yield from _wrong_parts(record)
+    if record["controls"] is not None:
+        yield from _wrong_controls(record["controls"], config)
 
 
 def _agreements(record: dict[str, Any], config: Config) -> Iterator[tuple[str, bool, str]]:
@@ -124,8 +155,7 @@ def _agreements(record: dict[str, Any], config: Config) -> Iterator[tuple[str, b
     n = config.dataset.test_images
     for key in TEST_ERRORS:
         if record[key] is not None:
-            wrong = record[key] * n / 100
-            yield key, abs(wrong - round(wrong)) < NEARLY, f"a whole number of the {n} test images, in percent"
+            yield key, _is_share(record[key], n), f"a whole number of the {n} test images, in percent"
     for key in ("test_error_best", "test_error_top5"):
         yield key, record[key] <= record["test_error"], f"at most test_error ({record['test_error']})"
     statistics = METHODS[config.norm.name].statistics
@@ -189,6 +219,37 @@ def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
             yield f"{key} must be that of one of its parts, not {as_json(record[key])}"
     if any(part["dirty"] for part in parts) and record["dirty"] is not True:
         yield f"dirty must be true, as in one of its parts, not {as_json(record['dirty'])}"
+
+
+def _wrong_controls(controls: dict[str, Any], config: Config) -> Iterator[str]:
+    """What is wrong with what was measured of the final weights, where a record has it."""
+    by = controls.get("by")
+    if set(controls) != set(CONTROLS) or not isinstance(by, dict) or set(by) != set(BY):
+        yield f"controls must have {', '.join(CONTROLS)}, and controls.by {', '.join(BY)}"
+        return
+    for prefix, values, known, null in (
+        ("controls", controls, CONTROLS, [key for key in CONTROLS if key != "by"]),
+        ("controls.by", by, BY, NULLABLE),
+    ):
+        for key, rule in known.items():
+            if (values[key] is not None or key not in null) and not rule.holds(values[key]):
+                yield f"{prefix}.{key} must be {rule.wanted}, not {as_json(values[key])}"
+    dataset = config.dataset
+    errors = {"test_error_precise": controls["test_error_precise"], "train_error": controls["train_error"]}
+    errors |= {f"rules.{name}": error for name, error in (controls["rules"] or {}).items()}
+    for key, error in errors.items():
+        images, of = (dataset.train_images, "training") if key == "train_error" else (dataset.test_images, "test")
+        if error is not None and not _is_share(error, images):
+            yield f"controls.{key} must be a whole number of the {images} {of} images, in percent, not {as_json(error)}"
+    if (controls["test_error_precise"] is None) != (controls["population_gap"] is None):
+        yield "controls.population_gap must be null if and only if controls.test_error_precise is"
+    if controls["test_error_precise"] is None and controls["train_error"] is None:
+        yield "controls must be null where nothing was measured"
+    has = METHODS[config.norm.name].statistics
+    if not has and (controls["test_error_precise"] is not None or controls["rules"] is not None):
+        yield f"controls.test_error_precise and controls.rules must be null with {config.norm.name}"
+    if has and (controls["train_error"] is None) != (controls["rules"] is None):
+        yield "controls.rules must be null if and only if controls.train_error is"
 
 
 def as_json(value: Any) -> str:

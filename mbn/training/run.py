@@ -4,9 +4,8 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from mbn.config import Config, run_name, to_dict, to_yaml
 from mbn.data.datasets import load_data
 from mbn.data.in_memory import Data
 from mbn.measure.first_nonfinite import first_nonfinite
-from mbn.measure.precise_bn import take_precise_statistics
 from mbn.methods import METHODS, group_of
 from mbn.network_layers import Layers, from_config
 from mbn.norm.base import norm_layers
-from mbn.records import provenance, record
+from mbn.records import controls, provenance, record
 from mbn.records.curves import curves, last_epoch
 from mbn.system.cuda_graph import first_line, one_at_a_time, own_stream
 from mbn.system.errors import UserError, lacks_memory
@@ -29,7 +27,8 @@ from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.processes import ALONE, Processes, from_environment, join
 from mbn.system.signals import CODES, Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
-from mbn.training.conditions import Conditions, conditions, devices, made_by, with_part
+from mbn.training.conditions import Conditions, conditions, devices, made_by
+from mbn.training.controls import Trained
 from mbn.training.execution import (
     COMPILED,
     GRAPHS,
@@ -39,7 +38,7 @@ from mbn.training.execution import (
     eager_seconds,
     set_arithmetic,
 )
-from mbn.training.iteration import READ_EVERY, Update, autocast
+from mbn.training.iteration import READ_EVERY, Update
 from mbn.training.journal import Journal, NoJournal
 from mbn.training.progress import Pace, Progress, say_if_busy, say_where
 from mbn.training.schedule import scheduled
@@ -113,29 +112,24 @@ def _memory_is_enough(config: Config) -> Iterator[None]:
         ) from None
 
 
-def add_precise_error(config: Config, build: Build, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Measure `test_error_precise` from a finished run's final checkpoint, add it to its record, and return that.
+def add_controls(
+    config: Config, build: Build, wanted: Collection[str], stop: StopRequest | None = None
+) -> dict[str, Any]:
+    """Measure the wanted of `controls.MEASURED` from a finished run's final checkpoint, and return its record.
 
-    Nothing else in the record changes except its checksum, and its parts if the measurement has other conditions than
-    the training. stop: as for `train`. Errors: UserError where the final checkpoint is gone, or is not the one that the
-    record is of, or other code trained it; when a signal stopped the measurement.
+    Nothing else in the record changes except its version and checksum; `by` says what measured. stop: as for `train`.
+    Errors: UserError where the final checkpoint is gone, or is not the one that the record is of, or has another test
+    error here; when a signal stopped the measurement.
     """
     results, name = Path(config.machine.results), run_name(config)
     folder, path = results / "runs" / name, record.path_of(results, name)
     result = record.read(path)
-    if result["code"] != provenance.code():
-        raise UserError(
-            f"{path} is of other code ({provenance.with_code(result)}): evaluate.precise=true measures with the code "
-            "that trained, so check that out, or train again by machine.again=true."
-        )
-    if provenance.commit_and_dirty()[1] and result["dirty"] is False:
-        raise UserError(f"{path} is of a clean commit: commit the changes in this checkout before you measure.")
     with lock(folder / "lock") as held, _memory_is_enough(config):
         run = Run(config, build, folder, held.check)
         if run.state.iteration != run.state.length:
             raise UserError(
-                f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise=true measures: "
-                "machine.again=true trains it again."
+                f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise and "
+                "evaluate.rules measure: machine.again=true trains it again."
             )
         if result["journal"] is None or result["journal"] != run.journal_hash:
             raise UserError(
@@ -144,9 +138,8 @@ def add_precise_error(config: Config, build: Build, stop: StopRequest | None = N
             )
         with own_stream(run.state.device), _signals(stop) as signals:
             run.data.stop = signals
-            error = run.precise_error(signals)
-            parts = with_part(result["parts"], run.state.length, run.state.now)
-            return record.rewrite(path, test_error_precise=error, parts=parts)
+            new = run.measure(wanted, signals, result["test_error"])
+            return record.rewrite(path, controls=controls.completed(result["controls"], new, run.state.now))
 
 
 class Run:
@@ -377,34 +370,28 @@ class Run:
             everywhere=True,
         )
 
-    def precise_error(self, stop: StopRequest) -> float:
-        """Test error in percent with statistics measured again over an epoch of training images.
+    def measure(self, wanted: Collection[str], stop: StopRequest, expected: float | None = None) -> dict[str, Any]:
+        """The wanted of `controls.MEASURED`. expected: the test error that the network must have.
 
-        The old statistics are put back afterwards. The images are augmented as in training, because the weights were
-        trained with the statistics of augmented images. Plain images give others, and that changes the error by more
-        than what is to be measured (ResNet-56, BN, batch 8: 18.1 % instead of 15.7 %).
-
-        Errors: UserError after a signal.
+        Errors: UserError where it has another one, and after a signal.
         """
-        self.set_schedule(self.state.length - 1)  # lambda, r_max and d_max as at the end of training
-        batches = self.processes.checked(stop, self.data.train_batches(0, self.config.batch_size))
-        kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        graphs = self.update.mode in GRAPHS
+        trained = Trained(self.config, self.model, self.data, self.state.device, stop, self.processes, graphs)
         try:
-            with autocast(self.state.device, self.config.precision):
-                epoch = islice(batches, self.state.per_epoch)
-                take_precise_statistics(self.model, epoch, self.update.mode in GRAPHS)
-            error = report.evaluation(self.state, self.data, stop).error
+            if expected is not None:
+                self.model.eval()
+                controls.check_near(trained.test_error(), expected, self.checkpoint_path)
+            return trained.controls(wanted)
         except StoppedError:
             raise self._stopped(stop) from None
-        self.model.load_state_dict(kept)
-        return error
 
     def finish(self, stop: StopRequest, journal: Journal | NoJournal) -> dict[str, Any]:
         """Write the record of a run that has reached its end, and return it. Errors: UserError after a signal."""
-        precise = self.precise_error(stop) if self.config.evaluate.precise and self.method.statistics else None
-        return self.processes.from_main(lambda: self._write_record(journal, precise))
+        wanted = controls.asked(self.config)
+        measured = controls.completed(None, self.measure(wanted, stop), self.state.now) if wanted else None
+        return self.processes.from_main(lambda: self._write_record(journal, measured))
 
-    def _write_record(self, journal: Journal | NoJournal, precise: float | None) -> dict[str, Any]:
+    def _write_record(self, journal: Journal | NoJournal, measured: controls.Controls | None) -> dict[str, Any]:
         assert isinstance(journal, Journal)
         state, rows, results = self.state, list(journal.rows()), Path(self.config.machine.results)
         epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -417,7 +404,7 @@ class Run:
             "test_error_best": min(row["test_error"] for row in epochs),
             "train_error": train_error,
             "test_error_top5": last["test_error_top5"],
-            "test_error_precise": precise,
+            "test_error_precise": None,  # of older records
             "test_loss": last["test_loss"],
             "train_loss": train_loss,
             "iterations": state.length,
@@ -433,6 +420,7 @@ class Run:
             "parts": state.parts,
             "journal": journal.hash,
             "curves": curves(rows),
+            "controls": measured,
         }
         self.check_lock()
         if record.content_hash(results, state.name) not in (None, state.replaces):

@@ -40,7 +40,7 @@ def content(cfg):
     return dict.fromkeys(record.FIELDS, 0.0) | {
         "name": config.run_name(cfg),
         "config": record.config_for_record(cfg),
-        **dict.fromkeys(("test_error_precise", "parts", "journal")),
+        **dict.fromkeys(("test_error_precise", "parts", "journal", "controls")),
         "iterations": config.iterations(cfg),
         "images": images,
         **dict.fromkeys(("parameters", "threads"), 1),

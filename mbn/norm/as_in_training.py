@@ -1,0 +1,55 @@
+"""Forwards in training mode with the weights fixed, and a network that is afterwards what it was before."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import norm_layers
+from .memories import enter_noted
+from .second_forward import held, phase
+
+
+@contextlib.contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """A context at whose end everything that our layers inside module remember is what it was at its start."""
+    before = [(buffer, buffer.clone()) for layer in norm_layers(module) for buffer in layer.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def as_in_training(
+    module: nn.Module, roll: bool, forward: Callable[[Any], Any] | None = None
+) -> Iterator[Callable[[Any], Any]]:
+    """A context that gives a function of an input: module's forward in training mode, dropout off, no gradients.
+
+    roll: whether the memories and averages take each batch in, as in training. They stay as they then are (`kept` puts
+    them back); the modes of module are put back at the end. forward: called with each input in place of module. Frozen
+    layers stay as they are.
+    """
+    layers = [layer for layer in norm_layers(module) if not layer.frozen]
+    of_two = [layer for layer in layers if layer.forwards == 2]
+    modes = [(child, child.training) for child in module.modules()]
+    module.train()
+    for child in module.modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd):
+            child.training = False
+
+    def take(x: Any) -> Any:
+        with torch.no_grad(), phase(of_two, "second") if roll else held(module):
+            y = (forward or module)(x)
+        enter_noted(layers)
+        return y
+
+    try:
+        yield take
+    finally:
+        for child, mode in modes:
+            child.training = mode
