@@ -2,6 +2,7 @@
 
 from mbn.config import iterations, iterations_per_epoch, run_name
 from mbn.records import record
+from mbn.records.sense import RESULTS
 
 EPOCHS = tuple(range(1, 101))
 
@@ -67,7 +68,14 @@ def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0,
         "versions": {"torch": "2.11"},
         "parts": [part],
         "journal": "1" * 64,
+        "diverged_at": None,
         "curves": curves,
     }
     record.write(results, content | fields)
     return record.path_of(results, content["name"])
+
+
+def write_diverged(results, cell, seed, at, scale=1.0, **fields):
+    """Write the record of a run of a cell that diverged at an iteration, and return its path."""
+    nothing = {**dict.fromkeys(RESULTS), "curves": {}, "diverged_at": at}
+    return write(results, cell, seed, 8.0, scale, **(nothing | fields))

@@ -16,8 +16,10 @@ from mbn.system.setting_fields import Rule, among
 
 # Errors on test images, in percent.
 TEST_ERRORS = ("test_error", "test_error_best", "test_error_top5", "test_error_precise")
-# Fields that may be null: not measured, or not known.
-NULLABLE = ("test_error_precise", "commit", "dirty", "code", "parts", "journal")
+# What a run that diverged does not have.
+RESULTS = (*TEST_ERRORS, "train_error", "test_loss", "train_loss")
+# Fields that may be null: not measured, or not known; in most runs, that they diverged.
+NULLABLE = ("test_error_precise", "commit", "dirty", "code", "parts", "journal", "diverged_at")
 # No field counts so far. Python's whole numbers have no largest one, and floats made of them do.
 MOST = 1e15
 # By so much the sums and differences of floats may miss a limit.
@@ -67,6 +69,7 @@ RULES = {
     **dict.fromkeys((*TEST_ERRORS, "train_error"), PERCENT),
     **dict.fromkeys(("test_loss", "train_loss", "seconds", "images_per_second"), AT_LEAST_0),
     **dict.fromkeys(("iterations", "images", "parameters", "threads"), COUNT),
+    "diverged_at": Rule("a whole number, at least 0", lambda value: _is_whole(value, 0)),
     "device": TEXT,
     "mode": MODE,
     "commit": COMMIT_NAME,
@@ -109,18 +112,37 @@ def fault(record: dict[str, Any], config: Config) -> str | None:
 
 
 def _faults(record: dict[str, Any], config: Config) -> Iterator[str]:
+    diverged = record["diverged_at"] is not None
     for key, rule in RULES.items():
-        if key in record and (record[key] is not None or key not in NULLABLE) and not rule.holds(record[key]):
+        nullable = key in NULLABLE or (diverged and key in RESULTS)
+        if key in record and (record[key] is not None or not nullable) and not rule.holds(record[key]):
             yield f"{key} must be {rule.wanted}, not {as_json(record[key])}"
+        if diverged and key in RESULTS and record[key] is not None:
+            yield f"{key} must be null where diverged_at is not, not {as_json(record[key])}"
     for key, ok, wanted in _agreements(record, config):
         if not ok:
             yield f"{key} must be {wanted}, not {as_json(record[key])}"
-    yield from _wrong_curves(record)
+    if not diverged:
+        yield from _wrong_curves(record)
+    elif record["curves"] != {}:
+        yield "curves must be {} where diverged_at is not null"
     yield from _wrong_parts(record)
 
 
 def _agreements(record: dict[str, Any], config: Config) -> Iterator[tuple[str, bool, str]]:
     """How fields agree with others and with the configuration: field, whether it does, what is wanted."""
+    length = iterations(config)
+    if record["diverged_at"] is None:
+        yield from _test_errors_agree(record, config)
+    else:
+        yield "diverged_at", record["diverged_at"] < length, f"less than its {length} iterations"
+    yield "iterations", record["iterations"] == length, f"{length}, as its configuration gives"
+    epochs, batches = divmod(length, iterations_per_epoch(config))
+    images = config.dataset.train_images * epochs + config.batch_size * batches
+    yield "images", record["images"] == images, f"{images}, as its configuration gives"
+
+
+def _test_errors_agree(record: dict[str, Any], config: Config) -> Iterator[tuple[str, bool, str]]:
     n = config.dataset.test_images
     for key in TEST_ERRORS:
         if record[key] is not None:
@@ -130,11 +152,6 @@ def _agreements(record: dict[str, Any], config: Config) -> Iterator[tuple[str, b
         yield key, record[key] <= record["test_error"], f"at most test_error ({record['test_error']})"
     statistics = METHODS[config.norm.name].statistics
     yield "test_error_precise", record["test_error_precise"] is None or statistics, f"null with {config.norm.name}"
-    length = iterations(config)
-    yield "iterations", record["iterations"] == length, f"{length}, as its configuration gives"
-    epochs, batches = divmod(length, iterations_per_epoch(config))
-    images = config.dataset.train_images * epochs + config.batch_size * batches
-    yield "images", record["images"] == images, f"{images}, as its configuration gives"
 
 
 def _wrong_curves(record: dict[str, Any]) -> Iterator[str]:
