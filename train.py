@@ -49,8 +49,8 @@ exit codes:
 
 @entry_point
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done; 1 a run that failed or diverged; 2 a configuration error; 75 stopped by a signal, to be resumed;
-    76 another process trains this run; 130 Ctrl-C."""
+    """Exit code: 0 done; 1 a run that failed or diverged; 2 a configuration error; 75 stopped by a signal, to be
+    resumed; 76 another process trains this run; 130 Ctrl-C."""
     processes = from_environment()
     with another_may_end(processes):
         code = command(arguments, processes) if processes.main else beside_the_main_process(arguments, processes)

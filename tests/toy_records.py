@@ -38,7 +38,7 @@ def curves_of(config, test_error, train_error, bump, fall):
 def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0, fall=0.0, **fields):
     """Write one record of a cell, with other fields as they are given, and return its path."""
     config = cell.config(seed, scale)
-    curves = curves_of(config, test_error, train_error, bump, fall)
+    curves = curves_of(config, test_error or 0.0, train_error or 0.0, bump, fall)
     part = {
         **{"from": 0, "device": "cuda: Toy", "cpu_capability": "AVX2", "threads": 2, "mode": "eager", "tf32": True},
         **{"deterministic": False, "code": "0" * 64, "commit": "0123456789" * 4, "dirty": False},
@@ -77,5 +77,6 @@ def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0,
 
 def write_diverged(results, cell, seed, at, scale=1.0, **fields):
     """Write the record of a run of a cell that diverged at an iteration, and return its path."""
-    nothing = {**dict.fromkeys(RESULTS), "curves": {}, "diverged_at": at}
-    return write(results, cell, seed, 8.0, scale, **(nothing | fields))
+    nothing = dict.fromkeys(key for key in RESULTS if key not in ("test_error", "train_error"))
+    gone = {**nothing, "test_error_best": None, "curves": {}, "diverged_at": at}
+    return write(results, cell, seed, None, scale, None, **gone, **fields)
