@@ -156,18 +156,34 @@ def _test_errors_agree(record: dict[str, Any], config: Config) -> Iterator[tuple
 
 def _wrong_curves(record: dict[str, Any]) -> Iterator[str]:
     curves = record["curves"]
-    yield from _wrong_lists(curves, CURVES, "curves", ("images", "test_error"), ("training",))
+    yield from _wrong_lists(curves, CURVES, "curves", ("images", "test_error"), ("training", "stage_dead_relus"))
     if "training" in curves:
         if not isinstance(curves["training"], dict):
             yield f"curves.training must be curves by their names, not {as_json(curves['training'])}"
         yield from _wrong_lists(curves["training"], TRAINING, "curves.training", TRAINING)
         if curves["training"]["images"][-1] != record["images"]:
             yield f"curves.training.images must end with images ({record['images']})"
+    if "stage_dead_relus" in curves:
+        yield from _wrong_stages(curves)
     for key in ("images", "test_error", "test_error_top5", "test_loss"):
         if key in curves and record[key] is not None and curves[key][-1] != five_digits(record[key]):
             yield f"curves.{key} must end with {key} ({record[key]})"
     if five_digits(record["test_error_best"]) > min(curves["test_error"]):
         yield f"test_error_best must be at most every value of curves.test_error, not {record['test_error_best']}"
+
+
+def _wrong_stages(curves: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the dead ReLUs of each stage."""
+    stages = curves["stage_dead_relus"]
+    if not isinstance(stages, dict) or not all(map(_is_text, stages)) or "dead_relus" not in curves:
+        yield f"curves.stage_dead_relus must be curves by stages, beside dead_relus, not {as_json(stages)}"
+    known = dict.fromkeys(stages, Rule("whole numbers, at least 0", lambda value: _is_whole(value, 0)))
+    for name in stages:
+        yield from _wrong_lists(
+            {"images": curves["images"], name: stages[name]}, known | CURVES, "curves.stage_dead_relus", ()
+        )
+    if [sum(counts) for counts in zip(*stages.values(), strict=True)] != curves["dead_relus"]:
+        yield "curves.dead_relus must be the sums of stage_dead_relus"
 
 
 def _wrong_lists(curves: Any, known: Any, prefix: str, needed: Any, others: Any = ()) -> Iterator[str]:

@@ -156,7 +156,7 @@ class State:
         self.replaces = saved.get("replaces", self.replaces)
         untested = saved.get("untested")
         if untested is not None:
-            self.untested = {name: (mu.to(self.device), s.to(self.device)) for name, (mu, s) in untested.items()}
+            self.untested = {name: tuple(t.to(self.device) for t in of_one) for name, of_one in untested.items()}
         print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
         self.began = self.iteration
         self.parts = go_on(parts_of(saved), self.began, self.now)

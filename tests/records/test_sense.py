@@ -151,6 +151,30 @@ def test_sound_records_of_every_data_set_and_length_pass(tmp_path, overrides):
     assert path == record.path_of(tmp_path, run_name(config))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"dead_relus": None}, "curves.dead_relus must be a list"),
+        ({"dead_relus": [2] * 100}, "curves.dead_relus must be the sums of stage_dead_relus"),
+        ({"stage_dead_relus": [3]}, "curves.stage_dead_relus must be curves by stages, beside dead_relus, not [3]"),
+        ({"stage_dead_relus": {}}, "curves.dead_relus must be the sums of stage_dead_relus"),
+        ({"stage_dead_relus": {"layer1": [3]}}, "curves.stage_dead_relus.layer1 must be a list of numbers, as many"),
+        (
+            {"stage_dead_relus": {"layer1": [3.5] * 100}},
+            "curves.stage_dead_relus.layer1 must hold whole numbers, at le",
+        ),
+        ({"stage_dead_relus": {"\n": [3] * 100}}, "curves.stage_dead_relus must be curves by stages"),
+    ],
+)
+def test_dead_relus_by_stage_are_whole_numbers_that_add_up(path, change, says):
+    result = record.read(path)
+    result["curves"] |= {"dead_relus": [3] * 100, "stage_dead_relus": {"layer1": [1] * 100, "layer2": [2] * 100}}
+    result["curves"] |= change
+    said = sense.fault(result, CELL.config(0, 1.0))
+    assert said is None if says is None else said.startswith(says)
+
+
 # A run that diverged.
 
 DIVERGED = {**dict.fromkeys(sense.RESULTS), "curves": {}, "diverged_at": 91}
