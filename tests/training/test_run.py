@@ -274,11 +274,14 @@ def test_a_run_that_diverged_is_trained_again_from_its_start_as_often_as_it_is_a
         assert run.record_path.read_bytes() != before
 
 
-def test_a_training_again_that_was_stopped_goes_on_beside_the_record_of_a_divergence(here, left, after):
-    here(*TOO_LARGE)
-    after(2, send("SIGTERM"))
-    assert here(*TOO_LARGE, "machine.again=true").code == 75
-    assert "resuming at iteration 2 of 8" in here(*TOO_LARGE, "machine.again=true").out
+@pytest.mark.parametrize(
+    ("more", "stop"), [(TOO_LARGE, 2), (("batch_size=16", "schedule.lr=[1e30]"), 1)], ids=["rows", "no row yet"]
+)
+def test_a_training_again_that_was_stopped_goes_on_beside_the_record_of_a_divergence(here, after, more, stop):
+    assert here(*more).code == 1
+    after(stop, send("SIGTERM"))
+    assert here(*more, "machine.again=true").code == 75
+    assert f"resuming at iteration {stop} of 8" in here(*more, "machine.again=true").out
 
 
 def test_without_its_record_a_run_that_diverged_goes_on_from_its_last_checkpoint(here, left):
