@@ -263,7 +263,7 @@ def heads(table: Table) -> list[str]:
 
 
 def lines(table: Table, plus_minus: str, better: str, worse: str) -> list[list[str]]:
-    """Of each row the label and the texts below `heads`. better, worse: forms (with %s) of those that differ from BN."""
+    """Of each row the label and the texts below `heads`. better, worse: forms, with %s, where one is so than BN."""
     forms = {"better": better, "worse": worse, "": "%s"}
     found = []
     for row in table.grid.rows:

@@ -27,7 +27,8 @@ def rules_page(tables: dict[str, Table]) -> str:
     rules = list(dict.fromkeys(rule for one in found for rule in control(one, "rules")))
     cells: dict[str, list[Record]] = {}  # a run that no table has is by itself
     for one in found:
-        cells.setdefault(labels.get(one["name"], one["name"]), []).append(one)
+        name = str(one["name"])
+        cells.setdefault(labels.get(name, name), []).append(one)
     head = ["as in the tables", *rules]
     means = [[name, str(len(runs)), *_means(runs, rules)] for name, runs in cells.items()]
     runs = [

@@ -20,7 +20,7 @@ OURS, HOLDS_HERE = "#0072B2", "#E3EFF7"
 ON_WHITE = {"facecolor": "white", "linewidth": 0, "pad": 0.8}
 # In inches: a line's height, the space above and below all lines, and where columns begin or (the last two) end.
 LINE, ABOVE, BELOW = 0.165, 0.34, 0.72
-LABELS, PLOT, PLOT_ENDS, PAPER, HERE = 0.1, 2.58, 4.78, 5.2, PAGE - 0.1
+LABELS, PLOT, PLOT_ENDS, PAPER, HERE = 0.1, 2.58, 4.56, 4.98, PAGE - 0.1
 
 # A heading, a place, or several places of one claim that have nothing to show yet.
 Line = str | Place | list[Place]
