@@ -98,7 +98,7 @@ def test_a_seed_that_diverged_is_in_no_line(results, figures):
     name = grid.read("table4-methods").cell("8", "BN-1").name(1)
     records[name] |= {"diverged_at": 5, "test_error": None, "curves": {}}
     left = drawing.draw(records)
-    x, y = lines(left["batch-size"].axes[0])["BN-1"].get_data()
+    _, y = lines(left["batch-size"].axes[0])["BN-1"].get_data()
     assert y[0] == pytest.approx(9 - 0.08)
     loss = [lines(some["training-resnet56"].axes[0])["BN-1"].get_xdata() for some in (left, figures)]
     assert [*loss[0]] == [*loss[1]]
