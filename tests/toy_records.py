@@ -3,6 +3,7 @@
 from mbn.config import iterations, iterations_per_epoch, run_name
 from mbn.records import record
 from mbn.records.sense import RESULTS
+from mbn.tables.cells import AllRuns, Table
 
 EPOCHS = tuple(range(1, 101))
 
@@ -33,6 +34,11 @@ def curves_of(config, test_error, train_error, bump, fall):
             "error": [60 / i for i in range(1, 201)],
         },
     }
+
+
+def table(grid, records, **asked):
+    """A table whose grid is the only one."""
+    return Table(grid, AllRuns((grid,), records, **asked))
 
 
 def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0, fall=0.0, **fields):
