@@ -1,5 +1,6 @@
 """Records that cannot be true are refused, even with a fitting checksum: read, imported, written, and in tables."""
 
+import contextlib
 import json
 import math
 import re
@@ -149,6 +150,52 @@ def test_sound_records_of_every_data_set_and_length_pass(tmp_path, overrides):
         path = toy_records.write(tmp_path, cell, 0, error, test_error_top5=error)
         assert record.read(path)["test_error"] == error
     assert path == record.path_of(tmp_path, run_name(config))
+
+
+# What was measured of the final weights.
+
+BY = {
+    **{"device": "cpu: x", "threads": 1, "code": "0" * 64, "commit": None, "dirty": None, "versions": {"torch": "2"}},
+    "date": "2026-01-31T12:00:00+00:00",
+}
+SOUND = {
+    **{"test_error_precise": 8.01, "population_gap": {"mean": 0.1, "std": 0.0}, "train_error": 3.002},
+    **{"rules": {"test batch of 8": 9.99}, "by": BY},
+}
+NONE = {"train_error": None, "rules": None}
+NO_PRECISE = {"test_error_precise": None, "population_gap": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "norm", "says"),
+    [
+        ({}, "bn", None),
+        (NONE, "bn", None),
+        (NO_PRECISE, "bn", None),
+        (NO_PRECISE | {"rules": None}, "gn", None),
+        (NO_PRECISE | NONE, "bn", "controls must be null where nothing was measured"),
+        ({"test_error_precise": 8.001}, "bn", "test_error_precise must be a whole number of the 10000 test images"),
+        ({"train_error": 3.0001}, "bn", "train_error must be a whole number of the 50000 training images"),
+        ({"train_error": "3"}, "bn", "controls.train_error must be a number from 0 to 100"),
+        ({"rules": {"test batch of 8": 9.999}}, "bn", "test batch of 8 must be a whole number of the 10000 test"),
+        ({"rules": {"test batch of 8": 101}}, "bn", "controls.rules must be test errors from 0 to 100"),
+        ({"rules": {}}, "bn", "controls.rules must be test errors"),
+        ({"rules": None}, "bn", "controls.rules must be null if and only if controls.train_error is"),
+        ({"population_gap": None}, "bn", "controls.population_gap must be null if and only if"),
+        ({"population_gap": {"mean": -1, "std": 0}}, "bn", "controls.population_gap must be a mean and a std"),
+        ({"by": None}, "bn", "controls must have"),
+        ({"by": BY | {"date": None}}, "bn", "controls.by.date must be a date"),
+        ({"by": BY | {"code": "x"}}, "bn", "controls.by.code must be 64 hexadecimal digits"),
+        ({"more": 1}, "bn", "controls must have"),
+        ({}, "gn", "controls.test_error_precise and controls.rules must be null with gn"),
+    ],
+)
+def test_controls_can_be_true(changes, norm, says, tmp_path):
+    config = load(["dataset=cifar10", f"norm={norm}"])
+    cell = type("Cell", (), {"config": lambda self, seed, scale: config})()
+    outcome = pytest.raises(UserError, match=re.escape(says)) if says else contextlib.nullcontext()
+    with outcome:
+        toy_records.write(tmp_path, cell, 0, 8.0, controls=SOUND | changes)
 
 
 # The parts of a run, and its journal.
