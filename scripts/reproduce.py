@@ -41,6 +41,8 @@ from mbn.system.files import there
 
 # Settings that are not part of a run's identity.
 SETTINGS = ("machine.", "evaluate.")
+# What is measured at the end of each run on a CPU, where it takes a small part of the training's time.
+CONTROLS = ("rules", "precise")
 
 
 @entry_point
@@ -65,7 +67,8 @@ def main(arguments: list[str]) -> int:
 def parser() -> Parser:
     p = Parser(
         description=__doc__.partition("Exit code")[0] if __doc__ else "",
-        epilog="Settings machine.* and evaluate.* are handed to every train.py; results are in machine.results.",
+        epilog="Settings machine.* and evaluate.* are handed to every train.py; results are in machine.results. On a "
+        "CPU evaluate.rules and evaluate.precise are true unless they are set; on a GPU and with Slurm they are not.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
@@ -158,6 +161,8 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     if jobs > 1 and config.machine.threads is None:
         config.machine.threads = max(1, cores() // jobs)
         settings = [f"machine.threads={config.machine.threads}", *settings]
+    if not accelerated(config) and options.launcher is None:
+        settings = [*controls(settings, config), *settings]
     results = Path(config.machine.results)
     meant = runs(tables, chosen_seeds(options), filters, options.scale, options.grids)
     missing = [run.on(config) for run in meant if not run.finished(results)]
@@ -174,6 +179,14 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     if options.launcher == "slurm":
         return hand_over(missing, results, settings, options.slurm, options.gpus_per_run)
     return train(missing, results, jobs, settings, config, options)
+
+
+def controls(settings: list[str], config: Config) -> list[str]:
+    """The settings that ask for CONTROLS, except those that the user has set; sets them in config too."""
+    wanted = [name for name in CONTROLS if not any(s.lstrip("+").startswith(f"evaluate.{name}=") for s in settings)]
+    for name in wanted:
+        setattr(config.evaluate, name, True)
+    return [f"evaluate.{name}=true" for name in wanted]
 
 
 def show_status(items: list[str], config: Config, options: argparse.Namespace) -> None:

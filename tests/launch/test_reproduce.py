@@ -73,10 +73,23 @@ def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
     assert names[:5] != [run.name for run in runs(["table5"], [0])]
     assert all(line[-2:] == [results, "evaluate.precise=true"] for line in lines)
     for more, seeds in (((), range(5)), (("--seed", "3"), [3])):
-        assert [line[-3] for line in dry("table6", "norm.memory=10", *more, "machine.threads=1", results)] == [
-            f"seed={seed}" for seed in seeds
-        ]
+        lines = dry("table6", "norm.memory=10", *more, "machine.threads=1", "evaluate.rules=false", results)
+        assert [line[-5] for line in lines] == [f"seed={seed}" for seed in seeds]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ("machine.device=cpu", ["rules=true", "precise=true"]),
+        ("machine.device=cpu evaluate.rules=false", ["precise=true", "rules=false"]),
+        ("machine.device=cuda", []),
+        ("machine.device=cuda evaluate.rules=true", ["rules=true"]),
+    ],
+)
+def test_controls_are_asked_for_on_a_cpu_unless_they_are_set(settings, asked, dry, tmp_path):
+    (line,) = dry("table6", "norm.memory=10", "--seed", "0", *settings.split(), f"machine.results={tmp_path}")
+    assert [word.removeprefix("evaluate.") for word in line if word.startswith("evaluate.")] == asked
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,24 @@ import reference
 import running
 import torch
 from layer_kinds import snapshot, unchanged
-from running import Tiny, cut, follow, send
+from running import Tiny, cut, follow, send, without
 from test_gap import every_norm, images, trained
 from torch import nn
 
+import mbn.training.controls
 from mbn.data.datasets import load_data
 from mbn.measure.precise_bn import take_precise_statistics
 from mbn.network_layers import from_config
 from mbn.norm.base import norm_layers
 from mbn.norm.renorm import set_renorm
-from mbn.records import provenance, record
+from mbn.records import controls, provenance, record
+from mbn.training import checkpoint_file
 
-PRECISE = "evaluate.precise=true"
+PRECISE, RULES = "evaluate.precise=true", "evaluate.rules=true"
+
+
+def precise_error(run):
+    return run.record()["controls"]["test_error_precise"]
 
 
 def remembering(norm):
@@ -44,10 +50,10 @@ def split(x, size):
 @every_norm
 @pytest.mark.parametrize("size", [1, 4, 10, 11])
 def test_each_layer_gets_the_moments_of_what_training_forwards_give_it(norm, size):
-    """The batches are taken as they come, each normalised as in training, with what training has remembered. Every
-    image counts the same, in a smaller last batch too."""
+    """The batches are taken as they come, each normalised as in training, with what is remembered of those before.
+    Every image counts the same, in a smaller last batch too."""
     model, references, x = remembering(norm)
-    given = [follow(model, references, part, remember=False) for part, _ in split(x, size)]
+    given = [follow(model, references, part) for part, _ in split(x, size)]
     take_precise_statistics(model, split(x, size))
     for layer, inputs in zip(norm_layers(model), zip(*given, strict=True), strict=True):
         expected = reference.moments(reference.vectors(torch.cat(inputs)))
@@ -72,7 +78,7 @@ def test_a_recorded_measurement_has_the_same_bits(norm, recording):
 def test_nothing_else_changes_and_evaluation_uses_the_new_statistics(norm, forwards):
     model, _, x = remembering(norm)
     for layer in norm_layers(model):
-        layer.forwards = forwards  # with forwards=1 every training forward would remember, if the layer were not held
+        layer.forwards = forwards
     before = snapshot(model)
     take_precise_statistics(model, split(x, 4))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -115,12 +121,13 @@ def seen(monkeypatch):
     def spy(model, batches, recorded):
         sizes = []
         noted = ((sizes.append(len(batch[1])), batch)[1] for batch in batches)
-        take_precise_statistics(model, noted, recorded)
+        gap = take_precise_statistics(model, noted, recorded)
         (layer,) = norm_layers(model)
         settings = {name: getattr(layer, name, None) for name in ("lam", "r_max", "d_max")}
         calls.append({"model": model, "state": snapshot(model), "sizes": sizes, "settings": settings})
+        return gap
 
-    monkeypatch.setattr("mbn.training.run.take_precise_statistics", spy)
+    monkeypatch.setattr("mbn.training.controls.take_precise_statistics", spy)
     return calls
 
 
@@ -131,14 +138,16 @@ def test_the_precise_error_is_the_same_if_asked_for_later_and_nothing_else_chang
     assert "with precise statistics" not in here(norm).out
     run = left(norm)
     before, files = run.record(), {p: p.read_bytes() for p in run.folder.iterdir()}
-    assert before["test_error_precise"] is None
+    assert before["controls"] is None
     assert before["test_error"] == early["test_error"]
     done = here(norm, PRECISE)
     after = run.record()  # which checks the new checksum
-    assert f"with precise statistics {after['test_error_precise']:.2f} %" in done.out
+    assert f"with precise statistics {precise_error(run):.2f} %" in done.out
     assert done.err == ""
-    assert {key for key in after if after[key] != before[key]} == {"test_error_precise", "checksum"}
-    assert after["test_error_precise"] == early["test_error_precise"]
+    assert {key for key in after if after[key] != before[key]} == {"controls", "checksum"}
+    for key in controls.FIELDS:
+        assert after["controls"][key] == early["controls"][key]
+    assert after["controls"]["train_error"] is after["controls"]["rules"] is after["test_error_precise"] is None
     assert {p: p.read_bytes() for p in run.folder.iterdir()} == files
     # The third time there is nothing left to do.
     assert here(norm, PRECISE).code == 0
@@ -172,44 +181,63 @@ def test_a_resumed_run_that_lacks_only_its_record_can_measure_the_precise_error(
     left().record_path.unlink()
     after(1, cut)
     assert here(PRECISE).code == 0
-    for key in ("test_error_precise", "test_error"):
-        assert left().record()[key] == expected[key]
+    assert left().record()["test_error"] == expected["test_error"]
+    assert without(left().record()["controls"], ["by"]) == without(expected["controls"], ["by"])
 
 
 @pytest.mark.parametrize("finished_before", [False, True])
-def test_a_signal_stops_the_measurement_and_the_same_command_goes_on(finished_before, here, left, whole, monkeypatch):
+@pytest.mark.parametrize(("asked", "first"), [(PRECISE, "take_precise_statistics"), (RULES, "rules")])
+def test_a_signal_stops_a_measurement_and_the_same_command_goes_on(
+    asked, first, finished_before, here, left, whole, monkeypatch
+):
     """At batch 8 the measurement takes as long as an epoch, so the budget's end or Ctrl-C must stop it."""
     if finished_before:
         here()
+    function = getattr(mbn.training.controls, first)
 
     def signalled(*args):
         send("SIGTERM")()
-        take_precise_statistics(*args)
+        return function(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mbn.training.run.take_precise_statistics", signalled)
+        patch.setattr(f"mbn.training.controls.{first}", signalled)
         patch.setattr("mbn.system.signals.PATIENCE", -1.0)
-        stopped = here(PRECISE)
+        stopped = here(asked)
     assert stopped.code == 75
     assert "stopped at iteration 8" in stopped.err
     assert left().record_path.exists() == finished_before
-    here(PRECISE)
-    assert left().record()["test_error_precise"] == whole(PRECISE).record()["test_error_precise"]
+    if finished_before:
+        assert left().record()["controls"] is None
+    here(asked)
+    assert without(left().record()["controls"], ["by"]) == without(whole(asked).record()["controls"], ["by"])
 
 
-@pytest.mark.parametrize("code", ["f" * 64, None], ids=["other", "unknown"])
-def test_other_code_than_trained_does_not_measure(code, here, left, monkeypatch):
+@pytest.mark.parametrize("older", [False, True])
+def test_other_code_than_trained_measures_and_the_record_says_which(older, here, left, monkeypatch):
     here()
-    if code is None:
-        record.rewrite(left().record_path, code=None, parts=None)  # an older record
-    else:
-        monkeypatch.setattr("mbn.records.provenance.code", lambda: code)
-    before = left().record_path.read_bytes()
+    if older:
+        record.rewrite(left().record_path, code=None, parts=None)
+    before = left().record()
+    versions = {**provenance.versions(), "torch": "1.0"}
+    monkeypatch.setattr("mbn.records.provenance.code", lambda: "f" * 64)
+    monkeypatch.setattr("mbn.records.provenance.versions", lambda: versions)
+    monkeypatch.setattr(running, "COMMIT", "e" * 40)
+    monkeypatch.setattr(running, "DIRTY", True)
+    assert here(PRECISE).code == 0
+    after = left().record()
+    assert {key for key in after if after[key] != before[key]} == {"controls", "checksum"}
+    by = without(after["controls"]["by"], ["date", "device"])
+    assert by == {"threads": 1, "code": "f" * 64, "commit": "e" * 40, "dirty": True, "versions": versions}
+
+
+def test_weights_with_another_test_error_than_the_record_are_not_measured(here, left):
+    here()
+    before, state = left().record_path.read_bytes(), left().checkpoint()
+    state["model"]["fc.weight"].neg_()
+    checkpoint_file.save(state, left().checkpoint_path)
     refused = here(PRECISE)
     assert refused.code == 1
-    assert re.search(
-        r"^error: .*\.json is of other code \(commit c0ffeec, code \w{7}\): .*again=true\.$", refused.err, re.M
-    )
+    assert re.search(r"^error: .*checkpoint\.pt has a test error of .* here, and its record says", refused.err, re.M)
     assert left().record_path.read_bytes() == before
 
 
@@ -222,53 +250,26 @@ def test_a_record_from_elsewhere_gets_no_number_of_this_checkpoint(here, left, w
     assert left().record_path.read_bytes() == whole().record_path.read_bytes()
 
 
-def test_a_checkout_with_changes_does_not_measure_for_a_clean_record(here, left, monkeypatch):
-    here()
-    before = left().record_path.read_bytes()
-    monkeypatch.setattr(running, "DIRTY", True)
-    refused = here(PRECISE)
-    assert refused.code == 1
-    assert "is of a clean commit: commit the changes in this checkout before you measure" in refused.err
-    assert left().record_path.read_bytes() == before
-
-
-def test_a_record_that_a_later_process_wrote_keeps_its_parts(here, left, monkeypatch):
-    """Killed between the last checkpoint and the record, and gone on by another commit of the same code."""
-    here()
-    left().record_path.unlink()
-    monkeypatch.setattr(running, "COMMIT", "d" * 40)
-    here()
-    monkeypatch.setattr(running, "COMMIT", "e" * 40)
-    assert here(PRECISE).code == 0
-    assert [part["from"] for part in left().record()["parts"]] == [0, 8, 8]
-    assert left().record()["commit"] == "d" * 40
-
-
-def test_a_measurement_under_other_conditions_is_a_part_of_its_own(here, left, monkeypatch):
-    here()
-    versions = {**provenance.versions(), "torch": "1.0"}
-    monkeypatch.setattr("mbn.records.provenance.versions", lambda: versions)
-    assert "warning: conditions change at iteration 8 (torch " in here(PRECISE).err
-    first, second = left().record()["parts"]
-    assert (first["from"], second["from"], second["versions"]["torch"]) == (0, 8, "1.0")
-    assert left().record()["test_error_precise"] is not None
-
-
 def test_the_precise_error_is_that_of_the_pooled_statistics(whole):
     """By hand: a model with the moments of the first epoch's batches, augmented as in training."""
     run = whole("norm=bn", PRECISE)
     data = load_data(run.config, torch.device("cpu"))
     model = Tiny(from_config(run.config), 10)
-    model.load_state_dict(run.checkpoint()["model"])
+    saved = run.checkpoint()["model"]
+    model.load_state_dict(saved)
     with torch.no_grad():
         h = torch.cat([model.conv(x) for x, _ in itertools.islice(data.train_batches(0, 256), 6)])
         assert len(h) == 1437
         model.norm.running_mean.copy_(h.mean((0, 2, 3)))
         model.norm.running_var.copy_(h.var((0, 2, 3), correction=0))
+        mean, std = (saved["norm.running_mean"] - h.mean((0, 2, 3))).abs(), (saved["norm.running_var"] + 1e-5).sqrt()
+        sigma = (h.var((0, 2, 3), correction=0) + 1e-5).sqrt()
+        gap = {"mean": (mean / sigma).mean().item(), "std": (std / sigma).log().abs().mean().item()}
         ((x, y),) = data.test_batches(1000)
         wrong = (model.eval()(x).argmax(1) != y).double().mean().item()
     assert len(y) == 360
-    assert run.record()["test_error_precise"] == pytest.approx(100 * wrong, abs=100.01 / 360)
+    assert precise_error(run) == pytest.approx(100 * wrong, abs=100.01 / 360)
+    assert run.record()["controls"]["population_gap"] == pytest.approx(gap, rel=1e-4)
 
 
 def without_checkpoints(folder):
@@ -297,5 +298,5 @@ def test_without_the_final_checkpoint_it_is_one_sentence_and_nothing_is_lost(dam
 def test_without_statistics_it_is_null_with_a_warning(here, left):
     for _ in ("at the end of training", "asked for again"):
         done = here("norm=gn", PRECISE)
-        assert left("norm=gn").record()["test_error_precise"] is None
+        assert left("norm=gn").record()["controls"] is None
         assert done.err.count("warning: norm=gn has no statistics to measure") == done.err.count("warning") == 1

@@ -1,5 +1,6 @@
 """Records that cannot be true are refused, even with a fitting checksum: read, imported, written, and in tables."""
 
+import contextlib
 import json
 import math
 import re
@@ -187,6 +188,7 @@ DIVERGED = {**dict.fromkeys(sense.RESULTS), "curves": {}, "diverged_at": 91}
         (DIVERGED | {"diverged_at": 0}, None),
         *((DIVERGED | {key: 8.0}, f"{key} must be null where diverged_at is not, not 8.0") for key in sense.RESULTS),
         (DIVERGED | {"curves": {"images": [8]}}, "curves must be {} where diverged_at is not null"),
+        (DIVERGED | {"controls": {}}, "controls must be null where diverged_at is not"),
         (DIVERGED | {"diverged_at": None}, "test_error must be a number"),
         (DIVERGED | {"diverged_at": -1}, "diverged_at must be a whole number, at least 0, not -1"),
         (DIVERGED | {"diverged_at": True}, "diverged_at must be a whole number, at least 0, not true"),
@@ -205,6 +207,52 @@ def test_the_record_of_a_run_that_diverged_is_written_read_imported_and_told_in_
     result = record.read(path)
     assert record.in_a_sentence(result) == f"{result['name']}: diverged at iteration 91 of 78,200"
     assert gather(path.parent, tmp_path / "home", allow_dirty=True).taken == [result["name"]]
+
+
+# What was measured of the final weights.
+
+BY = {
+    **{"device": "cpu: x", "threads": 1, "code": "0" * 64, "commit": None, "dirty": None, "versions": {"torch": "2"}},
+    "date": "2026-01-31T12:00:00+00:00",
+}
+SOUND = {
+    **{"test_error_precise": 8.01, "population_gap": {"mean": 0.1, "std": 0.0}, "train_error": 3.002},
+    **{"rules": {"test batch of 8": 9.99}, "by": BY},
+}
+NONE = {"train_error": None, "rules": None}
+NO_PRECISE = {"test_error_precise": None, "population_gap": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "norm", "says"),
+    [
+        ({}, "bn", None),
+        (NONE, "bn", None),
+        (NO_PRECISE, "bn", None),
+        (NO_PRECISE | {"rules": None}, "gn", None),
+        (NO_PRECISE | NONE, "bn", "controls must be null where nothing was measured"),
+        ({"test_error_precise": 8.001}, "bn", "test_error_precise must be a whole number of the 10000 test images"),
+        ({"train_error": 3.0001}, "bn", "train_error must be a whole number of the 50000 training images"),
+        ({"train_error": "3"}, "bn", "controls.train_error must be a number from 0 to 100"),
+        ({"rules": {"test batch of 8": 9.999}}, "bn", "test batch of 8 must be a whole number of the 10000 test"),
+        ({"rules": {"test batch of 8": 101}}, "bn", "controls.rules must be test errors from 0 to 100"),
+        ({"rules": {}}, "bn", "controls.rules must be test errors"),
+        ({"rules": None}, "bn", "controls.rules must be null if and only if controls.train_error is"),
+        ({"population_gap": None}, "bn", "controls.population_gap must be null if and only if"),
+        ({"population_gap": {"mean": -1, "std": 0}}, "bn", "controls.population_gap must be a mean and a std"),
+        ({"by": None}, "bn", "controls must have"),
+        ({"by": BY | {"date": None}}, "bn", "controls.by.date must be a date"),
+        ({"by": BY | {"code": "x"}}, "bn", "controls.by.code must be 64 hexadecimal digits"),
+        ({"more": 1}, "bn", "controls must have"),
+        ({}, "gn", "controls.test_error_precise and controls.rules must be null with gn"),
+    ],
+)
+def test_controls_can_be_true(changes, norm, says, tmp_path):
+    config = load(["dataset=cifar10", f"norm={norm}"])
+    cell = type("Cell", (), {"config": lambda self, seed, scale: config})()
+    outcome = pytest.raises(UserError, match=re.escape(says)) if says else contextlib.nullcontext()
+    with outcome:
+        toy_records.write(tmp_path, cell, 0, 8.0, controls=SOUND | changes)
 
 
 # The parts of a run, and its journal.

@@ -27,7 +27,8 @@ METHODS = {
     "MBN, groups": ("norm=mbn", "norm.group=25"),
 }
 # What says how many processes there were, and what depends on time.
-PLACES = TIMES | {"parts", "versions"}
+PLACES = TIMES | {"parts", "versions", "controls"}
+CONTROLS = ("evaluate.precise=true", "evaluate.rules=true")
 
 
 @pytest.fixture
@@ -66,14 +67,15 @@ def assert_close(one, other, within, name="run"):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_two_and_three_processes_train_the_same(trained, method):
-    alone, _ = trained(1, *METHODS[method], "evaluate.precise=true")
+    alone, _ = trained(1, *METHODS[method], *CONTROLS)
     for size in (2, 3):
-        several, _ = trained(size, *METHODS[method], "evaluate.precise=true")
+        several, _ = trained(size, *METHODS[method], *CONTROLS)
         checkpoints = alone.checkpoint(), several.checkpoint()
         for key in ("model", "optimizer", "iteration", "length"):
             assert_close(checkpoints[0][key], checkpoints[1][key], 1e-9, key)
         assert_close(*([without(row, TIMES) for row in run.rows()] for run in (alone, several)), 1e-9, "journal")
         assert_close(*(without(run.record(), PLACES) for run in (alone, several)), 1e-9, "record")
+        assert_close(*(without(run.record()["controls"], {"by"}) for run in (alone, several)), 1e-9, "controls")
         assert [part["processes"] for part in several.record()["parts"]] == [size]
 
 
