@@ -117,13 +117,13 @@ def test_points_of_an_older_journal_without_times_are_as_far_apart_as_its_speed_
     assert wall_times(tmp_path) == pytest.approx([fourth - 40, fourth - 20, fourth, fourth], abs=1e-3)
 
 
-def test_tensorboard_shows_error_and_loss_first_and_layers_last():
+def test_tensorboard_shows_error_and_loss_first_and_layers_and_stages_last():
     """Its pages are in the order of the alphabet."""
     layers = [tag.format("conv1") for tag in LAYER_TAGS.values()]
     order = sorted([*TAGS.values(), *layers])
     assert order[:4] == ["error/test", "error/train", "loss/test", "loss/train"]
     assert list(dict.fromkeys(tag.partition("/")[0] for tag in order))[2:] == [
-        *("schedule", "statistics", "throughput", "top5", "within_layers")
+        *("schedule", "statistics", "throughput", "top5", "within_layers", "within_stages")
     ]
     assert set(order[-len(layers) :]) == set(layers)
 
