@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mbn import config as configuration
 from mbn.system import signals
 from mbn.system.command_line import Parser, entry_point, failure
-from mbn.system.errors import UserError
+from mbn.system.errors import DivergedError, UserError
 from mbn.system.processes import Processes, another_may_end, from_environment, join, leave
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ RESULTS = """results, in machine.results:
 
 exit codes:
   0    done
-  1    a run failed; the others of a sweep are trained all the same
+  1    a run failed or diverged; the others of a sweep are trained all the same
   2    a mistake in the command; nothing was trained
   75   stopped by a signal, 130 by Ctrl-C: the same command goes on
   76   another process trains this run"""
@@ -48,8 +48,8 @@ exit codes:
 
 @entry_point
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done; 1 a failed run; 2 a configuration error; 75 stopped by a signal, to be resumed; 76 another
-    process trains this run; 130 Ctrl-C."""
+    """Exit code: 0 done; 1 a run that failed or diverged; 2 a configuration error; 75 stopped by a signal, to be
+    resumed; 76 another process trains this run; 130 Ctrl-C."""
     processes = from_environment()
     with another_may_end(processes):
         code = command(arguments, processes) if processes.main else beside_the_main_process(arguments, processes)
@@ -129,10 +129,16 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
     processes = from_environment()
     join(processes, config.machine.device)
     if processes.from_main(path.exists) and not config.machine.again:
+        result = processes.from_main(lambda: record.read(path))
+        if processes.main:
+            warn_of_other_code(result)
+        if record.diverged(result):
+            raise DivergedError(
+                f"{record.in_a_sentence(result)}, as {path} says; machine.again=true trains it again.",
+                result["diverged_at"],
+            )
         if not processes.main:
             return
-        result = record.read(path)
-        warn_of_other_code(result)
         if wanted := controls.missing(config, result["controls"]):
             from mbn.training.run import add_controls
 
@@ -197,6 +203,8 @@ def one_after_another(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> 
             if type(error).__name__ == "AcceleratorError":  # the device no longer answers this process
                 raise
             tell_of(one, failure(error), instead)
+            if isinstance(error, DivergedError):
+                del instead[one.name]  # its record says it
             code = 1
     return code
 
@@ -229,13 +237,13 @@ def sweep_together(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> int
     code = one_after_another(alone, instead)
     with Lanes(run, together) as lanes:
         outcome = Pool([one for one in runs if one not in alone], results, together, lanes).work()
-    for name, reason in outcome.failed.items():
+    for name, reason in (outcome.failed | outcome.diverged).items():
         print(f"error: {name}: {reason}", file=sys.stderr)
-        instead[name] = f"failed: {reason}"
+    instead |= {name: f"failed: {reason}" for name, reason in outcome.failed.items()}
     if outcome.left:
         left = len(outcome.left)
         print(f"stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)
-    return outcome.code if outcome.code is not None else 1 if outcome.failed else code
+    return outcome.code if outcome.code is not None else 1 if outcome.failed or outcome.diverged else code
 
 
 if __name__ == "__main__":

@@ -263,7 +263,8 @@ def accelerated(config: Config) -> bool:
 def report(outcome: Any, results: Path, budget: float | None) -> int:
     """Print what was done, what failed and what is left, and return the exit code."""
     count = len(outcome.done) + len(outcome.failed) + len(outcome.left)
-    print(f"{len(outcome.done)} of {count} runs are done.")
+    diverged = f", {len(outcome.diverged)} of which diverged" if outcome.diverged else ""
+    print(f"{len(outcome.done)} of {count} runs are done{diverged}.")
     if outcome.left:
         begun = sum(there(results / "runs" / name / "checkpoint.pt") for name in outcome.left)
         why = f"the budget of {duration(budget or 0)} is spent" if outcome.spent else "stopped"

@@ -2,6 +2,8 @@
 
 from mbn.config import iterations, iterations_per_epoch, run_name
 from mbn.records import record
+from mbn.records.sense import RESULTS
+from mbn.tables.cells import AllRuns, Table
 
 EPOCHS = tuple(range(1, 101))
 
@@ -34,10 +36,15 @@ def curves_of(config, test_error, train_error, bump, fall):
     }
 
 
+def table(grid, records, **asked):
+    """A table whose grid is the only one."""
+    return Table(grid, AllRuns((grid,), records, **asked))
+
+
 def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0, fall=0.0, **fields):
     """Write one record of a cell, with other fields as they are given, and return its path."""
     config = cell.config(seed, scale)
-    curves = curves_of(config, test_error, train_error, bump, fall)
+    curves = curves_of(config, test_error or 0.0, train_error or 0.0, bump, fall)
     part = {
         **{"from": 0, "device": "cuda: Toy", "cpu_capability": "AVX2", "threads": 2, "mode": "eager", "tf32": True},
         **{"deterministic": False, "code": "0" * 64, "commit": "0123456789" * 4, "dirty": False},
@@ -67,8 +74,16 @@ def write(results, cell, seed, test_error, scale=1.0, train_error=1.0, bump=0.0,
         "versions": {"torch": "2.11"},
         "parts": [part],
         "journal": "1" * 64,
+        "diverged_at": None,
         "curves": curves,
         "controls": None,
     }
     record.write(results, content | fields)
     return record.path_of(results, content["name"])
+
+
+def write_diverged(results, cell, seed, at, scale=1.0, **fields):
+    """Write the record of a run of a cell that diverged at an iteration, and return its path."""
+    nothing = dict.fromkeys(key for key in RESULTS if key not in ("test_error", "train_error"))
+    gone = {**nothing, "test_error_best": None, "curves": {}, "diverged_at": at}
+    return write(results, cell, seed, None, scale, None, **gone, **fields)

@@ -26,6 +26,8 @@ class Estimate:
         for one in records:
             # Tables and imports refuse a record that lacks one of these, or in which one cannot be true.
             with contextlib.suppress(AttributeError, KeyError, TypeError):
+                if one.get("diverged_at") is not None:  # after a part of these iterations
+                    continue
                 numbers = ("iterations", "images", "seconds")
                 if not all(RULES[key].holds(one[key]) for key in numbers) or one["iterations"] < SHORTEST:
                     continue

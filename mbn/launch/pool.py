@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -58,9 +58,13 @@ class StopAll(signals.Stop):
 
 @dataclass
 class Outcome:
-    """What became of the runs: their names, and the reason for each that failed."""
+    """What became of the runs: their names, and the reason for each that failed.
+
+    diverged: those of the runs in `done` that diverged, and what they said: they are finished, and have no errors.
+    """
 
     done: list[str] = field(default_factory=list)
+    diverged: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     code: int | None = None  # exit code for the signal that stopped it
@@ -260,11 +264,22 @@ class Pool:
             reason = child.reason or last_line(child.log)
             if code in signals.CODES.values() or code < 0:
                 reason = f"stopped from outside with exit code {code}"
+            elif run.finished(self.results) and record.diverged(self._record(run)):
+                self._finished(run, reason=reason)
+                return
             self._failed(run, reason, f" (log: {child.log})")
 
-    def _finished(self, run: PlannedRun, how: str = "") -> None:
-        result = record.read(record.path_of(self.results, run.name))
-        text = f"{run.name}: test error {result['test_error']:.2f} %, {result['seconds']:.0f} s{how}"
+    def _record(self, run: PlannedRun) -> dict[str, Any]:
+        return record.read(record.path_of(self.results, run.name))
+
+    def _finished(self, run: PlannedRun, how: str = "", reason: str | None = None) -> None:
+        result = self._record(run)
+        if record.diverged(result):
+            end = record.divergence(result)
+            self.outcome.diverged[run.name] = printable(reason or end)
+        else:
+            end = f"test error {result['test_error']:.2f} %"
+        text = f"{run.name}: {end}, {result['seconds']:.0f} s{how}"
         self.outcome.done.append(run.name)
         self.bar.update()
         self._say(text)

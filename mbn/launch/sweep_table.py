@@ -33,7 +33,7 @@ def sweep_table(runs: Sequence[PlannedRun], results: Path, instead: Mapping[str,
     swept.remove("seed")
     places: dict[tuple[str, ...], dict[str, Any]] = {}  # by name, so that a run that stands twice counts once
     for run, values, result in zip(runs, settings, found, strict=True):
-        finished = {run.name: result} if isinstance(result, dict) else {}
+        finished = {run.name: result} if isinstance(result, dict) and not record.diverged(result) else {}
         places.setdefault(tuple(values[key] for key in swept), {}).update(finished)
     means = [
         [*place, *(_mean([r[field] for r in there.values()]) for field in ERRORS)] for place, there in places.items()
@@ -62,6 +62,8 @@ def _result(run: PlannedRun, results: Path, instead: Mapping[str, str]) -> dict[
 def _cells(result: dict[str, Any] | str) -> list[str]:
     if isinstance(result, str):
         return [*("-" for _ in ERRORS), "-", result]
+    if record.diverged(result):
+        return [*("-" for _ in ERRORS), duration(result["seconds"]), record.divergence(result)]
     return [*(f"{result[field]:.2f} %" for field in ERRORS), duration(result["seconds"]), ""]
 
 

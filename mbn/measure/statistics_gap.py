@@ -1,4 +1,6 @@
-"""How far training's statistics are from those that evaluation would use (the gap), and which channels are dead."""
+"""How far training's statistics are from those that evaluation would use (the gap), and which channels are dead, before
+a layer that normalises and behind a ReLU.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,13 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from mbn.norm.base import BatchStatisticsNorm
+from mbn.norm.normprop import StandardReLU
 from mbn.norm.second_forward import held
 
-Statistics = dict[str, tuple[Tensor, Tensor]]
+# By the name of a layer with batch statistics: mu^ and sigma^. By the name of a ReLU: which of its channels are dead.
+Statistics = dict[str, tuple[Tensor, ...]]
 
 
 def named_norm_layers(model: nn.Module) -> dict[str, BatchStatisticsNorm]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchStatisticsNorm)}
+
+
+def named_relus(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.ReLU | StandardReLU)}
+
+
+@contextlib.contextmanager
+def observed_relus(model: nn.Module, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While in use, calls note(name, dead) after each call of a ReLU; dead: for each channel whether it lets nothing
+    through, so that its output is what the ReLU makes of 0 over the whole batch.
+    """
+
+    def dead(relu: nn.Module, y: Tensor) -> Tensor:
+        nothing = relu.forward(y.new_zeros(()))  # not relu(...), which would call this hook again
+        return (y <= nothing).transpose(0, 1).flatten(1).all(1)
+
+    with contextlib.ExitStack() as hooks:
+        for name, relu in named_relus(model).items():
+            hook = relu.register_forward_hook(lambda relu, _, y, name=name: note(name, dead(relu, y)))
+            hooks.enter_context(hook)
+        yield
 
 
 @contextlib.contextmanager
@@ -34,7 +59,8 @@ def uses_dropout(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
-    """Each layer's mu^ and sigma^ = sqrt(s2^ + eps) for a training forward of images now. Changes nothing.
+    """Each layer's mu^ and sigma^ = sqrt(s2^ + eps) for a training forward of images now, and each ReLU's dead channels
+    (those of all its calls, if there are several). Changes nothing.
 
     This costs a forward pass at the end of each epoch. To keep copies instead would cost time in every iteration.
     """
@@ -43,9 +69,17 @@ def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
     def note(name: str, layer: BatchStatisticsNorm, x: Tensor) -> None:
         seen[name] = layer.training_statistics(x)
 
+    def note_dead(name: str, dead: Tensor) -> None:
+        seen[name] = (torch.cat([*seen.get(name, ()), dead]),)
+
     devices = [images.device] if images.device.type == "cuda" else []
     # Dropout must not use up training's draws. Without dropout the generators are left alone: threads share them.
-    with torch.random.fork_rng(devices, enabled=uses_dropout(model)), held(model), observed(model, note):
+    with (
+        torch.random.fork_rng(devices, enabled=uses_dropout(model)),
+        held(model),
+        observed(model, note),
+        observed_relus(model, note_dead),
+    ):
         model(images)
     return seen
 
@@ -59,11 +93,13 @@ def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
     layer_dead_channels: for each layer that has any, how many of its channels are dead; dead_channels: their sum;
     dead_layers: how many layers have dead channels only. (A channel is dead if its values do not vary in training: its
     variance s2^ = sigma^**2 - eps is below a thousandth of eps. Its output is then nearly beta, and only weight decay
-    moves the weights before it. A layer that has dead channels only ends a dead branch.)
+    moves the weights before it. A layer that has dead channels only ends a dead branch.) stage_dead_relus: how many
+    channels let nothing of the batch through their ReLU, for each stage, which is the child of the model that holds the
+    ReLU (layer1, features); dead_relus: their sum.
 
     training: what `training_statistics` gave for the last iteration; with MBN these are the statistics of the batch and
     its whole memory. mu_test, sigma_test: what evaluation would use now. A model without batch statistics has weight
-    norms only.
+    norms and dead ReLUs only.
     """
     weights = {n: p.detach() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1}
     layers = named_norm_layers(model)
@@ -76,12 +112,16 @@ def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
         std = (sigma / sigma_test).log().abs().mean()
         dead = (sigma.view(-1, layer.num_features) ** 2 < 1.001 * layer.eps).all(0).sum()
         measured.append(torch.stack([mean, std, dead.to(mean.dtype)]))
-    numbers = torch.cat(measured).tolist()
+    relus = [name for name in named_relus(model) if name in training]  # one that was not called has none
+    silent = [training[name][0].sum().to(measured[0].dtype) for name in relus]
+    numbers = torch.cat([*measured, *(count[None] for count in silent)]).tolist()
     norms = dict(zip(weights, numbers, strict=False))
     row: dict[str, Any] = {"weight_norm": sum(v * v for v in norms.values()) ** 0.5, "weight_norms": norms}
+    row |= _by_stage(dict(zip(relus, map(int, numbers[len(numbers) - len(relus) :]), strict=True)))
     if not layers:
         return row
-    means, stds, lost = (dict(zip(layers, numbers[len(norms) + i :: 3], strict=True)) for i in range(3))
+    of_layers = numbers[len(norms) : len(numbers) - len(relus)]
+    means, stds, lost = (dict(zip(layers, of_layers[i::3], strict=True)) for i in range(3))
     return row | {
         "gap_mean": sum(means.values()) / len(layers),
         "gap_std": sum(stds.values()) / len(layers),
@@ -91,3 +131,12 @@ def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
         "dead_layers": sum(count == layers[name].num_features for name, count in lost.items()),
         "layer_dead_channels": {name: int(count) for name, count in lost.items() if count},
     }
+
+
+def _by_stage(counts: dict[str, int]) -> dict[str, Any]:
+    """The dead channels of each ReLU as they stand in a row; nothing where there is none."""
+    stages: dict[str, int] = {}
+    for name, count in counts.items():
+        stage = name.partition(".")[0]
+        stages[stage] = stages.get(stage, 0) + count
+    return {"dead_relus": sum(stages.values()), "stage_dead_relus": stages} if stages else {}

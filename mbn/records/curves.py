@@ -10,7 +10,7 @@ POINTS = 250
 # Measured at the end of an epoch. The weight norm is that of all matrices and filters together.
 AT_EPOCHS = (
     *("images", "train_error", "train_loss", "test_error", "test_loss"),
-    *("gap_mean", "gap_std", "weight_norm", "dead_channels", "dead_layers"),
+    *("gap_mean", "gap_std", "weight_norm", "dead_channels", "dead_layers", "dead_relus"),
 )
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ def curves(rows: Iterable[Row]) -> dict[str, Any]:
     A point is the end of an epoch: at most POINTS of them, the last one included, with those values of AT_EPOCHS that
     are finite at all of them. Their training loss and error are means over a whole epoch. `training` has finer steps,
     from the rows within epochs too: `images` seen, and the mean `loss` and `error` (percent) of the images since the
-    point before, at most POINTS of each.
+    point before, at most POINTS of each. `stage_dead_relus` has a curve for each stage.
     """
     rows = list(rows)
     kept = _thinned([row for row in rows if row["kind"] == "epoch"])
@@ -36,6 +36,9 @@ def curves(rows: Iterable[Row]) -> dict[str, Any]:
     }
     steps = [_means(*pair) for pair in itertools.pairwise([NOTHING_YET, *_thinned(_sums(rows))])]
     training = {key: [five_digits(step[i]) for step in steps] for i, key in enumerate(("images", "loss", "error"))}
+    if "dead_relus" in content:
+        stages = [row["stage_dead_relus"] for row in kept]
+        content["stage_dead_relus"] = {name: [row[name] for row in stages] for name in stages[0]}
     return content | {"training": training}
 
 

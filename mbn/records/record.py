@@ -14,18 +14,19 @@ from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 
 # Version 1 had no field for its version; version 2 had no hash of the code; version 3 had no parts and no hash of the
-# journal; version 4 had no controls. Up to version 4 `test_error_precise` was measured with the memory held.
+# journal; version 4 had no controls, and no records of runs that diverged. Up to version 4 `test_error_precise` was
+# measured with the memory held.
 VERSION = 5
 FIELDS = (
     "version",
     *("name", "config", "test_error", "test_error_best", "train_error", "test_error_top5", "test_error_precise"),
-    *("test_loss", "train_loss", "iterations", "images", "parameters", "seconds", "images_per_second"),
+    *("test_loss", "train_loss", "iterations", "images", "parameters", "seconds", "images_per_second", "diverged_at"),
     *("device", "mode", "threads", "commit", "dirty", "code", "versions", "parts", "journal", "date", "curves"),
     "controls",
     "checksum",
 )
 # Fields that records of earlier versions lack; they are then read as None.
-LATER = ("version", "code", "parts", "journal", "controls")
+LATER = ("version", "code", "parts", "journal", "controls", "diverged_at")
 
 
 def path_of(results: Path, name: str) -> Path:
@@ -163,6 +164,8 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def in_a_sentence(record: dict[str, Any]) -> str:
     """One line for the end of a run."""
+    if diverged(record):
+        return f"{record['name']}: {divergence(record)}"
     precise, iterations = (record["controls"] or {}).get("test_error_precise"), record["iterations"]
     return (
         f"{record['name']}: test error {record['test_error']:.2f} % (best epoch {record['test_error_best']:.2f} %"
@@ -170,3 +173,13 @@ def in_a_sentence(record: dict[str, Any]) -> str:
         + f"training error {record['train_error']:.2f} %, {iterations:,} iteration{'s' * (iterations != 1)} in "
         f"{duration(record['seconds'])}"
     )
+
+
+def diverged(record: dict[str, Any]) -> bool:
+    """Whether its run diverged: then it has no errors, no losses and no curves."""
+    return record["diverged_at"] is not None
+
+
+def divergence(record: dict[str, Any]) -> str:
+    """Where a run diverged, in words. Example: diverged at iteration 91 of 78,200."""
+    return f"diverged at iteration {record['diverged_at']:,} of {record['iterations']:,}"

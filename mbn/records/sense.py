@@ -16,8 +16,10 @@ from mbn.system.setting_fields import Rule, among
 
 # Errors on test images, in percent.
 TEST_ERRORS = ("test_error", "test_error_best", "test_error_top5", "test_error_precise")
-# Fields that may be null: not measured, or not known.
-NULLABLE = ("test_error_precise", "commit", "dirty", "code", "parts", "journal", "controls")
+# What a run that diverged does not have.
+RESULTS = (*TEST_ERRORS, "train_error", "test_loss", "train_loss")
+# Fields that may be null: not measured, or not known; in most runs, that they diverged.
+NULLABLE = ("test_error_precise", "commit", "dirty", "code", "parts", "journal", "diverged_at", "controls")
 # No field counts so far. Python's whole numbers have no largest one, and floats made of them do.
 MOST = 1e15
 # By so much the sums and differences of floats may miss a limit.
@@ -73,6 +75,7 @@ RULES = {
     **dict.fromkeys((*TEST_ERRORS, "train_error"), PERCENT),
     **dict.fromkeys(("test_loss", "train_loss", "seconds", "images_per_second"), AT_LEAST_0),
     **dict.fromkeys(("iterations", "images", "parameters", "threads"), COUNT),
+    "diverged_at": Rule("a whole number, at least 0", lambda value: _is_whole(value, 0)),
     "device": TEXT,
     "mode": MODE,
     "commit": COMMIT_NAME,
@@ -138,20 +141,41 @@ def fault(record: dict[str, Any], config: Config) -> str | None:
 
 
 def _faults(record: dict[str, Any], config: Config) -> Iterator[str]:
+    diverged = record["diverged_at"] is not None
     for key, rule in RULES.items():
-        if key in record and (record[key] is not None or key not in NULLABLE) and not rule.holds(record[key]):
+        nullable = key in NULLABLE or (diverged and key in RESULTS)
+        if key in record and (record[key] is not None or not nullable) and not rule.holds(record[key]):
             yield f"{key} must be {rule.wanted}, not {as_json(record[key])}"
+        if diverged and key in RESULTS and record[key] is not None:
+            yield f"{key} must be null where diverged_at is not, not {as_json(record[key])}"
     for key, ok, wanted in _agreements(record, config):
         if not ok:
             yield f"{key} must be {wanted}, not {as_json(record[key])}"
-    yield from _wrong_curves(record)
+    if not diverged:
+        yield from _wrong_curves(record)
+    elif record["curves"] != {}:
+        yield "curves must be {} where diverged_at is not null"
     yield from _wrong_parts(record)
-    if record["controls"] is not None:
+    if record["controls"] is not None and diverged:
+        yield "controls must be null where diverged_at is not"
+    elif record["controls"] is not None:
         yield from _wrong_controls(record["controls"], config)
 
 
 def _agreements(record: dict[str, Any], config: Config) -> Iterator[tuple[str, bool, str]]:
     """How fields agree with others and with the configuration: field, whether it does, what is wanted."""
+    length = iterations(config)
+    if record["diverged_at"] is None:
+        yield from _test_errors_agree(record, config)
+    else:
+        yield "diverged_at", record["diverged_at"] < length, f"less than its {length} iterations"
+    yield "iterations", record["iterations"] == length, f"{length}, as its configuration gives"
+    epochs, batches = divmod(length, iterations_per_epoch(config))
+    images = config.dataset.train_images * epochs + config.batch_size * batches
+    yield "images", record["images"] == images, f"{images}, as its configuration gives"
+
+
+def _test_errors_agree(record: dict[str, Any], config: Config) -> Iterator[tuple[str, bool, str]]:
     n = config.dataset.test_images
     for key in TEST_ERRORS:
         if record[key] is not None:
@@ -160,27 +184,38 @@ def _agreements(record: dict[str, Any], config: Config) -> Iterator[tuple[str, b
         yield key, record[key] <= record["test_error"], f"at most test_error ({record['test_error']})"
     statistics = METHODS[config.norm.name].statistics
     yield "test_error_precise", record["test_error_precise"] is None or statistics, f"null with {config.norm.name}"
-    length = iterations(config)
-    yield "iterations", record["iterations"] == length, f"{length}, as its configuration gives"
-    epochs, batches = divmod(length, iterations_per_epoch(config))
-    images = config.dataset.train_images * epochs + config.batch_size * batches
-    yield "images", record["images"] == images, f"{images}, as its configuration gives"
 
 
 def _wrong_curves(record: dict[str, Any]) -> Iterator[str]:
     curves = record["curves"]
-    yield from _wrong_lists(curves, CURVES, "curves", ("images", "test_error"), ("training",))
+    yield from _wrong_lists(curves, CURVES, "curves", ("images", "test_error"), ("training", "stage_dead_relus"))
     if "training" in curves:
         if not isinstance(curves["training"], dict):
             yield f"curves.training must be curves by their names, not {as_json(curves['training'])}"
         yield from _wrong_lists(curves["training"], TRAINING, "curves.training", TRAINING)
         if curves["training"]["images"][-1] != record["images"]:
             yield f"curves.training.images must end with images ({record['images']})"
+    if "stage_dead_relus" in curves:
+        yield from _wrong_stages(curves)
     for key in ("images", "test_error", "test_error_top5", "test_loss"):
         if key in curves and record[key] is not None and curves[key][-1] != five_digits(record[key]):
             yield f"curves.{key} must end with {key} ({record[key]})"
     if five_digits(record["test_error_best"]) > min(curves["test_error"]):
         yield f"test_error_best must be at most every value of curves.test_error, not {record['test_error_best']}"
+
+
+def _wrong_stages(curves: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the dead ReLUs of each stage."""
+    stages = curves["stage_dead_relus"]
+    if not isinstance(stages, dict) or not all(map(_is_text, stages)) or "dead_relus" not in curves:
+        yield f"curves.stage_dead_relus must be curves by stages, beside dead_relus, not {as_json(stages)}"
+    known = dict.fromkeys(stages, Rule("whole numbers, at least 0", lambda value: _is_whole(value, 0)))
+    for name in stages:
+        yield from _wrong_lists(
+            {"images": curves["images"], name: stages[name]}, known | CURVES, "curves.stage_dead_relus", ()
+        )
+    if [sum(counts) for counts in zip(*stages.values(), strict=True)] != curves["dead_relus"]:
+        yield "curves.dead_relus must be the sums of stage_dead_relus"
 
 
 def _wrong_lists(curves: Any, known: Any, prefix: str, needed: Any, others: Any = ()) -> Iterator[str]:

@@ -37,6 +37,14 @@ def lacks_memory(error: Exception) -> bool:
     return any(text in str(error) for text in texts)
 
 
+class DivergedError(UserError):
+    """Training diverged at this 0-based iteration. The run is finished: its record says so."""
+
+    def __init__(self, message: str, iteration: int) -> None:
+        super().__init__(message, everywhere=True)
+        self.iteration = iteration
+
+
 class ConfigError(UserError):
     """A configuration that cannot be run; the message says what would be right."""
 

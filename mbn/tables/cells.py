@@ -1,10 +1,10 @@
 """Which records are in which cell of a table, and the numbers that they give."""
 
 import re
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mbn import grid
 from mbn.grid import Cell, Grid
@@ -12,13 +12,16 @@ from mbn.launch.estimate import Estimate
 from mbn.launch.table_status import TableStatus, table_status
 from mbn.records import record
 from mbn.system.errors import UserError
-from mbn.tables.claims import Runs
-from mbn.tables.over_seeds import Summary, Values, difference, summary, welch
+from mbn.tables.measures import Measure, Record, Taken, diverged
+from mbn.tables.over_seeds import SEEDS, Contrast, Level, Sample, Spread, Values, contrast, level, pooled
 
 # The grids that the figure of test error against batch size is drawn from.
 BATCH_SIZES = ("table4-resnet20", "table4-methods")
 
-Records = dict[str, dict[str, Any]]
+Records = dict[str, Record]
+# The records of a cell, by seed.
+Runs = dict[int, Record]
+NUMBERED = {"resnet": "ResNet", "cifar": "CIFAR"}
 
 
 def read_records(results: Path) -> Records:
@@ -36,24 +39,94 @@ def read_records(results: Path) -> Records:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A grid, and the records of its cells at the seeds and the scale that are asked for."""
+class AllRuns:
+    """All grids, and the records of their cells at the seeds and the scale that are asked for."""
 
-    grid: Grid
+    grids: tuple[Grid, ...]
     records: Records
-    seeds: int = 5
+    seeds: int = SEEDS
     scale: float = 1.0
+    _spreads: dict[tuple[str, Taken], Spread] = field(default_factory=dict, repr=False)
 
-    def runs(self, cell: Cell) -> Runs:
+    def of(self, cell: Cell) -> Runs:
         """The records of a cell, by seed."""
         if cell.overrides is None:
             return {}
         named = {seed: cell.name(seed, self.scale) for seed in range(self.seeds)}
         return {seed: self.records[name] for seed, name in named.items() if name in self.records}
 
+    def values(self, cell: Cell, measure: Taken) -> Values:
+        """One number of each of a cell's runs, by seed, without those that have none."""
+        numbers = {seed: measure(one) for seed, one in self.of(cell).items()}
+        return {seed: number for seed, number in numbers.items() if number is not None}
+
+    @cached_property
+    def cells(self) -> dict[str, Cell]:
+        """Every cell with runs, by the name of its first seed: the same training in two tables is one cell."""
+        cells = (cell for one in self.grids for cell in one.cells if cell.overrides is not None)
+        return dict(reversed([(cell.name(0, self.scale), cell) for cell in cells]))
+
+    @cached_property
+    def groups(self) -> dict[str, list[Cell]]:
+        """The cells whose variance is pooled: those of a network and a data set."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in self.cells.values():
+            groups.setdefault(network(cell), []).append(cell)
+        return groups
+
+    def spread(self, group: str, measure: Taken) -> Spread:
+        """How much the seeds of a group's cells differ in a number."""
+        if (group, measure) not in self._spreads:
+            found = pooled(self.values(cell, measure) for cell in self.groups.get(group, []))
+            self._spreads[group, measure] = found
+        return self._spreads[group, measure]
+
+    def sample(self, cell: Cell, measure: Taken) -> Sample | None:
+        """The mean of a number over a cell's runs, with the spread of its group; None without a run."""
+        values = self.values(cell, measure)
+        if not values:
+            return None
+        group, mean = network(cell), statistics.fmean(values.values())
+        return Sample(cell.name(0, self.scale), mean, len(values), group, self.spread(group, measure))
+
+
+def network(cell: Cell) -> str:
+    """Example: ResNet-56 on CIFAR-10. A name that is not known is shown as it is."""
+    config = cell.config(0)
+    return " on ".join(_display(name) for name in (config.model.name, config.dataset.name))
+
+
+def _display(name: str) -> str:
+    known = {"vgg16": "VGG", "nin": "NIN", "imagenet": "ImageNet"}
+    return known.get(name) or re.sub(r"^(resnet|cifar)(\d+)$", lambda m: f"{NUMBERED[m[1]]}-{m[2]}", name)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A grid, and the runs that it is made from."""
+
+    grid: Grid
+    all_runs: AllRuns
+
+    @property
+    def records(self) -> Records:
+        return self.all_runs.records
+
+    @property
+    def seeds(self) -> int:
+        return self.all_runs.seeds
+
+    @property
+    def scale(self) -> float:
+        return self.all_runs.scale
+
+    def runs(self, cell: Cell) -> Runs:
+        """The records of a cell, by seed."""
+        return self.all_runs.of(cell)
+
     def values(self, cell: Cell, field: str) -> Values:
         """One field of a cell's records, by seed, without those that have none."""
-        return {seed: one[field] for seed, one in self.runs(cell).items() if one[field] is not None}
+        return self.all_runs.values(cell, Measure(field))
 
     @cached_property
     def has_runs(self) -> bool:
@@ -76,60 +149,90 @@ class Table:
         ]
 
     def entry(self, cell: Cell, metric: str) -> "Entry":
-        values = self.values(cell, metric)
-        if cell.overrides is None or cell.baseline().name(0, self.scale) == cell.name(0, self.scale):
-            return Entry(cell, metric, self.seeds, values, None, None)
-        of_bn = self.values(cell.baseline(), metric)
-        return Entry(cell, metric, self.seeds, values, difference(values, of_bn), welch(values, of_bn))
+        runs, measure = self.runs(cell), Measure(metric)
+        sample = self.all_runs.sample(cell, measure)
+        values, lost = self.values(cell, metric), sum(map(diverged, runs.values()))
+        to_bn, papers = None, None
+        if cell.overrides is not None and (bn := cell.baseline()).name(0) != cell.name(0):
+            of_bn = self.all_runs.sample(bn, measure)
+            to_bn = contrast([sample, of_bn], (1, -1)) if sample and of_bn else Contrast()
+            printed = [c.paper.get(metric) for c in self.grid.cells if c.overrides and c.name(0) == bn.name(0)]
+            ours = cell.paper.get(metric)
+            papers = float(ours) - float(printed[0]) if ours and printed and printed[0] else None
+        return Entry(cell, metric, self.seeds, values, lost, sample, to_bn, papers)
 
 
 @dataclass(frozen=True)
 class Entry:
     """One number of a table.
 
-    to_bn: its difference to BN, welch: p of Welch's test of it; None where the cell is BN itself, or nothing is run.
+    diverged: how many of its runs have no number, because they diverged. to_bn: its difference to BN, without a mean
+    where nothing can be compared, None where the cell is BN itself, or nothing is run; paper_to_bn: the paper's.
     """
 
     cell: Cell
     metric: str
     seeds: int
     values: Values
-    to_bn: Summary | None
-    welch: float | None
+    diverged: int
+    sample: Sample | None
+    to_bn: Contrast | None
+    paper_to_bn: float | None
 
     @property
     def paper(self) -> str | None:
         return self.cell.paper.get(self.metric)
 
     @property
-    def better(self) -> bool:
-        """Whether the whole interval of the difference to BN lies below zero: all metrics are errors."""
-        return self.to_bn is not None and self.to_bn.high is not None and self.to_bn.high < 0
+    def has_run(self) -> bool:
+        return bool(self.values or self.diverged)
+
+    @property
+    def mark(self) -> str:
+        """better or worse than BN, where the whole interval of the difference is on one side of zero, else nothing.
+
+        All metrics are errors.
+        """
+        interval = self.to_bn.interval() if self.to_bn else None
+        return "" if interval is None else "better" if interval[1] < 0 else "worse" if interval[0] > 0 else ""
 
     @cached_property
-    def over_seeds(self) -> Summary:
-        return summary(self.values.values())
+    def level(self) -> Level | None:
+        """The paper's number against ours."""
+        return level(self.sample, float(self.paper)) if self.sample and self.paper else None
+
+    @property
+    def sd(self) -> float | None:
+        """Of the cell's own seeds."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
     def text(self, plus_minus: str = "±") -> str:
-        """Examples: 6.41 ± 0.12 (5), 6.41 (1 of 5), -."""
-        n, mean, sd = self.over_seeds.n, self.over_seeds.mean, self.over_seeds.sd
-        if mean is None:
+        """Examples: 6.41 ± 0.12 (5), 6.41 (1 of 5), 6.41 ± 0.12 (3), 2 diverged, diverges (2 of 5), -."""
+        if not self.has_run:
             return "-"
-        spread = f" {plus_minus} {sd:.2f}" if sd is not None else ""
-        return f"{mean:.2f}{spread} ({n if n == self.seeds else f'{n} of {self.seeds}'})"
+        if self.sample is None:
+            return f"diverges ({self._of_all(self.diverged)})"
+        spread = f" {plus_minus} {self.sd:.2f}" if self.sd is not None else ""
+        lost = f", {self.diverged} diverged" if self.diverged else ""
+        n = self.sample.n
+        return f"{self.sample.mean:.2f}{spread} ({n if n + self.diverged == self.seeds else self._of_all(n)}){lost}"
+
+    def _of_all(self, n: int) -> str:
+        return str(n) if n == self.seeds else f"{n} of {self.seeds}"
 
 
 def read_tables(
-    records: Records, names: list[str] | None = None, seeds: int = 5, scale: float = 1.0
+    records: Records, names: list[str] | None = None, seeds: int = SEEDS, scale: float = 1.0
 ) -> dict[str, Table]:
-    """Every table that is named, or all of them.
+    """Every table that is named, or all of them. How much seeds differ is judged by the runs of all tables.
 
     Errors: UserError for a name that no table has, and for a data set whose records are kept away from tables.
     """
-    tables = {name: Table(grid.read(name), records, seeds, scale) for name in names or grid.names()}
-    for table in tables.values():
-        grid.check_data_sets(table.grid)
-    return tables
+    chosen = {name: grid.read(name) for name in names or grid.names()}
+    all_runs = AllRuns(tuple(chosen.get(name) or grid.read(name) for name in grid.names()), records, seeds, scale)
+    for one in chosen.values():
+        grid.check_data_sets(one)
+    return {name: Table(one, all_runs) for name, one in chosen.items()}
 
 
 def file_name(name: str, scale: float) -> str:
@@ -159,14 +262,14 @@ def heads(table: Table) -> list[str]:
     ]
 
 
-def lines(table: Table, plus_minus: str, bold: str) -> list[list[str]]:
-    """Of each row the label and the texts below `heads`. bold: the form (with %s) of one that is better than BN."""
+def lines(table: Table, plus_minus: str, better: str, worse: str) -> list[list[str]]:
+    """Of each row the label and the texts below `heads`. better, worse: forms, with %s, where one is so than BN."""
+    forms = {"better": better, "worse": worse, "": "%s"}
     found = []
     for row in table.grid.rows:
         line = [row]
         for e in table.entries:
             if e.cell.row == row:
-                text = e.text(plus_minus)
-                line += [bold % text if e.better else text, *([e.paper or "-"] if table.grid.paper else [])]
+                line += [forms[e.mark] % e.text(plus_minus), *([e.paper or "-"] if table.grid.paper else [])]
         found.append(line)
     return found

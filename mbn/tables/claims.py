@@ -1,72 +1,97 @@
-"""What the runs say about the claims of a table: each holds, does not hold, or is not decided yet."""
+"""What the runs say about the claims of a table: each holds, does not hold, or is undecided."""
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
 
-from mbn.grid import Cell, Claim, Drop, Gain, Rise
-from mbn.tables.over_seeds import Summary, seeds_to_decide, summary
+from mbn.grid import Claim, Drop, Equal, Gain, Rise
+from mbn.tables.cells import AllRuns
+from mbn.tables.measures import Measure
+from mbn.tables.over_seeds import EQUIVALENCE, Contrast, contrast, p_text, together
 
-# The records of a cell, by seed.
-Runs = dict[int, dict[str, Any]]
-
-HOLDS, FAILS, OPEN = "the claim holds", "the claim does not hold", "not decided yet"
-# Share of training over which a curve is averaged before and after an instant: ten epochs of the paper's 200.
-AVERAGED = Fraction(1, 20)
+HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+# The place of a claim's number over all places that have runs.
+TOGETHER = "together"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the numbers say at one place of a claim.
-
-    needed: how many seeds would decide it, if it is not decided and asks whether a number is above or below zero.
-    """
+    """What the numbers say at one place of a claim. paper: the paper's own number, where it prints one."""
 
     place: str
+    number: Contrast
     outcome: str
-    number: Summary
-    needed: int | None
+    paper: float | None
+
+    @property
+    def has_run(self) -> bool:
+        return self.number.mean is not None
+
+    @property
+    def excluded(self) -> bool:
+        """Whether the paper's number lies outside the 95 % interval."""
+        return self.paper is not None and self.number.excludes(self.paper)
+
+    @property
+    def against_paper(self) -> str:
+        """Example: the paper's -4.27 is excluded (p < 0.001)."""
+        p = None if self.paper is None else self.number.p(self.paper)
+        if self.paper is None or p is None:
+            return ""
+        return f"the paper's {self.paper:+.2f} is {'' if self.excluded else 'not '}excluded ({p_text(p)})"
 
 
-def judge(claim: Claim, runs_of: Callable[[Cell], Runs]) -> list[Verdict]:
-    """Decide a claim at each place, over the seeds that all cells there have."""
-    verdicts = []
+def judge(claim: Claim, all_runs: AllRuns) -> list[Verdict]:
+    """Decide a claim at each place. A place without a run of each of its cells has a number without a mean."""
+    verdicts, measure = [], measured(claim)
     for place, cells in claim.cells.items():
-        runs = [runs_of(cell) for cell in cells]
-        common = sorted(set.intersection(*map(set, runs)))
-        numbers = [_number(claim, [of_cell[seed] for of_cell in runs]) for seed in common]
-        found = summary(number for number in numbers if number is not None)
-        outcome = _outcome(claim, found)
-        needed = seeds_to_decide(found) if outcome == OPEN and 0 in claim.bounds else None
-        verdicts.append(Verdict(place, outcome, found, needed))
+        samples = [all_runs.sample(cell, measure) for cell in cells]
+        known = [sample for sample in samples if sample is not None]
+        number = contrast(known, _weights(claim, len(cells))) if len(known) == len(cells) else Contrast()
+        verdicts.append(Verdict(place, number, outcome(claim, number), printed(claim, place)))
     return verdicts
 
 
-def _number(claim: Claim, records: list[dict[str, Any]]) -> float | None:
-    """The number that a claim is about, from one seed's record of each of its cells; None if one lacks it."""
-    curve = {Drop: drop, Rise: rise}.get(type(claim))
-    values: list[Any] = [curve(record, claim.metric, claim.at) if curve else record[claim.metric] for record in records]
-    return None if any(value is None for value in values) else _combined(claim, values)
+def joint(claim: Claim, verdicts: Sequence[Verdict], several: int = 2) -> Verdict | None:
+    """The verdicts of a claim together: their numbers' mean, weighted by precision. The paper's number has the same
+    weights, and is None where one place lacks it.
+
+    None where fewer than `several` places have an interval, and for an equality, where differences could cancel out.
+    """
+    known = [verdict for verdict in verdicts if verdict.number.precision is not None]
+    if len(known) < several or isinstance(claim, Equal):
+        return None
+    number, weights = together([verdict.number for verdict in known])
+    papers = [verdict.paper for verdict in known]
+    terms = [weight * paper for weight, paper in zip(weights, papers, strict=True) if paper is not None]
+    paper = sum(terms) if len(terms) == len(known) else None
+    return Verdict(TOGETHER, number, outcome(claim, number), paper)
 
 
-def _combined(claim: Claim, values: list[float]) -> float:
-    """A claim's number from the value of each of its cells."""
-    if isinstance(claim, Gain):
-        x_start, y_start, x_end, y_end = values
-        return (x_start - x_end) - (y_start - y_end)
-    return values[0] - values[1] if len(values) == 2 else values[0]
+def measured(claim: Claim) -> Measure:
+    """The number of a record that a claim compares."""
+    form = {Drop: "drop", Rise: "rise"}.get(type(claim), "")
+    return Measure(claim.metric, form, claim.at)
 
 
-def _outcome(claim: Claim, number: Summary) -> str:
-    """By the interval: the claim holds where all of it is within the bounds, and not where all of it is outside."""
-    if number.low is None or number.high is None:
+def _weights(claim: Claim, cells: int) -> tuple[int, ...]:
+    """How a claim's number is made from the means of its cells."""
+    if isinstance(claim, Gain):  # (X at the start - X at the end) - (Y at the start - Y at the end)
+        return 1, -1, -1, 1
+    return (1, -1)[:cells]
+
+
+def outcome(claim: Claim, number: Contrast) -> str:
+    """By the interval: the claim holds where all of it is within the bounds, and not where all of it is outside.
+
+    That is the 95 % interval; an equality holds by two one-sided tests at 5 %, whose interval is that of 90 %.
+    """
+    inside = number.interval(EQUIVALENCE) if isinstance(claim, Equal) else number.interval()
+    whole, (least, most) = number.interval(), claim.bounds
+    if inside is None or whole is None:
         return OPEN
-    least, most = claim.bounds
-    if least < number.low and number.high < most:
+    if least < inside[0] and inside[1] < most:
         return HOLDS
-    return FAILS if number.low > most or number.high < least else OPEN
+    return FAILS if whole[0] > most or whole[1] < least else OPEN
 
 
 def printed(claim: Claim, place: str) -> float | None:
@@ -74,50 +99,34 @@ def printed(claim: Claim, place: str) -> float | None:
     texts = [cell.paper.get(claim.metric) for cell in claim.cells[place]]
     if isinstance(claim, Drop | Rise) or None in texts:
         return None
-    return _combined(claim, [float(text) for text in texts if text is not None])
+    weights = _weights(claim, len(texts))
+    return sum(weight * float(text) for weight, text in zip(weights, texts, strict=True) if text is not None)
 
 
-def listed(claim: Claim, verdicts: list[Verdict]) -> str:
+def listed(claim: Claim, verdicts: Sequence[Verdict]) -> str:
     """A claim and its verdicts as a list in markdown; places without a number share a line.
 
-    Example of a line: - 8: MBN - BN = -0.48 [-0.71, -0.25], n = 5: the claim holds
+    Example of a line: - 8: MBN - BN = -0.48 [-0.71, -0.25], n = 5+5, p = 0.004: holds; the paper's -4.27 is excluded
+    (p < 0.001)
     """
-    text = f"- {claim.text[0].upper()}{claim.text[1:]}"
-    missing = [v.place for v in verdicts if not v.number.n]
+    kind = f"part of the primary claim {claim.primary}" if claim.primary else "exploratory"
+    text = f"- {claim.text[0].upper()}{claim.text[1:]} ({kind})"
+    missing = [v.place for v in verdicts if not v.has_run]
     if len(missing) == len(verdicts):
         return f"{text}: not measured yet"
     lines = [text]
-    for v in verdicts:
-        if v.number.n:
-            needed = f", {v.needed} seeds would" if v.needed else ""
-            lines.append(f"  - {v.place + ': ' * bool(v.place)}{claim.number} = {v.number}: {v.outcome}{needed}")
+    for v in (*verdicts, joint(claim, verdicts)):
+        if v is not None and v.has_run:
+            said = "; ".join(filter(None, [v.outcome, v.against_paper]))
+            lines.append(f"  - {v.place + ': ' * bool(v.place)}{claim.number} = {v.number}{_tested(claim, v)}: {said}")
     return "\n".join([*lines, *([f"  - {'; '.join(missing)}: not measured yet"] if missing else [])])
 
 
-def drop(record: dict[str, Any], key: str, at: Fraction) -> float | None:
-    """How far a curve falls at a share of training: its mean over AVERAGED before, minus that over AVERAGED after.
-
-    None where one of the two has no points.
-    """
-    before, after = _around(record, key, at, AVERAGED)
-    return statistics.fmean(before) - statistics.fmean(after) if before and after else None
-
-
-def rise(record: dict[str, Any], key: str, at: Fraction) -> float | None:
-    """How far a curve rises at once at a share of training: the first point after it minus the last one before.
-
-    The training error of a point is the mean over its epoch, so a shorter rise is averaged over the epoch.
-    """
-    before, after = _around(record, key, at, Fraction(1))
-    return after[0] - before[-1] if before and after else None
-
-
-def _around(record: dict[str, Any], key: str, at: Fraction, width: Fraction) -> tuple[list[float], list[float]]:
-    """The points of a curve before `at` and those after it, each at most `width` away (shares of training).
-
-    A point stands for the epoch that ends there: an epoch that ends exactly at `at` is before it.
-    """
-    curves = record["curves"]
-    pairs = zip(curves.get("images", []), curves.get(key, []), strict=False)
-    points = [(Fraction(images, record["images"]), y) for images, y in pairs]
-    return [y for x, y in points if at - width < x <= at], [y for x, y in points if at < x <= at + width]
+def _tested(claim: Claim, verdict: Verdict) -> str:
+    """What an outcome rests on: p against zero, or the margin and the 90 % interval."""
+    if isinstance(claim, Equal):
+        inside = verdict.number.interval(EQUIVALENCE)
+        interval = f", 90 % [{inside[0]:+.2f}, {inside[1]:+.2f}]" if inside else ""
+        return f"{interval}, margin {claim.bounds[1]:g}"
+    p = verdict.number.p()
+    return "" if p is None else f", {p_text(p)}"

@@ -1,40 +1,61 @@
 """What stands between the two pairs of markers of results/README.md: a pure function of the records."""
 
-from mbn.launch.table_status import together
-from mbn.tables import claims
+from mbn.grid import Equal
+from mbn.launch.table_status import together as whole
+from mbn.tables.by_seed import OF_SEEDS, by_seed
 from mbn.tables.cells import Entry, Records, Table, heading, label
-from mbn.tables.over_seeds import ASSUMED_RUNS, ASSUMED_SD, POWER
-from mbn.tables.page import BESIDE, link, missing, pipes
-from mbn.tables.places import Place, places
-
-OUTCOMES = {claims.HOLDS: "Holds", claims.FAILS: "Does not hold", claims.OPEN: "Not decided yet"}
+from mbn.tables.measures import BESIDE, Record, Taken, diverged
+from mbn.tables.page import LEVELS, OF_LEVELS, detectable_sentence, level_rows, link, missing, p_cell, pipes
+from mbn.tables.places import Place, places, primary
+from mbn.tables.rules import measured_by_rules
 
 
 def overview_part(tables: dict[str, Table]) -> str:
-    """In short what holds, what does not, and what is missing; and the picture of all claims."""
-    picture = [
-        "![Every claim: the paper's difference, and ours with its 95 % interval](figures/claims.png)",
-        "A line is a claim at one place. What several tables compare is drawn once. An arrow: beyond the axis.",
-    ]
-    return "\n\n".join(["\n".join(_in_short(places(tables), tables)), *(picture if _has_runs(tables) else [])])
+    """The claims that have runs, the picture of all claims, the paper's numbers against ours, and what is missing."""
+    every = places(tables)
+    parts = [pipes(_claims(primary(tables), every)), OF_CLAIMS]
+    if power := detectable_sentence(list(tables.values())):
+        parts.append(power)
+    if _has_runs(tables):
+        parts += [
+            "![Every claim: the paper's difference, and ours with its 95 % interval](figures/claims.png)",
+            "A line is a claim at one place, or at all places together (filled diamond). What several tables compare "
+            "is drawn once. A cross: the paper's number is excluded. An arrow: beyond the axis.",
+        ]
+    if levels := level_rows(tables.values(), of_table=True):
+        parts += ["The paper's numbers against ours, test errors in percent:", pipes([LEVELS, *levels]), OF_LEVELS]
+    return "\n\n".join([*parts, _not_measured(every, tables)])
+
+
+def _not_measured(every: list[Place], tables: dict[str, Table]) -> str:
+    compared = [place.has_run for place in every if not place.joint]
+    runs = whole(table.status.whole for table in tables.values())
+    return f"Not measured: {compared.count(False)} of {len(compared)} comparisons. {missing(runs)}"
+
+
+OF_CLAIMS = (
+    "Differences of test errors in percentage points, unless another number is named. They are unpaired, and the "
+    "variance is pooled over all cells of a network and data set. n: seeds of each cell. Together: the mean over all "
+    "places that have runs, weighted by precision. The **primary claims** are judged by p after Holm's correction for "
+    "the three of them (one that is not measured counts as p = 1). All others are exploratory, and their p is not "
+    "corrected. A number of the paper is excluded where it lies outside the 95 % interval."
+)
 
 
 def evidence_part(tables: dict[str, Table], records: Records) -> str:
-    """All tables with a picture of what has run, all claims with runs, all runs."""
-    verdicts = _verdicts(tables)
+    """The errors seed by seed, all tables with a picture of what has run, and all runs."""
     picture = "![How many seeds of each cell have run](figures/status.png)"
+    seeds, rules = by_seed(tables), measured_by_rules(tables)
+    count = f"{len(rules)} run{'s' * (len(rules) != 1)}"
     return "\n\n".join(
         [
+            "### Seed by seed",
+            *([pipes(seeds), OF_SEEDS] if len(seeds) > 1 else ["None yet."]),
+            *([f"[Other rules at test time](tables/rules.md): test errors of {count}."] if rules else []),
             "### Tables",
             *([picture] if _has_runs(tables) else []),
             pipes(_tables(tables)),
             "Measured: numbers that have runs, of those that the paper prints (of all, where it prints none).",
-            "### Claims with runs",
-            pipes(verdicts) if len(verdicts) > 1 else "None yet.",
-            "Here: mean over the seeds that all cells of the claim have [95 % interval], in percent. Seeds to decide: "
-            f"with so many, a difference of this size would be seen with {POWER:.0%} power, at the variance over these "
-            f"seeds pooled with that of {ASSUMED_RUNS} published reruns of ResNet-56 at batch 128 (standard deviation "
-            f"{ASSUMED_SD} %).",
             "### Runs",
             pipes(_runs(tables, records)) if records else "None yet.",
             "Errors in percent; hours from the first iteration to the last, evaluation included.",
@@ -46,23 +67,34 @@ def _has_runs(tables: dict[str, Table]) -> bool:
     return any(table.has_runs for table in tables.values())
 
 
-def _in_short(every: list[Place], tables: dict[str, Table]) -> list[str]:
-    """A bullet for each outcome, one for what cannot be compared yet, and one for what is missing."""
-    bullets = []
-    for outcome, name in OUTCOMES.items():
-        found = [place for place in every if place.has_run and place.verdict.outcome == outcome]
-        bullets.append(f"- **{name}**:" + (" nothing." if not found else ""))
-        bullets += [f"  - {_in_a_line(place)}" for place in found]
-    idle = sum(not place.has_run for place in every)
-    bullets.append(f"- **Not compared yet**: {idle} of {len(every)} comparisons.")
-    return [*bullets, "- " + missing(together(table.status.whole for table in tables.values()))]
+def _claims(of_paper: list[Place], every: list[Place]) -> list[list[str]]:
+    """The primary claims, and after them the others that have runs: what the paper prints, and what the runs say."""
+    rows = [["claim", "paper", "ours [95 %]", "n", "p", "verdict"]]
+    for place in of_paper:
+        ends = sorted({f"{paper:+.2f}" for paper in place.papers}, key=float)
+        span = f"{ends[0]} to {ends[-1]}" if len(ends) > 1 else "".join(ends)
+        of = f", {place.measured} of {place.places} places" if place.places > 1 else ""
+        p = f"{p_cell(place.holm)} (Holm)" if place.has_run else "-"
+        rows.append([f"**{place.name}** (primary{of})", span or "-", *_ours(place), p, _verdict(place)])
+    for place in every:
+        if place.has_run:
+            name = f"{place.alone(place.statement)} ({link(place.table, '')})"
+            paper = "-" if place.paper is None else f"{place.paper:+.2f}"
+            p = "-" if isinstance(place.claim, Equal) else p_cell(place.verdict.number.p())
+            rows.append([name, paper, *_ours(place), p, _verdict(place)])
+    return rows
 
 
-def _in_a_line(place: Place) -> str:
-    """+0.93 [-0.46, +2.31], n = 3: MBN - BN, batch 8, ResNet-56 on CIFAR-10 (Table 4, paper -4.27); 7 seeds would."""
-    paper = "" if place.paper is None else f", paper {place.paper:+.2f}"
-    needed = f"; {place.verdict.needed} seeds would decide" if place.verdict.needed else ""
-    return f"{place.verdict.number}: {place.label_alone} ({link(place.table, '')}{paper}){needed}"
+def _ours(place: Place) -> list[str]:
+    number = place.verdict.number
+    return ["-", "-"] if number.mean is None else [str(number).partition(", n")[0], number.n]
+
+
+def _verdict(place: Place) -> str:
+    """Example: does not hold; the paper's -4.27 is excluded (p < 0.001)."""
+    if not place.has_run:
+        return "not measured"
+    return "; ".join(filter(None, [place.verdict.outcome, place.verdict.against_paper]))
 
 
 def _tables(tables: dict[str, Table]) -> list[list[str]]:
@@ -78,27 +110,13 @@ def _tables(tables: dict[str, Table]) -> list[list[str]]:
 def _share(entries: list[Entry]) -> str:
     wanted = [e for e in entries if e.cell.overrides is not None or e.paper is not None]
     quoted = sum(e.cell.overrides is None for e in wanted)
-    share = f"{sum(bool(e.values) for e in wanted)} / {len(wanted)}"
+    share = f"{sum(e.has_run for e in wanted)} / {len(wanted)}"
     return share + (f" ({quoted} only quoted there)" if quoted else "")
 
 
 def _seeds(entries: list[Entry]) -> str:
-    counts = sorted({len(e.values) for e in entries if e.values})
+    counts = sorted({len(e.values) + e.diverged for e in entries if e.has_run})
     return "-" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-def _verdicts(tables: dict[str, Table]) -> list[list[str]]:
-    """Every claim for which there are runs."""
-    verdicts = [["", "claim", "", "here", "in the paper", "outcome", "seeds to decide"]]
-    for table in tables.values():
-        for claim in table.grid.claims:
-            for v in claims.judge(claim, table.runs):
-                if v.number.n:
-                    paper = claims.printed(claim, v.place)
-                    shown = "" if paper is None else f"{paper:+.2f}"
-                    here = f"{claim.number} = {v.number}"
-                    verdicts.append([link(table, ""), claim.text, v.place, here, shown, v.outcome, str(v.needed or "")])
-    return verdicts
 
 
 def _runs(tables: dict[str, Table], records: Records) -> list[list[str]]:
@@ -108,14 +126,17 @@ def _runs(tables: dict[str, Table], records: Records) -> list[list[str]]:
         for cell in table.grid.cells:
             for one in table.runs(cell).values():
                 cells.setdefault(one["name"], []).append(f"{heading(name)}: {label(cell)}")
-    runs = [["run", "is in", *BESIDE.values(), "iterations", "hours", "device", "mode", "commit", "date"]]
+    shown = {
+        name: measure for name, measure in BESIDE.items() if any(measure(one) is not None for one in records.values())
+    }
+    runs = [["run", "is in", *shown, "iterations", "hours", "device", "mode", "commit", "date"]]
     for name, one in sorted(records.items()):
         threads = f", {one['threads']} thread{'s' * (one['threads'] != 1)}" if one["device"].startswith("cpu") else ""
         runs.append(
             [
                 f"[{name}](records/{name}.json)",
                 "; ".join(cells.get(name, ["no table"])),
-                *("-" if one[field] is None else f"{one[field]:.2f}" for field in BESIDE),
+                *_errors(one, shown),
                 f"{one['iterations']:,}",
                 f"{one['seconds'] / 3600:.2f}",
                 one["device"] + threads,
@@ -125,3 +146,10 @@ def _runs(tables: dict[str, Table], records: Records) -> list[list[str]]:
             ]
         )
     return runs
+
+
+def _errors(one: Record, shown: dict[str, Taken]) -> list[str]:
+    """The numbers of a run, or where it diverged."""
+    if diverged(one):
+        return [f"diverges at iteration {one['diverged_at']:,}", *["-"] * (len(shown) - 1)]
+    return ["-" if number is None else f"{number:.2f}" for number in (measure(one) for measure in shown.values())]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mbn.system.files import write_atomically
 from mbn.tables.cells import Table, file_name, heads, lines
-from mbn.tables.over_seeds import Summary
+from mbn.tables.over_seeds import Contrast
 from mbn.tables.page import command, markdown
+from mbn.tables.rules import rules_page
 
 
 def latex(table: Table) -> str:
@@ -25,12 +26,16 @@ def latex(table: Table) -> str:
         r"\toprule",
         " & ".join(["", *map(_escape, heads(table))]).strip() + r" \\",
         r"\midrule",
-        *(" & ".join([_escape(row), *cells]) + r" \\" for row, *cells in lines(table, r"$\pm$", r"\textbf{%s}")),
+        *(" & ".join([_escape(row), *cells]) + r" \\" for row, *cells in _cells(table)),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",
     ]
     return "\n".join(rows) + "\n"
+
+
+def _cells(table: Table) -> list[list[str]]:
+    return lines(table, r"$\pm$", r"\textbf{%s}", r"%s $\uparrow$")
 
 
 def _escape(text: str) -> str:
@@ -40,25 +45,32 @@ def _escape(text: str) -> str:
 
 CSV_FIELDS = (
     *("table", "row", "column", "metric", "paper", "n", "seeds", "mean", "sd", "bn_seeds", "difference", "low", "high"),
-    *("p", "p_welch", "better", "command"),
+    *("p", "paper_difference", "p_paper", "mark", "diverged", "command"),
 )
 
 
 def cells_csv(tables: list[Table]) -> str:
-    """One line for each number, empty where there is none. seeds: those that have records."""
+    """One line for each number, empty where there is none.
+
+    seeds: those that have records. mark: better or worse, where the interval of the difference to BN is on one side of
+    zero.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(CSV_FIELDS)
     for table in tables:
         for e in table.entries:
-            d = e.to_bn or Summary(0)
+            d = e.to_bn or Contrast()
+            low, high = d.interval() or (None, None)
+            p_paper = None if e.paper_to_bn is None else d.p(e.paper_to_bn)
             writer.writerow(
                 [
                     *(table.grid.name, e.cell.row, e.cell.column, e.metric, e.paper or "", len(e.values)),
                     " ".join(map(str, sorted(e.values))),
-                    *map(_plain, (e.over_seeds.mean, e.over_seeds.sd)),
-                    *("" if e.to_bn is None else d.n, *map(_plain, (d.mean, d.low, d.high, d.p, e.welch))),
-                    "yes" if e.better else "",
+                    *map(_plain, (e.sample.mean if e.sample else None, e.sd)),
+                    *("" if e.to_bn is None else d.ns[1] if d.ns else 0, *map(_plain, (d.mean, low, high, d.p()))),
+                    *map(_plain, (e.paper_to_bn, p_paper)),
+                    *(e.mark, e.diverged or ""),
                     "" if e.cell.overrides is None else command(e.cell, table.scale),
                 ]
             )
@@ -77,7 +89,10 @@ def contents(tables: dict[str, Table], with_csv: bool) -> dict[str, str]:
         content[f"{name}.md"] = markdown(table)
         content[f"{name}.tex"] = latex(table)
     if with_csv and run:
-        content[f"{file_name('cells', next(iter(run.values())).scale)}.csv"] = cells_csv(list(tables.values()))
+        scale = next(iter(run.values())).scale
+        content[f"{file_name('cells', scale)}.csv"] = cells_csv(list(tables.values()))
+        if scale == 1 and (page := rules_page(tables)):
+            content["rules.md"] = page
     return content
 
 

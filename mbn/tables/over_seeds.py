@@ -1,92 +1,190 @@
-"""Statistics over seeds: mean, standard deviation, interval, tests, and how many seeds would decide a difference."""
+"""Statistics over seeds: means, intervals, tests. The variance is pooled over the cells of a network and data set."""
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from scipy import stats
+from scipy import optimize, stats
 
 # A number for each seed.
 Values = dict[int, float]
 
 CONFIDENCE = 0.95
-# Standard deviation of a test error (percent) over seeds, used where few have run. It is that of six published reruns
-# of one ResNet-56 script on CIFAR-10, 6.89 to 8.42 %.
-ASSUMED_SD = 0.54
-ASSUMED_RUNS = 6
+# Two one-sided tests at 5 % each hold where this interval lies inside the margin.
+EQUIVALENCE = 0.9
 POWER = 0.8
-MOST_SEEDS = 1000
+# So many seeds of each cell are run, whatever they show.
+SEEDS = 5
+# Errors are counts of images: differences of decimals that are equal except for rounding.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What n values say about their mean. None: there is no such number.
+class Spread:
+    """How much seeds differ, from several cells.
 
-    sd: for two values or more. low, high: the ends of Student's interval for the mean. p: the probability of a mean so
-    far from zero if the true one is zero (two-sided). low, high and p are None if all values are equal: errors are
-    counts of images, so two seeds may agree by chance, which says nothing about the next one.
+    squares: the sum over all cells of (value - the cell's mean)². freedom: the sum over all cells of (seeds - 1).
     """
 
+    squares: float = 0.0
+    freedom: int = 0
+
+    @property
+    def sd(self) -> float | None:
+        """The standard deviation sqrt(squares / freedom). None without two seeds of any cell, or if all agree."""
+        return math.sqrt(self.squares / self.freedom) if self.freedom and self.squares > ROUNDING**2 else None
+
+
+def pooled(cells: Iterable[Values]) -> Spread:
+    """The Spread of some cells, each of which has a mean of its own."""
+    numbers = [list(values.values()) for values in cells if len(values) > 1]
+    squares = sum((x - statistics.fmean(some)) ** 2 for some in numbers for x in some)
+    return Spread(squares, sum(len(some) - 1 for some in numbers))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The mean of a cell over its n seeds, and the Spread of its group. name: the cell's and the measured number's."""
+
+    name: str
+    mean: float
     n: int
-    mean: float | None = None
-    sd: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
+    group: str
+    spread: Spread
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A sum of means with weights, d = sum c_j mean_j, and what the seeds say about it. Unpaired: seeds may differ.
+
+    se² = sum over groups of V_g with V_g = sd_g² sum c_j² / n_j; d is compared by Student's t, with the group's degrees
+    of freedom, or (Satterthwaite) (sum V_g)² / sum (V_g² / freedom_g) of them where there are several groups. There is
+    no interval (None) where a group has no sd.
+
+    ns: the seeds of each mean, as they are printed.
+    """
+
+    parts: tuple[tuple[Sample, float], ...] = ()
+    ns: tuple[int, ...] = ()
+
+    @property
+    def mean(self) -> float | None:
+        return math.fsum(weight * sample.mean for sample, weight in self.parts) if self.parts else None
+
+    @cached_property
+    def _error(self) -> tuple[float, float] | None:
+        """The standard error and its degrees of freedom."""
+        spreads = {sample.group: sample.spread for sample, _ in self.parts}
+        variances: dict[str, float] = dict.fromkeys(spreads, 0.0)
+        for sample, weight in self.parts:
+            variances[sample.group] += (sample.spread.sd or 0) ** 2 * weight**2 / sample.n
+        if not self.parts or any(spread.sd is None for spread in spreads.values()):
+            return None
+        variance = sum(variances.values())
+        freedom = variance**2 / sum(v**2 / spreads[group].freedom for group, v in variances.items())
+        return math.sqrt(variance), freedom
+
+    @property
+    def precision(self) -> float | None:
+        """1 / se²."""
+        return self._error and self._error[0] ** -2
+
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+        if self.mean is None or self._error is None:
+            return None
+        se, freedom = self._error
+        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * se
+        return self.mean - half, self.mean + half
+
+    def p(self, against: float = 0.0) -> float | None:
+        """The probability of a difference so far from `against` if that is the true one (two-sided)."""
+        if self.mean is None or self._error is None:
+            return None
+        se, freedom = self._error
+        return 2 * float(stats.t.sf(abs(self.mean - against) / se, freedom))
+
+    def excludes(self, value: float) -> bool:
+        """Whether a value lies outside the interval."""
+        interval = self.interval()
+        return interval is not None and not interval[0] <= value <= interval[1]
 
     def __str__(self) -> str:
-        """Example: -0.48 [-0.71, -0.25], n = 5."""
-        around = f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low is not None else ""
+        """Example: -0.48 [-0.71, -0.25], n = 5+5."""
+        interval = self.interval()
+        around = f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""
         return f"{self.mean:+.2f}{around}, n = {self.n}"
 
-
-def summary(values: Iterable[float]) -> Summary:
-    """The Summary of some values. No other function makes intervals."""
-    numbers = list(values)
-    if not numbers:
-        return Summary(0)
-    mean = statistics.fmean(numbers)
-    sd = statistics.stdev(numbers) if len(numbers) > 1 else None
-    if _same(numbers):
-        return Summary(len(numbers), mean, sd)
-    test = stats.ttest_1samp(numbers, 0)
-    low, high = map(float, test.confidence_interval(CONFIDENCE))
-    return Summary(len(numbers), mean, sd, low, high, float(test.pvalue))
+    @property
+    def n(self) -> str:
+        """Examples: 5+5; 5 each, of more than two."""
+        same = len(self.ns) > 2 and len({*self.ns}) == 1
+        return f"{self.ns[0]} each" if same else "+".join(map(str, self.ns))
 
 
-def difference(a: Values, b: Values) -> Summary:
-    """a - b, paired over the seeds that both have. Positive: a is larger."""
-    return summary(a[seed] - b[seed] for seed in sorted(a.keys() & b.keys()))
+def contrast(samples: Sequence[Sample], weights: Sequence[float]) -> Contrast:
+    return Contrast(tuple(zip(samples, weights, strict=True)), tuple(sample.n for sample in samples))
 
 
-def welch(a: Values, b: Values) -> float | None:
-    """p of Welch's test, which compares all seeds of each without pairs."""
-    if _same([*a.values()]) or _same([*b.values()]):
+def together(contrasts: Sequence[Contrast]) -> tuple[Contrast, list[float]]:
+    """The mean of several contrasts, weighted by precision, and the weights. All must have one; their means may be
+    shared, and ns are added up place by place."""
+    precisions = [contrast.precision or 0.0 for contrast in contrasts]
+    weights = [precision / sum(precisions) for precision in precisions]
+    found: dict[str, tuple[Sample, float]] = {}
+    for one, weight in zip(contrasts, weights, strict=True):
+        for sample, own in one.parts:
+            found[sample.name] = (sample, found.get(sample.name, (sample, 0.0))[1] + weight * own)
+    return Contrast(tuple(found.values()), tuple(map(sum, zip(*(one.ns for one in contrasts), strict=True)))), weights
+
+
+@dataclass(frozen=True)
+class Level:
+    """A printed number against a cell's mean: low and high are the ends of the 95 % interval for one more run,
+    mean ± t sd sqrt(1 + 1/n); p is the probability of a run so far from the mean."""
+
+    low: float
+    high: float
+    p: float
+
+    def excludes(self, value: float) -> bool:
+        return not self.low <= value <= self.high
+
+
+def level(sample: Sample, printed: float) -> Level | None:
+    """A printed number, taken for one more run of the cell. None where the seeds' spread is not known."""
+    sd, freedom = sample.spread.sd, sample.spread.freedom
+    if sd is None:
         return None
-    return float(stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).pvalue)
+    error = sd * math.sqrt(1 + 1 / sample.n)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(printed - sample.mean) / error, freedom))
+    return Level(sample.mean - half, sample.mean + half, p)
 
 
-def seeds_to_decide(s: Summary) -> int | None:
-    """How many seeds the paired t test (two-sided, 5 %) needs to see a difference as large as the mean with 80 % power.
+def p_text(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
-    The differences' variance is pooled by degrees of freedom from these seeds, s² with n - 1, and from the published
-    reruns, 2 ASSUMED_SD² with ASSUMED_RUNS - 1. Without the reruns, two seeds that happen to agree would make the
-    number far too small. None without a mean, for a mean of 0, and above MOST_SEEDS.
+
+def holm(ps: Sequence[float | None]) -> list[float]:
+    """Holm's corrected p of each: from the smallest up, p times how many are not smaller, never falling, at most 1.
+
+    One that is not measured (None) counts as 1.
     """
-    if not s.mean:
-        return None
-    squares, freedom = 2 * ASSUMED_SD**2 * (ASSUMED_RUNS - 1), ASSUMED_RUNS - 1
-    if s.sd is not None and s.low is not None:
-        squares, freedom = squares + (s.n - 1) * s.sd**2, freedom + s.n - 1
-    sd = math.sqrt(squares / freedom)
-    for n in range(2, MOST_SEEDS + 1):
-        threshold = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
-        if stats.nct.sf(threshold, n - 1, abs(s.mean) / sd * math.sqrt(n)) >= POWER:
-            return n
-    return None
+    known = [1.0 if p is None else p for p in ps]
+    corrected, least = list(known), 0.0
+    for rank, i in enumerate(sorted(range(len(known)), key=lambda i: known[i])):
+        corrected[i] = least = min(1.0, max(least, (len(known) - rank) * known[i]))
+    return corrected
 
 
-def _same(numbers: list[float]) -> bool:
-    # Differences of decimals such as 7.1 - 6.9 and 7.2 - 7.0 are equal except for rounding.
-    return len(numbers) < 2 or max(numbers) - min(numbers) < 1e-9
+def detectable(sd: float, n: int = SEEDS) -> float:
+    """The difference of two means of n seeds each that the t test (two-sided, 5 %) would show with 80 % power."""
+    freedom, scale = 2 * (n - 1), sd * math.sqrt(2 / n)
+    threshold = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+
+    def lacking(size: float) -> float:
+        return POWER - float(stats.nct.sf(threshold, freedom, size))
+
+    return scale * float(optimize.brentq(lacking, 0.1, 10))

@@ -2,20 +2,14 @@
 
 import shlex
 import statistics
+from collections.abc import Iterable
 
 from mbn.grid import METRICS, Cell
 from mbn.launch.table_status import Runs, roughly
 from mbn.tables import claims
-from mbn.tables.cells import Table, heading, heads, label, lines
-from mbn.tables.over_seeds import Values
-
-# The fields of a record that help to explain its test error, and what a page calls them.
-BESIDE = {
-    "test_error": "test error",
-    "test_error_precise": "with precise statistics",
-    "test_error_best": "best epoch",
-    "train_error": "training error",
-}
+from mbn.tables.cells import Table, heading, heads, label, lines, network
+from mbn.tables.measures import BESIDE, Measure
+from mbn.tables.over_seeds import SEEDS, Values, detectable
 
 
 def markdown(table: Table) -> str:
@@ -30,54 +24,113 @@ def markdown(table: Table) -> str:
     parts += [g.about, main_table(table)]
     parts.append(
         f"Mean ± standard deviation (n seeds, of {table.seeds} wanted); `-`: nothing has run, or the paper prints "
-        "nothing. Bold: the 95 % interval of the difference to BN lies below zero."
+        "nothing. The 95 % interval of the difference to BN lies below zero where a number is **bold**, and above it "
+        "at `↑`."
     )
     if g.notes:
         parts.append("\n".join(f"- {note}" for note in g.notes))
     parts += ["## Difference to BN", _difference_table(table)]
+    if levels := level_rows([table]):
+        parts += ["## Against the paper's numbers", pipes([LEVELS, *levels]), OF_LEVELS]
     if g.claims:
-        parts += ["## Claims", "\n".join(claims.listed(c, claims.judge(c, table.runs)) for c in g.claims)]
-        parts.append(
-            "Mean over the seeds that all cells of a claim have [95 % interval]. A claim holds where the whole "
-            "interval agrees with it, and does not hold where the whole interval contradicts it. Otherwise it is not "
-            "decided yet: so many seeds would decide it if the mean stayed as it is."
-        )
+        listed = (claims.listed(claim, claims.judge(claim, table.all_runs)) for claim in g.claims)
+        parts += ["## Claims", "\n".join(listed), OF_CLAIMS]
+    if power := detectable_sentence([table]):
+        parts.append(power)
     parts += ["## Beside the test error", _beside_table(table)]
     parts += ["## Cost", _cost(table), missing(table.status.whole), "## Commands", _commands(table)]
     return "\n\n".join(parts) + "\n"
 
 
 def main_table(table: Table) -> str:
-    return pipes([["", *heads(table)], *lines(table, "±", "**%s**")])
+    return pipes([["", *heads(table)], *lines(table, "±", "**%s**", "%s ↑")])
+
+
+OF_CLAIMS = (
+    "Means over the seeds of each cell, unpaired [95 % interval]; the variance is pooled over all cells of a network "
+    "and data set. A claim holds where the whole interval agrees with it, and does not hold where the whole interval "
+    "contradicts it; otherwise it is undecided. The paper's number is excluded where it lies outside the interval. "
+    "That two cells are equal holds where the 90 % interval lies inside the margin (two one-sided tests at 5 %). "
+    "Together: the mean over the places that have runs, weighted by precision. Only the primary claims "
+    "([results](../README.md)) are corrected for their number; all others are exploratory."
+)
+LEVELS = ["", "here (n)", "95 % interval for one more run", "paper", "p", ""]
+OF_LEVELS = (
+    "The paper's number is taken for one more run: mean ± t sd sqrt(1 + 1/n), with the pooled standard deviation. "
+    "No p is corrected."
+)
+
+
+def level_rows(tables: Iterable[Table], of_table: bool = False) -> list[list[str]]:
+    """The paper's numbers against ours, below LEVELS. of_table: with the table in the first column, each run once."""
+    rows, seen = [], set()
+    for table in tables:
+        several = len(table.grid.metrics) > 1
+        for e in table.entries:
+            key = (e.sample and e.sample.name, e.metric, e.paper)
+            if e.level is None or e.sample is None or e.paper is None or key in seen:
+                continue
+            seen.add(key)
+            name = label(e.cell) + (f", {METRICS[e.metric]}" if several else "")
+            inside = "outside" if e.level.excludes(float(e.paper)) else "inside"
+            interval = f"{e.level.low:.2f} to {e.level.high:.2f}"
+            name = f"{link(table, '')}: {name}" if of_table else name
+            rows.append([name, f"{e.sample.mean:.2f} ({e.sample.n})", interval, e.paper, p_cell(e.level.p), inside])
+    return rows
 
 
 def _difference_table(table: Table) -> str:
     several = len(table.grid.metrics) > 1
-    rows = [["", *(["of"] if several else []), "seeds", "difference", "95 % interval", "p", "p (Welch)"]]
+    paper = ["paper's difference", "p against it"] if table.grid.paper else []
+    rows = [["", *(["of"] if several else []), "n", "difference", "95 % interval", "p", *paper]]
     for e in table.entries:
         d = e.to_bn
         if d is not None and d.mean is not None:
-            interval = "-" if d.low is None else f"{d.low:+.2f} to {d.high:+.2f}"
+            interval = d.interval()
+            shown = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"
             of = [METRICS[e.metric]] if several else []
-            rows.append([label(e.cell), *of, str(d.n), f"{d.mean:+.2f}", interval, _p(d.p), _p(e.welch)])
+            printed = e.paper_to_bn
+            theirs = ["-", "-"] if printed is None else [f"{printed:+.2f}", p_cell(d.p(printed))]
+            row = [label(e.cell), *of, d.n, f"{d.mean:+.2f}", shown, p_cell(d.p())]
+            rows.append([*row, *(theirs if paper else [])])
     if len(rows) == 1:
-        return "No run can be compared yet: BN has not run at its seed."
+        return "No run can be compared yet: BN has not run."
     return pipes(rows) + (
-        "\n\nBN: one forward, on the same network, data and schedule. Paired over the seeds that both have (equal data "
-        "order); Welch's test does not pair them. No p is corrected for the number of comparisons."
+        "\n\nBN: one forward, on the same network, data and schedule. n: seeds of the cell + seeds of BN, unpaired. "
+        "The variance is pooled over all cells of a network and data set. No p is corrected."
+    )
+
+
+def detectable_sentence(tables: list[Table]) -> str:
+    """The standard deviation of test errors of each network, and what five seeds would show; or nothing."""
+    cells = [cell for table in tables for cell in table.grid.cells if cell.overrides is not None]
+    said = []
+    for name in dict.fromkeys(map(network, cells)):
+        spread = tables[0].all_runs.spread(name, Measure("test_error"))
+        if spread.sd is not None:
+            of = f"standard deviation {spread.sd:.2f}, {spread.freedom} degrees of freedom"
+            said.append(f"{detectable(spread.sd):.2f} on {name} ({of})")
+    if not said:
+        return ""
+    return (
+        f"{SEEDS} seeds of each cell are planned, whatever they show. They would show a difference of test errors of "
+        f"{', '.join(said)} with 80 % power."
     )
 
 
 def _beside_table(table: Table) -> str:
-    rows = [["", "seeds", *BESIDE.values()]]
-    for cell in table.grid.cells:
-        n = len(table.runs(cell))
-        if n:
-            rows.append([label(cell), str(n), *(_mean_of(table.values(cell, field), n) for field in BESIDE)])
+    run = {cell: runs for cell in table.grid.cells if (runs := table.runs(cell))}
+    found = {name: {cell: table.all_runs.values(cell, measure) for cell in run} for name, measure in BESIDE.items()}
+    shown = {name: values for name, values in found.items() if any(values.values())}
+    rows = [["", "seeds", *shown]]
+    for cell, runs in run.items():
+        rows.append([label(cell), str(len(runs)), *(_mean_of(values[cell], len(runs)) for values in shown.values())])
     return pipes(rows) + (
         "\n\nMeans over the seeds, in percent. Precise statistics are measured again over an epoch of training with "
         "the final weights. A difference that remains with them comes from training; the rest of it comes from the "
-        "statistics at test time. The training error is that of augmented images in training, over the last epoch."
+        "statistics at test time. The training error is that of augmented images in training, over the last epoch; in "
+        "evaluation: of augmented images too, with the final weights and as at test time. Memory held: an older way of "
+        "measuring, which kept BRN's and MBN's memory fixed meanwhile."
     )
 
 
@@ -88,7 +141,7 @@ def _mean_of(values: Values, n: int) -> str:
     return f"{statistics.fmean(values.values()):.2f}" + (f" (n = {len(values)})" if len(values) < n else "")
 
 
-def _p(p: float | None) -> str:
+def p_cell(p: float | None) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

@@ -1,9 +1,12 @@
 """What stands between the markers of README.md, a pure function of the records; and how it gets there."""
 
+import statistics
+
 from mbn.system.errors import UserError
 from mbn.tables import claims
 from mbn.tables.cells import Entry, Table
 from mbn.tables.claims import Verdict
+from mbn.tables.over_seeds import p_text
 from mbn.tables.page import link, pipes
 
 
@@ -29,7 +32,7 @@ def readme_part(tables: dict[str, Table]) -> str:
             "A number after a method counts its forward passes (MBN-2: with double forward). MBN-2 batch is MBN with "
             "our own gradient, [`norm.gradient=batch`](mbn/norm/README.md)."
         )
-    measured = [[f"{e.cell.column}, batch {e.cell.row}", e.text(), e.paper or "-"] for e in table4.entries if e.values]
+    measured = [[f"{e.cell.column}, batch {e.cell.row}", e.text(), e.paper or "-"] for e in table4.entries if e.has_run]
     if measured:
         head = [
             f"{link(table4, 'results/')}: test error in percent",
@@ -38,7 +41,7 @@ def readme_part(tables: dict[str, Table]) -> str:
         ]
         parts.append(pipes([head, *measured]))
     parts.append(
-        f"{sum(bool(e.values) for e in printed)} of the {len(printed)} numbers in the paper's tables are measured. All "
+        f"{sum(e.has_run for e in printed)} of the {len(printed)} numbers in the paper's tables are measured. All "
         "claims, all runs and what is missing: [results/README.md](results/README.md)."
     )
     return "\n\n".join(parts)
@@ -47,8 +50,8 @@ def readme_part(tables: dict[str, Table]) -> str:
 def finding(table: Table) -> str:
     """What Table 4's runs say, in words: the outcome at each batch size that has run, with its numbers."""
     claim = table.grid.claims[0]
-    verdicts = claims.judge(claim, table.runs)
-    compared = [v for v in verdicts if v.number.n]
+    verdicts = claims.judge(claim, table.all_runs)
+    compared = [v for v in verdicts if v.has_run]
     said: dict[str, list[str]] = {}
     for v in compared:
         said.setdefault(_outcome(v), []).append(v.place)
@@ -68,24 +71,30 @@ def _outcome(verdict: Verdict) -> str:
             return "MBN has a lower test error than BN, as in the paper"
         case claims.FAILS:
             return "MBN's advantage in the paper does not hold: BN has the lower test error"
+    if verdict.excluded:
+        return "an advantage of MBN over BN as large as the paper's is excluded"
     if verdict.number.mean is not None and verdict.number.mean < 0:
         return "MBN has a lower test error than BN so far, but too few seeds have run to be sure"
     return "MBN's advantage over BN in the paper has not reproduced so far"
 
 
 def _numbers(verdict: Verdict, entries: list[Entry]) -> str:
-    """Example: MBN 6.1 % (3 seeds), BN 7.0 % (4 seeds), difference -1.0 over 3 common seeds; the paper: 15 % and 19 %.
-
-    The difference is said where it is over other seeds than the two numbers.
+    """Example: MBN 16.31 % (4 seeds), BN 15.38 % (4 seeds), difference +0.93 [+0.20, +1.66]; the paper: 15.37 % and
+    19.64 %, a difference of -4.27, which our 95 % interval excludes (p < 0.001).
     """
-    here = ", ".join(f"{e.cell.column} {e.over_seeds.mean:.2f} % ({_seeds(len(e.values))})" for e in entries)
-    if len({frozenset(e.values) for e in entries}) > 1:
-        here += f", difference {verdict.number.mean:+.2f} over {_seeds(verdict.number.n, 'common ')}"
-    return f"{here}; the paper: {' and '.join(f'{e.paper} %' for e in entries)}."
+    here = ", ".join(f"{e.cell.column} {_level(e)}" for e in entries)
+    number, paper = verdict.number, verdict.paper
+    if number.interval():
+        here += f", difference {str(number).partition(', n')[0]}"
+    excluded = ""
+    if paper is not None and verdict.excluded and (p := number.p(paper)) is not None:
+        excluded = f", a difference of {paper:+.2f}, which our 95 % interval excludes ({p_text(p)})"
+    return f"{here}; the paper: {' and '.join(f'{e.paper} %' for e in entries)}{excluded}."
 
 
-def _seeds(n: int, kind: str = "") -> str:
-    return f"{n} {kind}seed{'s' * (n > 1)}"
+def _level(entry: Entry) -> str:
+    n = len(entry.values)
+    return f"{statistics.fmean(entry.values.values()):.2f} % ({n} seed{'s' * (n > 1)})"
 
 
 def _rest(table: Table, places: list[str], others: bool) -> list[str]:

@@ -30,15 +30,17 @@ TAGS = {
     "weight_norm": "statistics/weight_norm",
     "dead_channels": "statistics/dead_channels",
     "dead_layers": "statistics/dead_layers",
+    "dead_relus": "statistics/dead_relus",
     "images_per_second": "throughput/images_per_second",
     "test_error_top5": "top5/error_test",
 }
-# For numbers that each layer has.
+# For numbers that each layer or each stage has.
 LAYER_TAGS = {
     "layer_dead_channels": "within_layers/dead_channels/{}",
     "gap_means": "within_layers/gap_mean/{}",
     "gap_stds": "within_layers/gap_log_std/{}",
     "weight_norms": "within_layers/weight_norm/{}",
+    "stage_dead_relus": "within_stages/dead_relus/{}",
 }
 # The Custom Scalars page, where curves that belong together share a chart. The names are regular expressions.
 LAYOUT = {
@@ -52,6 +54,7 @@ LAYOUT = {
         "Statistics gap": ["Multiline", ["statistics/gap_mean", "statistics/gap_log_std"]],
         "Weight norm": ["Multiline", ["statistics/weight_norm"]],
         "Dead channels, layers": ["Multiline", ["statistics/dead_channels", "statistics/dead_layers"]],
+        "Dead channels behind ReLUs": ["Multiline", ["statistics/dead_relus", "within_stages/dead_relus/.*"]],
     },
     "Speed": {"Images per second": ["Multiline", ["throughput/images_per_second"]]},
 }

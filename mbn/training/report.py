@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mbn.data.in_memory import Data
-from mbn.measure.statistics_gap import Statistics, epoch_statistics, training_statistics
+from mbn.measure.statistics_gap import Statistics, epoch_statistics, named_relus, training_statistics
 from mbn.measure.test_error import Evaluation, batch_size_for, evaluate
 from mbn.methods import METHODS, group_of
 from mbn.system.cuda_graph import unrecorded
@@ -23,23 +23,41 @@ def evaluation(state: State, data: Data, stop: StopRequest) -> Evaluation:
 
 
 def statistics_of(state: State, images: Tensor) -> Statistics:
-    """The statistics with which a training forward would normalise these images now.
+    """The statistics with which a training forward would normalise these images now, and the dead channels of ReLUs.
 
-    With groups of images, of which each of several processes has its own, a row for every group of all processes.
+    With groups of images, of which each of several processes has its own, a row for every group of all processes. A
+    channel is dead if it is in every process.
     """
     with autocast(state.device, state.config.precision):
         found = unrecorded(lambda: training_statistics(state.model, images), state.device)
-    if not state.processes.several or group_of(state.config.norm) is None:
+    if not state.processes.several:
         return found
-    own = {name: (mu.cpu(), sigma.cpu()) for name, (mu, sigma) in found.items()} if len(images) else {}
-    every = [of_one for of_one in state.processes.everyones(own) if of_one]
+    relus = {name: found.pop(name) for name in named_relus(state.model) if name in found}
+    if group_of(state.config.norm) is not None:
+        found = _of_all_groups(state, found if len(images) else {}, list(found))
+    return found | _dead_everywhere(state, relus)
+
+
+def _of_all_groups(state: State, own: Statistics, names: list[str]) -> Statistics:
+    """The rows of all processes together; own: those of this one."""
+    on_cpu = {name: (mu.cpu(), sigma.cpu()) for name, (mu, sigma) in own.items()}
+    every = [of_one for of_one in state.processes.everyones(on_cpu) if of_one]
     return {
         name: (
             torch.cat([of_one[name][0] for of_one in every]).to(state.device),
             torch.cat([of_one[name][1] for of_one in every]).to(state.device),
         )
-        for name in found
+        for name in names
     }
+
+
+def _dead_everywhere(state: State, relus: Statistics) -> Statistics:
+    """The channels of ReLUs that are dead in every process."""
+    if not relus:
+        return {}
+    alive = state.processes.total(torch.cat([~dead for (dead,) in relus.values()]).float())
+    parts = (alive == 0).split([len(dead) for (dead,) in relus.values()])
+    return {name: (dead,) for name, dead in zip(relus, parts, strict=True)}
 
 
 def row(kind: str, state: State, sums: Sums, rate: float) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from mbn.network_layers import Layers, from_config
 from mbn.norm.base import norm_layers
 from mbn.records import controls, provenance, record
 from mbn.records.curves import curves, last_epoch
+from mbn.records.sense import RESULTS
 from mbn.system.cuda_graph import first_line, one_at_a_time, own_stream
-from mbn.system.errors import UserError, lacks_memory
+from mbn.system.errors import DivergedError, UserError, lacks_memory
 from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.processes import ALONE, Processes, from_environment, join
 from mbn.system.signals import CODES, Stop, StoppedError, StopRequest
@@ -65,7 +66,8 @@ def train(
 
     All processes that torchrun started for the run call it; the main one alone reads and writes files.
 
-    Errors: UserError, with code 75 or 130 when a signal stopped the run; the same call continues it.
+    Errors: UserError, with code 75 or 130 when a signal stopped the run; the same call continues it. DivergedError when
+    it diverged: its record is written.
     """
     results, name = Path(config.machine.results), run_name(config)
     folder, processes = results / "runs" / name, from_environment()
@@ -84,7 +86,11 @@ def train(
                     signals.patient = processes.several
                     if not processes.several:  # else the others would wait for what this process did not get
                         run.data.stop = signals
-                    run.train(signals, journal)
+                    try:
+                        run.train(signals, journal)
+                    except DivergedError as error:
+                        run.end_diverged(error, journal)
+                        raise
                     return run.finish(signals, journal)
             finally:
                 run.update.recorded.clear()  # frees the memory that recordings hold
@@ -302,13 +308,14 @@ class Run:
     def drain(self) -> None:
         """Read the losses of the iterations since the last time, and stop if one of them is not finite."""
         state, first = self.state, self.state.iteration - self.update.pending
-        for iteration, (loss, errors) in enumerate(self.update.drain(), first):
+        measured = self.update.drain()
+        state.clock.count(training=True)
+        for iteration, (loss, errors) in enumerate(measured, first):
             if not math.isfinite(loss):
                 name = self.update.watch.first_bad(state.iteration - iteration)
                 blame = f" with the norm of {name} not finite before it" if name else ""
                 raise self._diverged(f"the loss was {loss} at iteration {iteration}{blame}", iteration)
             state.add(iteration, loss, errors)
-        state.clock.count(training=True)
 
     def _end_epoch(self, stop: StopRequest, journal: Journal | NoJournal, progress: Progress, rows: Pace) -> None:
         """Test, write the epoch's row, show it. Errors: UserError where a signal ends the test, which is then saved."""
@@ -360,15 +367,22 @@ class Run:
             everywhere=True,
         )
 
-    def _diverged(self, what: str, iteration: int) -> UserError:
-        path = self.checkpoint_path
+    def _diverged(self, what: str, iteration: int) -> DivergedError:
+        path, written = self.checkpoint_path, record.path_of(Path(self.config.machine.results), self.state.name)
         last = f"{path} holds the last good state" if path.exists() else "no checkpoint had been written yet"
         epoch = iteration // self.state.per_epoch + 1
         lr = scheduled(self.config, iteration, self.state.length)["lr"]
-        return UserError(
-            f"training diverged: {what} (epoch {epoch}, learning rate {lr}); {last}; try a smaller schedule.lr.",
-            everywhere=True,
+        return DivergedError(
+            f"training diverged: {what} (epoch {epoch}, learning rate {lr}); {written} records that, and {last}; try a "
+            "smaller schedule.lr, or machine.again=true if the machine was at fault.",
+            iteration,
         )
+
+    def end_diverged(self, error: DivergedError, journal: Journal | NoJournal) -> None:
+        """Write the record of a run that diverged. Errors: UserError."""
+        self.state.trained_in(self.update.mode)
+        nothing: dict[str, Any] = {**dict.fromkeys(RESULTS), "curves": {}, "controls": None}
+        self.processes.on_main(lambda: self._write_record(journal, nothing | {"diverged_at": error.iteration}))
 
     def measure(self, wanted: Collection[str], stop: StopRequest, expected: float | None = None) -> dict[str, Any]:
         """The wanted of `controls.MEASURED`. expected: the test error that the network must have.
@@ -389,26 +403,35 @@ class Run:
         """Write the record of a run that has reached its end, and return it. Errors: UserError after a signal."""
         wanted = controls.asked(self.config)
         measured = controls.completed(None, self.measure(wanted, stop), self.state.now) if wanted else None
-        return self.processes.from_main(lambda: self._write_record(journal, measured))
+        return self.processes.from_main(
+            lambda: self._write_record(journal, self._results(journal) | {"controls": measured})
+        )
 
-    def _write_record(self, journal: Journal | NoJournal, measured: controls.Controls | None) -> dict[str, Any]:
+    def _results(self, journal: Journal | NoJournal) -> dict[str, Any]:
+        """The errors, losses and curves of a run that has reached its end."""
         assert isinstance(journal, Journal)
-        state, rows, results = self.state, list(journal.rows()), Path(self.config.machine.results)
+        rows = list(journal.rows())
         epochs = [row for row in rows if row["kind"] == "epoch"]
         last = epochs[-1]
         train_loss, train_error = last_epoch(rows, self.config.dataset.train_images)
+        return {
+            **{key: last[key] for key in ("test_error", "test_error_top5", "test_loss")},
+            "test_error_best": min(row["test_error"] for row in epochs),
+            "train_error": train_error,
+            "train_loss": train_loss,
+            "test_error_precise": None,  # of older records
+            "curves": curves(rows),
+            "diverged_at": None,
+        }
+
+    def _write_record(self, journal: Journal | NoJournal, measured: dict[str, Any]) -> dict[str, Any]:
+        state, results = self.state, Path(self.config.machine.results)
         content = {
             "name": state.name,
             "config": record.config_for_record(self.config),
-            "test_error": last["test_error"],
-            "test_error_best": min(row["test_error"] for row in epochs),
-            "train_error": train_error,
-            "test_error_top5": last["test_error_top5"],
-            "test_error_precise": None,  # of older records
-            "test_loss": last["test_loss"],
-            "train_loss": train_loss,
+            **measured,
             "iterations": state.length,
-            "images": state.images,
+            "images": state.images_before(state.length),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seconds": round(state.clock.seconds, 1),
             "images_per_second": round(state.images_per_second, 1),
@@ -419,8 +442,6 @@ class Run:
             "versions": provenance.versions(),
             "parts": state.parts,
             "journal": journal.hash,
-            "curves": curves(rows),
-            "controls": measured,
         }
         self.check_lock()
         if record.content_hash(results, state.name) not in (None, state.replaces):

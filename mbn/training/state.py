@@ -1,5 +1,7 @@
 """The state of a run: what training changes, what a checkpoint keeps of it, and how a checkpoint is restored."""
 
+import contextlib
+import hashlib
 import json
 import re
 import time
@@ -155,7 +157,7 @@ class State:
         self.replaces = saved.get("replaces", self.replaces)
         untested = saved.get("untested")
         if untested is not None:
-            self.untested = {name: (mu.to(self.device), s.to(self.device)) for name, (mu, s) in untested.items()}
+            self.untested = {name: tuple(t.to(self.device) for t in of_one) for name, of_one in untested.items()}
         print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
         self.began = self.iteration
         self.parts = go_on(parts_of(saved), self.began, self.now)
@@ -178,9 +180,7 @@ class State:
         """
         own = self.generators or generators(self.device)
         others = self.processes.everyones(own)[1:] if self.generators is None else []
-        if mode != self.now["mode"]:  # an iteration that could not be recorded has changed it
-            self.now = self.now | {"mode": mode}
-            self.parts = with_part(before(self.parts, self.began), self.began, self.now)
+        self.trained_in(mode)
         return {
             "version": VERSION,
             "name": self.name,
@@ -204,6 +204,12 @@ class State:
             "untested": self.untested,
             "anew": self.again,
         }
+
+    def trained_in(self, mode: str) -> None:
+        """Note the mode in this process's part: an iteration that could not be recorded has changed it."""
+        if mode != self.now["mode"]:
+            self.now = self.now | {"mode": mode}
+            self.parts = with_part(before(self.parts, self.began), self.began, self.now)
 
     def images_before(self, iteration: int) -> int:
         """Training images seen before a 0-based iteration."""
@@ -260,12 +266,24 @@ def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} belongs to another configuration: move {folder} away and run the command again.")
     written = record.path_of(Path(config.machine.results), run_name(config)).exists()
     finished = written and saved["iteration"] == saved["length"] and saved.get("untested") is None
-    if config.machine.again and (finished or not saved["anew"]):
+    if config.machine.again and (finished or not saved["anew"] or (written and diverged(config, folder, saved))):
         for file in sorted(folder.iterdir()):
             if OWN_FILE.fullmatch(file.name) and file.is_file():
                 file.unlink()
         return None
     return saved
+
+
+def diverged(config: Config, folder: Path, saved: dict[str, Any]) -> bool:
+    """Whether a run's record says that the run in this folder, whose checkpoint is `saved`, diverged."""
+    results, name = Path(config.machine.results), run_name(config)
+    if record.content_hash(results, name) == saved.get("replaces"):  # of an earlier training
+        return False
+    with contextlib.suppress(UserError, OSError):
+        found = record.read(record.path_of(results, name))
+        journal = hashlib.sha256((folder / "metrics.jsonl").read_bytes()).hexdigest()
+        return record.diverged(found) and found["journal"] == journal
+    return False
 
 
 def check_fields(saved: dict[str, Any], path: Path) -> None:

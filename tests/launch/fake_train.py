@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from mbn import config
 from mbn.records import record
+from mbn.records.sense import RESULTS
 from mbn.system import files, signals
 from mbn.system.errors import UserError
 
@@ -22,6 +23,9 @@ def train(cfg):
         with (results / "starts").open("a") as file:
             file.write(name + "\n")
         if cfg.schedule.lr == [1e30]:
+            raise UserError("no space is left: free some.")
+        if cfg.schedule.lr == [1e20]:
+            record.write(results, content(cfg) | dict.fromkeys(RESULTS) | {"curves": {}, "diverged_at": 3})
             raise UserError("training diverged: try a smaller schedule.lr.")
         saved = folder / "checkpoint.pt"
         for i in range(int(saved.read_text()) if saved.exists() else 0, config.iterations(cfg)):
@@ -40,7 +44,7 @@ def content(cfg):
     return dict.fromkeys(record.FIELDS, 0.0) | {
         "name": config.run_name(cfg),
         "config": record.config_for_record(cfg),
-        **dict.fromkeys(("test_error_precise", "parts", "journal", "controls")),
+        **dict.fromkeys(("test_error_precise", "parts", "journal", "controls", "diverged_at")),
         "iterations": config.iterations(cfg),
         "images": images,
         **dict.fromkeys(("parameters", "threads"), 1),

@@ -232,10 +232,22 @@ def test_a_failed_run_does_not_stop_the_rest(checkout, write_toy):
     out, error = checkout.call("toy", "--seeds", "2", "--jobs", "2", code=1)
     assert len(checkout.records()) == 2
     assert "2 of 4 runs failed" in error
-    assert out.count(": failed: ") == error.count("training diverged") == 2
+    assert out.count(": failed: ") == error.count("no space is left") == 2
     for line in error.splitlines()[-2:]:
         log = Path(line.partition("(log: ")[2].removesuffix(")"))
-        assert "training diverged" in log.read_text()
+        assert "no space is left" in log.read_text()
+
+
+def test_a_run_that_diverges_is_done_and_is_not_trained_again(checkout, write_toy):
+    write_toy(checkout.toy, 12, 'cells:\n  BN/ResNet-20: ["schedule.lr=[1e20]"]\n')
+    out, _ = checkout.call("toy", "--seeds", "1", "--jobs", "2")
+    assert out.endswith("2 of 2 runs are done, 1 of which diverged.\n")
+    assert re.search(r": diverged at iteration 3 of 12, 0 s$", out, re.MULTILINE)
+    starts = (checkout.results / "starts").read_text()
+    assert checkout.call("toy", "--seeds", "1")[0] == "2 of 2 runs have their record.\n"
+    assert (checkout.results / "starts").read_text() == starts
+    out, _ = checkout.call("toy", "--status", "--seeds", "1")
+    assert "toy               2 of   2  nothing" in out
 
 
 def test_the_budget_stops_in_time_and_a_later_call_goes_on(checkout, write_toy):

@@ -46,6 +46,16 @@ def test_a_line_a_run_with_what_differs_and_a_mean_over_seeds(tmp_path):
     ]
 
 
+def test_a_run_that_diverged_has_no_errors_and_does_not_count_in_the_mean(tmp_path):
+    runs = planned("seed=0,1")
+    cell = types.SimpleNamespace(config=lambda seed, _: dataclasses.replace(runs[0].config, seed=seed))
+    finish(tmp_path, runs[0], 2.0)
+    toy_records.write_diverged(tmp_path, cell, 1, at=91, seconds=12.0)
+    lines = sweep_table(runs, tmp_path, {}).splitlines()
+    assert lines[2].split("  ")[-2:] == ["12 s", "diverged at iteration 91 of 78,200"]
+    assert lines[-1].split() == ["2.00", "(1)", "2.00", "(1)", "1.00", "(1)"]
+
+
 def test_without_seeds_there_are_no_means_and_a_run_that_stands_twice_counts_once(tmp_path):
     runs = planned("norm=bn", "batch_size=8,16")
     finish(tmp_path, runs[0], 2.0, test_error_best=1.0)

@@ -5,9 +5,11 @@ import reference
 import torch
 from layer_kinds import reference_of, snapshot, unchanged
 from running import Small, follow
+from torch import nn
 
+import models
 from mbn.measure.statistics_gap import epoch_statistics, training_statistics
-from mbn.network_layers import bn, brn, gn, mbn
+from mbn.network_layers import bn, brn, gn, mbn, normprop
 from mbn.norm import base
 from mbn.norm.base import norm_layers
 from mbn.norm.second_forward import second_forward
@@ -43,7 +45,7 @@ def test_the_probe_changes_neither_buffers_nor_generators_nor_modes(norm):
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     base._warn_forgotten.cache_clear()
     model.eval()  # no warning: a probe does not count as a forgotten second forward
 
@@ -61,7 +63,7 @@ def test_the_probe_sees_what_a_training_forward_normalises_by(norm):
         getattr(model, name).register_forward_hook(hook)
     torch.manual_seed(1)
     model(x)
-    assert passed.keys() == seen.keys()
+    assert passed.keys() | {"act1", "act2"} == seen.keys()
     for name, (layer, x_in, y) in passed.items():
         mu, sigma, weight, bias = (t.view(1, -1, 1, 1) for t in (*seen[name], layer.weight, layer.bias))
         torch.testing.assert_close(y, weight * (x_in - mu) / sigma + bias)
@@ -100,7 +102,8 @@ def test_an_epochs_statistics_are_read_from_the_device_at_once(reads):
 
 def test_a_norm_without_statistics_has_no_gap():
     model = Small(gn(1, groups=2, channels=1)).double()
-    assert set(epoch_statistics(model, training_statistics(model, *images(5)))) == {"weight_norm", "weight_norms"}
+    row = epoch_statistics(model, training_statistics(model, *images(5)))
+    assert set(row) == {"weight_norm", "weight_norms", "dead_relus", "stage_dead_relus"}
 
 
 # Dead channels.
@@ -131,3 +134,53 @@ def test_a_relu_that_lets_nothing_through_kills_all_of_the_next_layer(norm):
         model.norm1.weight.zero_()
         model.norm1.bias.fill_(-1)
     assert dead(model, *images(5)) == (5, 1, {"norm2": 5})
+
+
+# Dead channels behind ReLUs.
+
+
+def dead_relus(model, x):
+    row = epoch_statistics(model, training_statistics(model, x))
+    assert row["dead_relus"] == sum(row["stage_dead_relus"].values())
+    return row["stage_dead_relus"]
+
+
+@pytest.mark.parametrize("layers", [bn(1), gn(1, groups=2, channels=1), normprop(1)], ids=["bn", "gn", "normprop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_channel_that_lets_nothing_through_its_relu_is_dead(layers, dtype):
+    """A single value of one image is enough for a channel to live."""
+    x = -torch.rand(5, 4, 3, 3, dtype=dtype) - 0.1
+    x[3, 2, 1, 0] = 0.05
+    (dead,) = training_statistics(nn.Sequential(layers.act()), x)["0"]
+    assert dead.tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("layers", [bn(1), normprop(1)], ids=["bn", "normprop"])
+def test_dead_relus_are_counted_by_stage(layers):
+    model = models.build("resnet_cifar:resnet20", layers=layers, classes=10)
+    x = torch.randn(4, 3, 32, 32)
+    assert set(dead_relus(model, x)) == {"act1", "layer1", "layer2", "layer3"}
+    with torch.no_grad():
+        for block in (model.layer2[0], model.layer2[2]):
+            (block.conv1.shift if hasattr(block.conv1, "shift") else block.bn1.bias)[:3] = -100.0
+    assert dead_relus(model, x) == {"act1": 0, "layer1": 0, "layer2": 6, "layer3": 0}
+
+
+def test_a_relu_that_is_called_twice_has_the_channels_of_both_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.fc = nn.ReLU(), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.relu(self.relu(x) - 1)
+
+    x = torch.tensor([[2.0, 0.5], [-1.0, 0.5]])
+    assert training_statistics(Twice(), x)["relu"][0].tolist() == [False, False, False, True]
+    assert dead_relus(Twice(), x) == {"relu": 1}
+
+
+def test_a_network_without_relus_has_no_count():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Tanh())
+    (x,) = images(5)
+    assert not {"dead_relus", "stage_dead_relus"} & set(epoch_statistics(model, training_statistics(model, x.float())))

@@ -40,7 +40,7 @@ def content(configuration):
         "dirty": False,
         "code": "0" * 64,
         "versions": {"torch": "2"},
-        **dict.fromkeys(("parts", "journal", "controls")),
+        **dict.fromkeys(("parts", "journal", "controls", "diverged_at")),
         "curves": {"images": [512, 1024], "test_error": [50.0, 40.0]},
     }
 
@@ -132,6 +132,7 @@ def test_what_an_older_record_lacks_reads_as_none(path, lacks):
         "parts",
         "journal",
         "controls",
+        "diverged_at",
     }
     assert record.rewrite(path, test_error_precise=2.5)["version"] == record.VERSION
     assert record.read(path)[lacks] == (record.VERSION if lacks == "version" else None)

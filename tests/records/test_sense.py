@@ -198,6 +198,62 @@ def test_controls_can_be_true(changes, norm, says, tmp_path):
         toy_records.write(tmp_path, cell, 0, 8.0, controls=SOUND | changes)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"dead_relus": None}, "curves.dead_relus must be a list"),
+        ({"dead_relus": [2] * 100}, "curves.dead_relus must be the sums of stage_dead_relus"),
+        ({"stage_dead_relus": [3]}, "curves.stage_dead_relus must be curves by stages, beside dead_relus, not [3]"),
+        ({"stage_dead_relus": {}}, "curves.dead_relus must be the sums of stage_dead_relus"),
+        ({"stage_dead_relus": {"layer1": [3]}}, "curves.stage_dead_relus.layer1 must be a list of numbers, as many"),
+        (
+            {"stage_dead_relus": {"layer1": [3.5] * 100}},
+            "curves.stage_dead_relus.layer1 must hold whole numbers, at le",
+        ),
+        ({"stage_dead_relus": {"\n": [3] * 100}}, "curves.stage_dead_relus must be curves by stages"),
+    ],
+)
+def test_dead_relus_by_stage_are_whole_numbers_that_add_up(path, change, says):
+    result = record.read(path)
+    result["curves"] |= {"dead_relus": [3] * 100, "stage_dead_relus": {"layer1": [1] * 100, "layer2": [2] * 100}}
+    result["curves"] |= change
+    said = sense.fault(result, CELL.config(0, 1.0))
+    assert said is None if says is None else said.startswith(says)
+
+
+# A run that diverged.
+
+DIVERGED = {**dict.fromkeys(sense.RESULTS), "curves": {}, "diverged_at": 91}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (DIVERGED, None),
+        (DIVERGED | {"diverged_at": 0}, None),
+        *((DIVERGED | {key: 8.0}, f"{key} must be null where diverged_at is not, not 8.0") for key in sense.RESULTS),
+        (DIVERGED | {"curves": {"images": [8]}}, "curves must be {} where diverged_at is not null"),
+        (DIVERGED | {"diverged_at": None}, "test_error must be a number"),
+        (DIVERGED | {"diverged_at": -1}, "diverged_at must be a whole number, at least 0, not -1"),
+        (DIVERGED | {"diverged_at": True}, "diverged_at must be a whole number, at least 0, not true"),
+        (DIVERGED | {"diverged_at": 78_200}, "diverged_at must be less than its 78200 iterations, not 78200"),
+        ({"diverged_at": 91}, "test_error must be null where diverged_at is not, not 8.0"),
+        *(({key: None}, f"{key} must be a number") for key in sense.RESULTS if key != "test_error_precise"),
+    ],
+)
+def test_a_run_that_diverged_has_no_results_and_every_other_run_has_all(path, fields, says):
+    said = sense.fault(record.read(path) | fields, CELL.config(0, 1.0))
+    assert said is None if says is None else said.startswith(says)
+
+
+def test_the_record_of_a_run_that_diverged_is_written_read_imported_and_told_in_a_sentence(tmp_path):
+    path = toy_records.write_diverged(tmp_path / "results", CELL, 0, at=91)
+    result = record.read(path)
+    assert record.in_a_sentence(result) == f"{result['name']}: diverged at iteration 91 of 78,200"
+    assert gather(path.parent, tmp_path / "home", allow_dirty=True).taken == [result["name"]]
+
+
 # The parts of a run, and its journal.
 
 PART = {

@@ -154,8 +154,12 @@ def generator_at_first_dropout(results):
 
 
 def test_a_loss_that_diverges_ends_all_with_one_sentence(trained):
-    _, (_, _, err) = trained(2, "norm=bn", "schedule.lr=[1e30,1e30,1e30]", code=1)
+    run, (_, _, err) = trained(2, "norm=bn", "schedule.lr=[1e30,1e30,1e30]", code=1)
     assert err.count("error: training diverged: the ") == 1
+    at = run.record()["diverged_at"]
+    _, (_, out, err) = trained(2, "norm=bn", "schedule.lr=[1e30,1e30,1e30]", code=1)
+    assert (out, err.count("\n")) == ("", 1)
+    assert f": diverged at iteration {at} of 12, as " in err
 
 
 def test_an_error_of_the_main_process_ends_all_with_one_sentence(trained):

@@ -4,10 +4,12 @@ from fractions import Fraction
 
 import pytest
 import yaml
+from scipy import stats
 
 from mbn import grid
 from mbn.system.errors import UserError
-from mbn.tables import claims
+from mbn.tables import claims, measures
+from mbn.tables.cells import AllRuns
 
 FIGURE1, FIGURE2 = grid.read("figure1"), grid.read("figure2")
 LOWER = {"claim": "MBN wins", "lower": "MBN", "than": "BN", "in": ["one forward"]}
@@ -17,10 +19,17 @@ DROP = {"claim": "it drops", "drop": "test_error", "at": 0.6, "with": "MBN"}
 RISE = {"claim": "it rises", "rise": "train_error", "at": 0.6, "with": "MBN"}
 
 
-def judge(content, numbers):
-    """numbers: (row, column) -> test errors by seed."""
+def all_runs(g, cells):
+    """cells: (row, column) -> records by seed."""
+    named = {g.cell(*place).name(seed): one for place, runs in cells.items() for seed, one in runs.items()}
+    return AllRuns((g,), named)
+
+
+def judged(content, numbers):
+    """A claim and its verdicts. numbers: (row, column) -> test errors by seed."""
     cells = {key: {s: {"test_error": error} for s, error in enumerate(errors)} for key, errors in numbers.items()}
-    return claims.judge(grid.read_claim(FIGURE1, content), lambda cell: cells.get((cell.row, cell.column), {}))
+    claim = grid.read_claim(FIGURE1, content)
+    return claim, claims.judge(claim, all_runs(FIGURE1, cells))
 
 
 @pytest.mark.parametrize(
@@ -28,12 +37,11 @@ def judge(content, numbers):
     [
         (LOWER, [6.0, 6.1, 6.2], [6.9, 7.0, 7.2], claims.HOLDS),
         (LOWER, [6.9, 7.0, 7.2], [6.0, 6.1, 6.2], claims.FAILS),
-        (LOWER, [6.0, 7.1, 6.2], [6.5, 6.6, 6.3], claims.OPEN),
-        (LOWER, [6.0], [7.0], claims.OPEN),
+        (LOWER, [6.0, 7.1, 6.2], [6.5, 6.6], claims.OPEN),
         (LOWER, [], [7.0, 7.1], claims.OPEN),
         (EQUAL, [6.00, 6.10, 6.20], [6.01, 6.09, 6.21], claims.HOLDS),
-        (EQUAL, [6.0, 6.1, 6.2], [6.9, 7.0, 7.2], claims.FAILS),
         (EQUAL, [6.9, 7.0, 7.2], [6.0, 6.1, 6.2], claims.FAILS),
+        (EQUAL, [6.0, 6.1, 6.2], [6.9, 7.0, 7.2], claims.FAILS),
         (EQUAL, [6.0, 6.8, 6.3], [6.2, 6.0, 6.2], claims.OPEN),
         (GAIN, [6.9, 7.3, 7.2], [6.0, 6.1, 6.2], claims.HOLDS),
         (GAIN, [6.0, 6.1, 6.2], [6.9, 7.0, 7.2], claims.FAILS),
@@ -42,14 +50,69 @@ def judge(content, numbers):
 )
 def test_outcomes_of_differences_and_gains(content, mbn, bn, outcome):
     numbers = {("one forward", "MBN"): mbn, ("one forward", "BN"): bn}
-    numbers |= {("two forwards", "MBN"): [6.1, 6.4, 6.3, 1.0], ("two forwards", "BN"): [6.0, 6.1, 6.2]}
-    (verdict,) = judge(content, numbers)
+    after = {("two forwards", "MBN"): [6.1, 6.2, 6.3], ("two forwards", "BN"): [6.0, 6.1, 6.2]}
+    _, (verdict,) = judged(content, numbers | (after if content is GAIN else {}))
     assert (verdict.place, verdict.outcome) == ("" if content is GAIN else "one forward", outcome)
-    after = (0.1, 0.3, 0.1) if content is GAIN else (0, 0, 0)
-    found = [m - b - d for m, b, d in zip(mbn, bn, after, strict=False)]
-    mean = pytest.approx(sum(found) / len(found)) if found else None
-    assert (verdict.number.n, verdict.number.mean) == (len(found), mean)
-    assert content is not EQUAL or verdict.needed is None  # it would be the number of seeds that shows a difference
+    assert verdict.has_run == bool(mbn)
+    if mbn:
+        means = sum(mbn) / len(mbn) - sum(bn) / len(bn) - (0.1 if content is GAIN else 0)
+        assert verdict.number.mean == pytest.approx(means)
+
+
+def test_an_equality_is_judged_by_two_one_sided_tests():
+    """It holds within 0.28 and not within 0.27, as scipy's test of the side that decides says; 95 % is wider."""
+    x, y = [6.0, 6.2, 6.1, 6.3], [6.1, 6.3, 6.2, 6.4]
+    numbers = {("one forward", "MBN"): x, ("one forward", "BN"): y}
+    for margin, outcome in ((0.27, claims.OPEN), (0.28, claims.HOLDS)):
+        claim, (verdict,) = judged(EQUAL | {"within": margin}, numbers)
+        one_sided = stats.ttest_ind([a + margin for a in x], y, alternative="greater").pvalue
+        assert (verdict.outcome, one_sided < 0.05) == (outcome, outcome == claims.HOLDS)
+        assert verdict.number.interval()[0] < -0.28
+        assert f"n = 4+4, 90 % [-0.28, +0.08], margin {margin}: {outcome}" in claims.listed(claim, [verdict])
+
+
+def test_the_papers_number_is_excluded_where_it_lies_outside_the_interval():
+    table4 = grid.read("table4")
+    for mbn, excluded in (([15.5, 16.0], True), ([9.0, 14.0], False)):
+        cells = {("8", "MBN"): mbn, ("8", "BN"): [15.6, 15.4]}
+        runs = all_runs(table4, {k: {s: {"test_error": e} for s, e in enumerate(v)} for k, v in cells.items()})
+        verdict = claims.judge(table4.claims[0], runs)[0]
+        assert (verdict.outcome, verdict.excluded) == (claims.OPEN, excluded)
+        p = stats.ttest_ind([m + 4.27 for m in mbn], cells["8", "BN"]).pvalue
+        said = f"the paper's -4.27 is {'' if excluded else 'not '}excluded (p = {p:.3f})"
+        assert verdict.against_paper == said
+
+
+def test_a_claim_at_several_places_has_a_joint_number():
+    """One seed a cell is enough where the variance is known from elsewhere; each place has its precision's weight."""
+    table4 = grid.read("table4")
+    cells = {("8", "MBN"): [15.0, 15.4], ("8", "BN"): [16.0, 16.2]}
+    cells |= {("16", "MBN"): [12.0], ("16", "BN"): [12.4], ("32", "BN"): [9.0]}
+    runs = all_runs(table4, {k: {s: {"test_error": e} for s, e in enumerate(v)} for k, v in cells.items()})
+    (claim,) = table4.claims
+    verdicts = claims.judge(claim, runs)
+    joint = claims.joint(claim, verdicts)
+    # Variances 1/2 + 1/2 and 1 + 1, so that batch 8 has two thirds.
+    assert joint.number.mean == pytest.approx(2 / 3 * -0.9 + 1 / 3 * -0.4)
+    assert joint.paper == pytest.approx(2 / 3 * -4.27 + 1 / 3 * -1.39)
+    assert joint.number.precision**-1 == pytest.approx((0.08 + 0.02) / 2 * (4 / 9 + 2 / 9))
+    assert (joint.place, joint.number.ns, joint.excluded) == (claims.TOGETHER, (3, 3), True)
+    assert claims.joint(claim, verdicts[1:]) is None  # one place alone
+    assert claims.joint(claim, verdicts[1:], several=1).number.mean == pytest.approx(-0.4)
+
+
+def test_seeds_that_diverged_have_no_part_in_a_claim():
+    lost = {"test_error": None, "train_error": None, "curves": {}, "images": 100, "diverged_at": 7}
+    sound = [{"test_error": error} for error in (6.0, 6.2)]
+    cells = {("one forward", "MBN"): dict(enumerate([*sound, lost])), ("one forward", "BN"): {0: lost}}
+    (verdict,) = claims.judge(grid.read_claim(FIGURE1, LOWER), all_runs(FIGURE1, cells))
+    assert not verdict.has_run
+    cells["one forward", "BN"][1] = {"test_error": 7.0}
+    (verdict,) = claims.judge(grid.read_claim(FIGURE1, LOWER), all_runs(FIGURE1, cells))
+    assert (verdict.number.ns, verdict.number.mean) == ((2, 1), pytest.approx(-0.9))
+    (drop, *_) = [claim for claim in FIGURE2.claims if isinstance(claim, grid.Drop)]
+    runs = all_runs(FIGURE2, {("VGG", "MBN"): {0: lost}})
+    assert not any(v.has_run for v in claims.judge(drop, runs))
 
 
 def curve(test_errors=(), train_errors=(), points=20):
@@ -63,16 +126,16 @@ def curve(test_errors=(), train_errors=(), points=20):
 def test_a_drop_is_the_mean_before_less_the_mean_after():
     # Twenty points: the windows at 60 % hold the point at 60 % and the one at 65 %; forty points have two in each.
     record = curve(test_errors=[9.0] * 11 + [8.0, 6.5] + [1.0] * 7)
-    assert claims.drop(record, "test_error", Fraction(6, 10)) == pytest.approx(1.5)
+    assert measures.drop(record, "test_error", Fraction(6, 10)) == pytest.approx(1.5)
     record = curve(test_errors=[9.0] * 22 + [8.0, 7.0, 5.0, 6.0] + [1.0] * 14, points=40)
-    assert claims.drop(record, "test_error", Fraction(6, 10)) == pytest.approx(2.0)
-    assert claims.drop(curve(test_errors=[1.0], points=1), "test_error", Fraction(6, 10)) is None
+    assert measures.drop(record, "test_error", Fraction(6, 10)) == pytest.approx(2.0)
+    assert measures.drop(curve(test_errors=[1.0], points=1), "test_error", Fraction(6, 10)) is None
 
 
 def test_a_rise_is_the_first_point_after_less_the_last_before():
     record = curve(train_errors=[3.0] * 7 + [2.0, 2.75, 1.0] + [0.0] * 10)
-    assert claims.rise(record, "train_error", Fraction(4, 10)) == pytest.approx(0.75)
-    assert claims.rise(curve(points=0), "train_error", Fraction(4, 10)) is None
+    assert measures.rise(record, "train_error", Fraction(4, 10)) == pytest.approx(0.75)
+    assert measures.rise(curve(points=0), "train_error", Fraction(4, 10)) is None
 
 
 @pytest.mark.parametrize("content", [DROP, DROP | {"above": "BN"}, RISE])
@@ -84,12 +147,10 @@ def test_outcomes_of_curves(content, drops, outcome):
     falls = {s: curve([9.0] * 12 + [9.0 - d] * 8, [1.0] * 12 + [1.0 + d] + [0.0] * 7) for s, d in enumerate(drops)}
     falls[3] = curve()
     flat = {s: curve([9.0] * 12 + [9.0 - 0.01 * s] * 8, [1.0] * 20) for s in range(4)}
-    runs = {"MBN": falls, "BN": flat}
-    judged = claims.judge(
-        grid.read_claim(FIGURE2, content), lambda cell: runs[cell.column] if cell.row == "VGG" else {}
-    )
-    assert [(v.place, v.outcome, v.number.n) for v in judged] == [
-        *(("ResNet-20", claims.OPEN, 0), ("ResNet-56", claims.OPEN, 0), ("VGG", outcome, 3)),
+    runs = all_runs(FIGURE2, {("VGG", "MBN"): falls, ("VGG", "BN"): flat})
+    found = claims.judge(grid.read_claim(FIGURE2, content), runs)
+    assert [(v.place, v.outcome, v.number.ns[:1]) for v in found] == [
+        *(("ResNet-20", claims.OPEN, ()), ("ResNet-56", claims.OPEN, ()), ("VGG", outcome, (3,))),
     ]
 
 
@@ -97,18 +158,25 @@ def test_a_claim_with_its_verdicts_is_a_list():
     content = {"claim": "the second forward helps", "lower": "two forwards", "than": "one forward"}
     numbers = {("one forward", "BN"): [7.0, 7.1, 7.3], ("two forwards", "BN"): [6.0, 6.2, 6.3]}
     numbers |= {("one forward", "MBN"): [6.0], ("two forwards", "MBN"): [7.0], ("one forward", "BRN"): [6.0]}
-    claim = grid.read_claim(FIGURE1, content)
-    assert claims.listed(claim, judge(content, numbers)).splitlines() == [
-        "- The second forward helps",
-        "  - BN: two forwards - one forward = -0.97 [-1.11, -0.82], n = 3: the claim holds",
-        "  - MBN: two forwards - one forward = +1.00, n = 1: not decided yet, 7 seeds would",
+    claim, verdicts = judged(content, numbers)
+    number = "two forwards - one forward"
+    assert claims.listed(claim, verdicts).splitlines() == [
+        "- The second forward helps (exploratory)",
+        f"  - BN: {number} = -0.97 [-1.31, -0.62], n = 3+3, p = 0.001: holds; the paper's -0.16 is "
+        "excluded (p = 0.003)",
+        f"  - MBN: {number} = +1.00 [+0.40, +1.60], n = 1+1, p = 0.010: does not hold; the paper's -0.30 is excluded "
+        "(p = 0.004)",
+        f"  - together: {number} = -0.47 [-0.77, -0.18], n = 4+4, p = 0.012: holds; the paper's -0.20 is not excluded "
+        "(p = 0.061)",
         "  - BRN: not measured yet",
     ]
-    assert claims.listed(claim, judge(content, {})) == "- The second forward helps: not measured yet"
-    (verdict,) = judge(GAIN, {(row, column): [6.0] for row in FIGURE1.rows for column in FIGURE1.columns})
-    assert str(verdict.number) == "+0.00, n = 1"
-    line = claims.listed(grid.read_claim(FIGURE1, GAIN), [verdict]).splitlines()[1]
-    assert line == "  - gain of MBN - gain of BN = +0.00, n = 1: not decided yet"
+    primary, verdicts = judged(content | {"primary": "two forwards < one (MBN)"}, {})
+    said = "- The second forward helps (part of the primary claim two forwards < one (MBN)): not measured yet"
+    assert claims.listed(primary, verdicts) == said
+    claim, (verdict,) = judged(GAIN, {(row, column): [6.0] for row in FIGURE1.rows for column in FIGURE1.columns})
+    assert str(verdict.number) == "+0.00, n = 1 each"
+    line = claims.listed(claim, [verdict]).splitlines()[1]
+    assert line == "  - gain of MBN - gain of BN = +0.00, n = 1 each: undecided"
 
 
 def test_the_papers_difference():
@@ -132,6 +200,7 @@ def test_the_papers_difference():
         LOWER | {"than": "GN"},
         LOWER | {"in": ["three forwards"]},
         LOWER | {"within": 1},
+        LOWER | {"primary": "MBN < GN"},
         LOWER | {"metric": "errors"},
         EQUAL | {"within": "little"},
         EQUAL | {"equal": ["MBN"]},

@@ -93,6 +93,17 @@ def test_a_far_error_is_an_arrow_and_a_panel_shows_only_the_sizes_that_it_has(tm
     assert all("batch 8" in panel.get_title() and lines(panel) for panel in figures["gap-resnet20"].axes)
 
 
+def test_a_seed_that_diverged_is_in_no_line(results, figures):
+    records = read_records(results)
+    name = grid.read("table4-methods").cell("8", "BN-1").name(1)
+    records[name] |= {"diverged_at": 5, "test_error": None, "curves": {}}
+    left = drawing.draw(records)
+    _, y = lines(left["batch-size"].axes[0])["BN-1"].get_data()
+    assert y[0] == pytest.approx(9 - 0.08)
+    loss = [lines(some["training-resnet56"].axes[0])["BN-1"].get_xdata() for some in (left, figures)]
+    assert [*loss[0]] == [*loss[1]]
+
+
 def test_gap_is_over_the_share_of_training(figures):
     panels = figures["gap-resnet56"].axes
     assert [p.get_title().partition(": ")[2] for p in panels] == [

@@ -1,50 +1,139 @@
 """Statistics against scipy, by hand and by simulation."""
 
+import math
+
 import pytest
 from scipy import stats
 
-from mbn.tables.over_seeds import Summary, difference, seeds_to_decide, summary, welch
+from mbn.tables.over_seeds import (
+    Contrast,
+    Sample,
+    Spread,
+    contrast,
+    detectable,
+    holm,
+    level,
+    pooled,
+    together,
+)
+
+A, B, C = [6.1, 6.3, 6.2, 6.6], [6.5, 6.9, 6.4, 7.1], [5.0, 5.3, 5.1]
 
 
-def test_a_difference_is_paired_over_common_seeds_and_welchs_test_takes_all():
-    a, b = {0: 6.1, 1: 6.3, 3: 6.2, 4: 6.6, 5: 9.0}, {0: 6.5, 1: 6.9, 2: 9.0, 3: 6.4, 4: 7.1}
-    found, test = difference(a, b), stats.ttest_rel([6.1, 6.3, 6.2, 6.6], [6.5, 6.9, 6.4, 7.1])
-    low, high = test.confidence_interval(0.95)
-    assert (found.n, found.mean) == (4, pytest.approx(-0.425))
-    assert (found.low, found.high, found.p) == (pytest.approx(low), pytest.approx(high), pytest.approx(test.pvalue))
-    all_seeds = stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False)
-    assert welch(a, b) == pytest.approx(all_seeds.pvalue)
+def seeds(numbers):
+    return dict(enumerate(numbers))
 
 
-def test_interval_by_hand():
-    # Mean 2, sd 1, n 3; t(0.975, 2) is 4.302653 in any table.
-    s = summary([1.0, 2.0, 3.0])
-    assert (s.mean, s.sd) == (2, 1)
-    assert (s.low, s.high) == (pytest.approx(2 - 4.302653 / 3**0.5), pytest.approx(2 + 4.302653 / 3**0.5))
+def sample(name, numbers, spread, group="g"):
+    return Sample(name, sum(numbers) / len(numbers), len(numbers), group, spread)
 
 
-@pytest.mark.parametrize("numbers", [[], [1.0], [7.1 - 6.9, 7.2 - 7.0, 0.2]])
-def test_no_interval_without_spread(numbers):
-    s = summary(numbers)
-    assert (s.n, s.low, s.high, s.p) == (len(numbers), None, None, None)
-    assert (
-        welch(dict(enumerate(numbers)), {0: 1.0, 1: 2.0}) is welch({0: 1.0, 1: 2.0}, dict(enumerate(numbers))) is None
+def samples(*cells):
+    spread = pooled(map(seeds, cells))
+    return [sample(str(i), numbers, spread) for i, numbers in enumerate(cells)]
+
+
+@pytest.mark.parametrize("b", [B, C])
+def test_two_cells_alone_are_students_test_with_equal_variances(b):
+    found, test = contrast(samples(A, b), (1, -1)), stats.ttest_ind(A, b, equal_var=True)
+    interval = test.confidence_interval(0.95)
+    assert found.mean == pytest.approx(sum(A) / 4 - sum(b) / len(b))
+    assert found.interval() == pytest.approx(tuple(interval))
+    assert found.p() == pytest.approx(test.pvalue)
+    assert found.p(against=interval.low) == pytest.approx(0.05)
+    assert found.p(against=-4.27) == pytest.approx(stats.ttest_ind([a + 4.27 for a in A], b).pvalue)
+    assert found.ns == (4, len(b))
+
+
+def test_the_variance_is_that_within_cells_of_an_analysis_of_variance():
+    """F of two of three cells, by hand: their squares between over the variance within all three."""
+    spread = pooled(map(seeds, (A, B, C)))
+    within = sum(stats.tvar(some) * (len(some) - 1) for some in (A, B, C))
+    assert (spread.squares, spread.freedom) == (pytest.approx(within), 3 + 3 + 2)
+    a, b, _ = samples(A, B, C)
+    f = (a.mean - b.mean) ** 2 / (1 / 4 + 1 / 4) / (within / 8)
+    assert contrast([a, b], (1, -1)).p() == pytest.approx(stats.f.sf(f, 1, 8))
+    # All three equal: scipy's F has the same squares within.
+    between = sum(len(x) * (sum(x) / len(x) - sum(A + B + C) / 11) ** 2 for x in (A, B, C))
+    assert stats.f_oneway(A, B, C).statistic == pytest.approx(between / 2 / spread.sd**2)
+
+
+def test_one_seed_borrows_the_spread_of_the_others_and_adds_none():
+    spread = pooled(map(seeds, (A, [9.0])))
+    assert spread == pooled([seeds(A)])
+    found = contrast([sample("a", A, spread), sample("b", [9.0], spread)], (1, -1))
+    half = stats.t.ppf(0.975, 3) * stats.tstd(A) * math.sqrt(1 / 4 + 1)
+    assert found.interval() == pytest.approx((6.3 - 9 - half, 6.3 - 9 + half))
+
+
+def test_two_groups_have_satterthwaites_degrees_of_freedom():
+    """One cell a group is Welch's test."""
+    a, b = (sample(name, x, pooled([seeds(x)]), name) for name, x in (("a", A), ("c", C)))
+    found, test = contrast([a, b], (1, -1)), stats.ttest_ind(A, C, equal_var=False)
+    assert found.p() == pytest.approx(test.pvalue)
+    assert found.interval() == pytest.approx(tuple(test.confidence_interval(0.95)))
+
+
+def test_no_interval_without_spread():
+    for spread in (pooled([seeds([1.0]), seeds([2.0])]), pooled([{0: 7.1 - 6.9, 1: 7.2 - 7.0, 2: 0.2}])):
+        found = contrast([sample("a", [1.0], spread), sample("b", [2.0], spread)], (1, -1))
+        assert (found.mean, found.interval(), found.p(), found.precision) == (-1, None, None, None)
+        assert not found.excludes(5)
+        assert str(found) == "-1.00, n = 1+1"
+        assert level(sample("a", [1.0], spread), 9.0) is None
+    known = sample("c", A, pooled([seeds(A)]), "h")
+    assert contrast([known, sample("a", [1.0], Spread())], (1, -1)).interval() is None  # one group lacks it
+    assert (Contrast().mean, Contrast().interval(), Contrast().p()) == (None, None, None)
+
+
+def test_contrasts_together_are_weighted_by_precision():
+    """By hand: d = sum d/v / sum 1/v with variance 1 / sum 1/v, where no cell stands in two."""
+    a, b, c, d = samples(A, B, C, [5.5])
+    parts = [contrast([a, b], (1, -1)), contrast([c, d], (1, -1))]
+    found, weights = together(parts)
+    variances = [part.precision**-1 for part in parts]
+    assert variances == pytest.approx([a.spread.sd**2 * (1 / 4 + 1 / 4), a.spread.sd**2 * (1 / 3 + 1)])
+    assert weights == pytest.approx([(1 / v) / (1 / variances[0] + 1 / variances[1]) for v in variances])
+    assert found.mean == pytest.approx(sum(w * p.mean for w, p in zip(weights, parts, strict=True)))
+    assert found.precision == pytest.approx(sum(1 / v for v in variances))
+    assert found.ns == (4 + 3, 4 + 1)
+    # A cell that both have counts once: (a - b + a - c) / 2 has variance s² (1 / n_a + 1 / 4 n_b + 1 / 4 n_c).
+    shared, halves = together([contrast([a, b], (1, -1)), contrast([a, sample("e", [1, 1, 1, 1], a.spread)], (1, -1))])
+    assert halves == [0.5, 0.5]
+    assert shared.precision**-1 == pytest.approx(a.spread.sd**2 * (1 / 4 + 1 / 16 + 1 / 16))
+
+
+def test_a_printed_number_is_compared_with_the_interval_for_one_more_run():
+    (a,) = samples(A)
+    half = stats.t.ppf(0.975, 3) * stats.tstd(A) * math.sqrt(1 + 1 / 4)
+    found = level(a, 6.3 + half)
+    assert (found.low, found.high, found.p) == (
+        pytest.approx(6.3 - half),
+        pytest.approx(6.3 + half),
+        pytest.approx(0.05),
     )
+    assert level(a, 6.3 + half).excludes(6.3 + half + 1e-6)
+    assert not found.excludes(6.3 - half + 1e-6)
 
 
-def test_seeds_to_decide():
-    """By simulation: with that number of seeds, four in five intervals exclude zero; with one fewer, not so many."""
-    five = [-1.2, -0.1, -0.7, 0.3, -0.6]
-    n = seeds_to_decide(summary(five))
-    # Five seeds have 4 degrees of freedom; a difference of two of the six reruns has 5 and a variance of 2 * 0.54^2.
-    sd = ((4 * stats.tstd(five) ** 2 + 5 * 2 * 0.54**2) / 9) ** 0.5
-    samples = stats.norm.rvs(sum(five) / 5, sd, size=(20000, n), random_state=0)
-    assert (stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.05)
-    assert (stats.ttest_1samp(samples[:, :-1], 0, axis=1).pvalue < 0.05).mean() < 0.8
-    # One seed: with the assumed deviation a difference of 0.48 needs 21 an arm unpaired, and one more paired.
-    assert seeds_to_decide(Summary(1, -0.48)) == 22
-    # Two seeds that happen to agree say little about the spread; of many seeds, their own spread decides.
-    assert 15 <= seeds_to_decide(summary([-0.48, -0.481])) <= 22
-    assert seeds_to_decide(summary([-0.48, -0.48])) == 22
-    assert seeds_to_decide(summary([-0.48 + 0.2 * (-1) ** k for k in range(400)])) == 4
-    assert seeds_to_decide(Summary(1, 1e-3)) is seeds_to_decide(Summary(0)) is None
+@pytest.mark.parametrize(
+    ("ps", "corrected"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.04, None, 0.001], [0.08, 1, 0.003]),
+        ([0.5, 0.6, 0.9], [1, 1, 1]),
+        ([None, None, 0.02], [1, 1, 0.06]),
+    ],
+)
+def test_holms_correction_by_hand(ps, corrected):
+    assert holm(ps) == pytest.approx(corrected)
+
+
+def test_the_difference_that_five_seeds_show():
+    """By simulation, and by a table: two samples of 5 need an effect of 2.02 standard deviations for 80 %."""
+    assert detectable(1.0) == pytest.approx(2.02, abs=0.005)
+    size = detectable(0.5)
+    x = stats.norm.rvs(0, 0.5, size=(20000, 5), random_state=0)
+    y = stats.norm.rvs(size, 0.5, size=(20000, 5), random_state=1)
+    assert (stats.ttest_ind(x, y, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+    assert detectable(0.5, n=20) < size / 2

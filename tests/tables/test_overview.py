@@ -8,10 +8,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mbn import grid
 from mbn.records.record import config_for_record as record_config
+from mbn.tables import claims
 from mbn.tables.cells import read_records, read_tables
 from mbn.tables.figures.forest import LIMIT, forest
 from mbn.tables.figures.status_grid import status_grid
-from mbn.tables.places import in_short, places
+from mbn.tables.places import in_short, places, primary
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_a_label_alone_names_the_network_once(every):
 
 
 def line_of(panel, label):
-    """The height of a line of the picture."""
+    """The height of a line of the picture, below the primary claims."""
     (y,) = {text.get_position()[1] for text in panel.texts if text.get_text() == label}
     return y
 
@@ -87,24 +88,47 @@ def texts_at(panel, y):
 def test_a_line_has_the_papers_mark_and_our_mean_with_its_interval(every):
     (panel,) = forest(every).axes
     both = line_of(panel, "MBN − BN, batch 8")
-    summary = found(every, "table4", "MBN - BN, batch 8")[0].verdict.number
+    verdict = found(every, "table4", "MBN - BN, batch 8")[0].verdict
+    interval = tuple(round(end, 2) for end in verdict.number.interval())
     assert at(panel, line_of(panel, "MBN − BN, batch 32")) == ([(-1.08, "D", False)], [])
-    assert at(panel, both) == (
-        [(-4.27, "D", False), (-0.9, "o", True)],
-        [(round(summary.low, 2), round(summary.high, 2))],
-    )
-    assert texts_at(panel, both) == ["MBN − BN, batch 8", "−4.27", "−0.90 [−1.15, −0.65], n = 3"]
-    # One seed: hollow, without an interval.
+    assert verdict.excluded
+    assert at(panel, both) == ([(-4.27, "X", False), (-0.9, "o", True)], [interval])
+    assert texts_at(panel, both) == ["MBN − BN, batch 8", "−4.27", "−0.90 [−1.26, −0.54], n = 3+3"]
+    # One seed, with the spread of the others: undecided is hollow.
     one = line_of(panel, "MBN − BN, batch 16")
-    assert at(panel, one) == ([(-1.39, "D", False), (0.5, "o", False)], [])
+    assert at(panel, one) == ([(-1.39, "X", False), (0.5, "o", False)], [(-0.12, 1.12)])
     assert texts_at(panel, line_of(panel, "MBN − BN, batch 64")) == ["MBN − BN, batch 64", "not run", "−0.81"]
+
+
+def test_joint_numbers_are_diamonds_and_the_primary_claims_stand_first(every, tables):
+    (panel,) = forest(every, primary(tables)).axes
+    joint = found(every, "table4", "MBN - BN, together")[0].verdict.number
+    together = [(round(joint.mean, 2), "D", True)]
+    assert at(panel, line_of(panel, "MBN − BN, together"))[0][1:] == together
+    heading, first, second, third = (texts_at(panel, y) for y in range(4))
+    assert heading == ["Primary claims, each at all its places that have run"]
+    assert (first[0], first[2]) == ("MBN < BN", "−0.55 [−0.86, −0.24], n = 4+4")
+    assert at(panel, 1)[0][1:] == together
+    assert (second, third) == (["two forwards < one (MBN)", "not run"], ["MBN < BRN", "not run"])
+
+
+def test_the_primary_claims_are_corrected_together_and_count_each_run_once(tables):
+    mbn, forwards, brn = primary(tables)
+    p = mbn.verdict.number.p()
+    assert (mbn.measured, mbn.places, mbn.verdict.outcome) == (2, 5, claims.HOLDS)
+    assert mbn.holm == pytest.approx(3 * p)  # of three claims, of which two are not measured
+    assert mbn.papers == pytest.approx((-4.27, -1.39, -1.08, -0.81, -0.74))
+    # Figure 1's place is that of batch 128 of table4-methods; Table 1's ResNets are table4-methods's and -resnet20's.
+    assert (forwards.places, forwards.papers) == (10, pytest.approx((-0.30,)))
+    assert (brn.places, sorted(brn.papers)) == (4 + 4 + 4, pytest.approx([-0.25, -0.23, -0.21]))
+    assert (forwards.holm, forwards.has_run, forwards.verdict.outcome) == (1, False, claims.OPEN)
 
 
 def test_a_number_beyond_the_axis_is_an_arrow_with_its_number(every):
     (panel,) = forest(every).axes
     gn = line_of(panel, "MBN-2 − GN (untuned), batch 8")
-    assert at(panel, gn) == ([(-LIMIT, "<", False)], [])
-    assert texts_at(panel, gn) == ["MBN-2 − GN (untuned), batch 8", "−20.50", "−20.50, n = 1"]
+    assert at(panel, gn) == ([(-LIMIT, "<", True)], [])
+    assert texts_at(panel, gn) == ["MBN-2 − GN (untuned), batch 8", "−20.30", "−20.30 [−20.81, −19.79], n = 3+1"]
 
 
 def test_beside_an_arrow_there_is_no_number_where_the_papers_mark_may_be(tmp_path):
@@ -114,12 +138,12 @@ def test_beside_an_arrow_there_is_no_number_where_the_papers_mark_may_be(tmp_pat
     (panel,) = forest(in_short(places(read_tables(read_records(tmp_path))))).axes
     y = line_of(panel, "MBN − BN, batch 8")
     assert at(panel, y)[0] == [(-4.27, "D", False), (-LIMIT, "<", False)]
-    assert texts_at(panel, y) == ["MBN − BN, batch 8", "−4.27", "−6.00, n = 1"]
+    assert texts_at(panel, y) == ["MBN − BN, batch 8", "−4.27", "−6.00, n = 1+1"]
 
 
 def test_an_interval_beyond_the_axis_ends_in_an_arrow(tmp_path):
     table4 = grid.read("table4")
-    for seed, mbn in enumerate((7.0, 9.0)):
+    for seed, mbn in enumerate((6.0, 10.0)):
         toy_records.write(tmp_path, table4.cell("8", "BN"), seed, 8.0)
         toy_records.write(tmp_path, table4.cell("8", "MBN"), seed, mbn)
     (panel,) = forest(in_short(places(read_tables(read_records(tmp_path))))).axes
@@ -146,7 +170,7 @@ def test_places_without_anything_to_show_share_a_pale_line(every):
 
 def test_the_short_picture_has_what_has_run_and_table_4(every):
     assert {(place.table.grid.name, place.label) for place in in_short(every)} == {
-        *(("table4", f"MBN - BN, batch {size}") for size in (8, 16, 32, 64, 128)),
+        *(("table4", f"MBN - BN, {place}") for place in (*(f"batch {2**i}" for i in range(3, 8)), "together")),
         ("table4-methods", "MBN-2 - GN (untuned), batch 8"),
     }
 
@@ -181,15 +205,15 @@ def full():
 def test_all_text_is_inside_the_picture_and_none_lies_on_another(name, all_cells, tables):
     tables = full() if all_cells else tables
     made = {
-        "claims": lambda: forest(places(tables)),
-        "claims-short": lambda: forest(in_short(places(tables))),
+        "claims": lambda: forest(places(tables), primary(tables)),
+        "claims-short": lambda: forest(in_short(places(tables)), primary(tables)),
         "status": lambda: status_grid([table.status for table in tables.values()]),
     }
     figure = made[name]()
     renderer = FigureCanvasAgg(figure).get_renderer()
     (panel,) = figure.axes
     boxes = {text: text.get_window_extent(renderer) for text in panel.texts}
-    boxes |= {line: line.get_window_extent(renderer) for line in panel.get_lines() if line.get_marker() == "D"}
+    boxes |= {line: line.get_window_extent(renderer) for line in panel.get_lines() if line.get_marker() in "DX"}
     for item, box in boxes.items():
         assert figure.bbox.contains(box.x0, box.y0), item
         assert figure.bbox.contains(box.x1, box.y1), item

@@ -10,16 +10,17 @@ import sys
 
 import pytest
 import toy_records
+from scipy import stats
 
 from mbn import grid
 from mbn.config import DATASETS, REPOSITORY
 from mbn.system.errors import UserError
-from mbn.tables.cells import BATCH_SIZES, Table, read_records, read_tables
+from mbn.tables.cells import BATCH_SIZES, read_records, read_tables
 from mbn.tables.evidence import evidence_part, overview_part
 from mbn.tables.export import cells_csv, contents, latex
-from mbn.tables.over_seeds import difference, summary, welch
 from mbn.tables.page import markdown
 from mbn.tables.readme import finding, readme_part, replace_part
+from mbn.tables.rules import rules_page
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
 
@@ -30,53 +31,64 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     g = grid.read("table4")
     for seed in range(5):
-        toy_records.write(folder, g.cell("8", "BN"), seed, BN[seed])
+        toy_records.write(folder, g.cell("8", "BN"), seed, BN[seed], test_error_precise=8.2 if seed == 0 else None)
         fields = {"device": "cpu: Toy", "seconds": 900.0, "test_error_precise": 8.0 if seed == 3 else None}
         toy_records.write(folder, g.cell("8", "MBN"), seed, MBN[seed], **fields)
     for seed in range(3):
         toy_records.write(folder, g.cell("16", "BN"), seed, 7 + seed / 10)
-    toy_records.write(folder, g.cell("16", "MBN"), 1, 6.5)
+    toy_records.write(folder, g.cell("16", "MBN"), 1, 6.9)
     toy_records.write(folder, g.cell("8", "BN"), 0, 55.5, scale=0.1)
     return folder
 
 
 @pytest.fixture(scope="module")
 def records(results):
-    return read_records(results)
+    """One run of MBN has controls."""
+    records = read_records(results)
+    controls = {"test_error_precise": 7.9, "train_error": 0.5, "rules": {"newest entry as the batch": 8.3}}
+    records[grid.read("table4").cell("8", "MBN").name(3)]["controls"] = controls
+    return records
 
 
 @pytest.fixture(scope="module")
 def table4(records):
-    return Table(grid.read("table4"), records)
+    return toy_records.table(grid.read("table4"), records)
 
 
 GOLDEN = """\
 |  | BN | paper | MBN | paper |
 |---|---|---|---|---|
 | 8 | 8.32 ± 0.19 (5) | 19.64 | **7.68 ± 0.28 (5)** | 15.37 |
-| 16 | 7.10 ± 0.10 (3 of 5) | 13.26 | 6.50 (1 of 5) | 11.87 |
+| 16 | 7.10 ± 0.10 (3 of 5) | 13.26 | 6.90 (1 of 5) | 11.87 |
 | 32 | - | 10.45 | - | 9.37 |
 | 64 | - | 8.60 | - | 7.79 |
 | 128 | - | 6.97 | - | 6.23 |
 """
 DIFFERENCES = """\
-|  | seeds | difference | 95 % interval | p | p (Welch) |
+|  | n | difference | 95 % interval | p | paper's difference | p against it |
+|---|---|---|---|---|---|---|
+| 8, MBN | 5+5 | -0.64 | -0.95 to -0.33 | < 0.001 | -4.27 | < 0.001 |
+| 16, MBN | 1+3 | -0.20 | -0.76 to +0.36 | 0.446 | -1.39 | < 0.001 |
+"""
+LEVELS = """\
+|  | here (n) | 95 % interval for one more run | paper | p |  |
 |---|---|---|---|---|---|
-| 8, MBN | 5 | -0.64 | -0.83 to -0.45 | < 0.001 | 0.004 |
-| 16, MBN | 1 | -0.60 | - | - | - |
+| 8, BN | 8.32 (5) | 7.79 to 8.85 | 19.64 | < 0.001 | outside |
 """
 BESIDE = """\
-|  | seeds | test error | with precise statistics | best epoch | training error |
-|---|---|---|---|---|---|
-| 8, BN | 5 | 8.32 | - | 8.32 | 1.00 |
-| 8, MBN | 5 | 7.68 | 8.00 (n = 1) | 7.68 | 1.00 |
-| 16, BN | 3 | 7.10 | - | 7.10 | 1.00 |
-| 16, MBN | 1 | 6.50 | - | 6.50 | 1.00 |
+|  | seeds | test error | with precise statistics | with precise statistics, memory held (old) | best epoch \
+| training error | training error in evaluation |
+|---|---|---|---|---|---|---|---|
+| 8, BN | 5 | 8.32 | 8.20 (n = 1) | - | 8.32 | 1.00 | - |
+| 8, MBN | 5 | 7.68 | 7.90 (n = 1) | 8.00 (n = 1) | 7.68 | 1.00 | 0.50 (n = 1) |
+| 16, BN | 3 | 7.10 | - | - | 7.10 | 1.00 | - |
+| 16, MBN | 1 | 6.90 | - | - | 6.90 | 1.00 | - |
 """
 CLAIM = """\
-- MBN has a lower test error than BN at every batch size
-  - 8: MBN - BN = -0.64 [-0.83, -0.45], n = 5: the claim holds
-  - 16: MBN - BN = -0.60, n = 1: not decided yet, 15 seeds would
+- MBN has a lower test error than BN at every batch size (part of the primary claim MBN < BN)
+  - 8: MBN - BN = -0.64 [-0.95, -0.33], n = 5+5, p < 0.001: holds; the paper's -4.27 is excluded (p < 0.001)
+  - 16: MBN - BN = -0.20 [-0.76, +0.36], n = 1+3, p = 0.446: undecided; the paper's -1.39 is excluded (p < 0.001)
+  - together: MBN - BN = -0.54 [-0.81, -0.27], n = 6+8, p = 0.001: holds; the paper's -3.61 is excluded (p < 0.001)
   - 32; 64; 128: not measured yet
 """
 
@@ -86,7 +98,11 @@ def test_markdown(table4):
     assert page.startswith("# Table 4: Batch sizes, ResNet-56 on CIFAR-10\n\nTable 4 of the paper. Test error in ")
     assert f"\n\n{GOLDEN}\n" in page
     assert f"## Difference to BN\n\n{DIFFERENCES}\n" in page
+    assert f"## Against the paper's numbers\n\n{LEVELS}" in page
     assert f"## Claims\n\n{CLAIM}\n" in page
+    # 4 + 4 + 2 degrees of freedom.
+    of = "0.44 on ResNet-56 on CIFAR-10 (standard deviation 0.22, 10 degrees of freedom)"
+    assert f"They would show a difference of test errors of {of} with 80 % power." in page
     assert f"## Beside the test error\n\n{BESIDE}\n" in page
     # 8 runs of 0.5 h on a GPU and 1 more, 5 of 0.25 h with 2 threads.
     assert "14 runs, 4.5 GPU hours and 2.5 CPU hours (time x threads), on cpu: Toy; cuda: Toy." in page
@@ -100,14 +116,16 @@ def test_markdown(table4):
     )
 
 
-@pytest.mark.parametrize(("mbn", "word"), [((6.9, 7.1, 7.0), "does not hold"), ((5.0, 6.2, 6.0), "not decided yet")])
-def test_worse_or_undecided_is_not_bold(tmp_path, mbn, word):
+@pytest.mark.parametrize(
+    ("mbn", "word", "mark"), [((6.9, 7.1, 7.0), "does not hold", " ↑"), ((5.0, 6.2, 6.0), "undecided", "")]
+)
+def test_worse_has_an_arrow_and_undecided_no_mark(tmp_path, mbn, word, mark):
     g = grid.read("table4")
     for seed in range(3):
         toy_records.write(tmp_path, g.cell("8", "BN"), seed, 6 + seed / 10)
         toy_records.write(tmp_path, g.cell("8", "MBN"), seed, mbn[seed])
-    page = markdown(Table(g, read_records(tmp_path)))
-    assert "(3 of 5) | 15.37 |" in page
+    page = markdown(toy_records.table(g, read_records(tmp_path)))
+    assert f"(3 of 5){mark} | 15.37 |" in page
     assert "(3 of 5)**" not in page
     assert word in page
 
@@ -115,10 +133,10 @@ def test_worse_or_undecided_is_not_bold(tmp_path, mbn, word):
 def test_a_run_without_bn_beside_it(tmp_path):
     g = grid.read("table1")
     toy_records.write(tmp_path, g.cell("MBN", "VGG"), 0, 6.0)
-    page = markdown(Table(g, read_records(tmp_path)))
+    page = markdown(toy_records.table(g, read_records(tmp_path)))
     assert "No run can be compared yet" in page
-    assert "- MBN has a lower test error than BN: not measured yet" in page
-    assert f"lies below zero.\n\n- {g.notes[0]}\n\n## Difference" in page
+    assert "- MBN has a lower test error than BN (exploratory): not measured yet" in page
+    assert f"at `↑`.\n\n- {g.notes[0]}\n\n## Difference" in page
     assert "Missing: 69 of 70 runs; 19 of them take about 9.5 h (one at a time" in page
     assert "; the time of 50 is unknown (no record has such a network)." in page
 
@@ -149,30 +167,33 @@ def test_latex(table4):
     assert rows_of(latex(table4))[:3] == [
         "& BN & paper & MBN & paper",
         r"8 & 8.32 $\pm$ 0.19 (5) & 19.64 & \textbf{7.68 $\pm$ 0.28 (5)} & 15.37",
-        r"16 & 7.10 $\pm$ 0.10 (3 of 5) & 13.26 & 6.50 (1 of 5) & 11.87",
+        r"16 & 7.10 $\pm$ 0.10 (3 of 5) & 13.26 & 6.90 (1 of 5) & 11.87",
     ]
-    assert rows_of(latex(Table(grid.read("table5"), {})))[5] == r"$\lambda$ = \{0.1, 0.5, 0.9\} & - & 6.23"
+    assert rows_of(latex(toy_records.table(grid.read("table5"), {})))[5] == r"$\lambda$ = \{0.1, 0.5, 0.9\} & - & 6.23"
 
 
 @pytest.mark.parametrize("name", grid.names())
 def test_latex_of_every_grid_parses(name, records):
-    assert_parses(latex(Table(grid.read(name), records)))
-    assert_parses(latex(Table(grid.read(name), {}, scale=0.1)))
+    assert_parses(latex(toy_records.table(grid.read(name), records)))
+    assert_parses(latex(toy_records.table(grid.read(name), {}, scale=0.1)))
 
 
 def test_csv(table4, records):
-    rows = list(csv.DictReader(io.StringIO(cells_csv([table4, Table(grid.read("table3"), records)]))))
+    rows = list(csv.DictReader(io.StringIO(cells_csv([table4, toy_records.table(grid.read("table3"), records)]))))
     assert len(rows) == 10 + 24
     first, second, third, fourth = rows[:4]
     assert (first["table"], first["row"], first["column"], first["paper"]) == ("table4", "8", "BN", "19.64")
     assert (first["n"], first["seeds"], first["mean"], first["difference"]) == ("5", "0 1 2 3 4", "8.32", "")
-    mbn, bn = dict(enumerate(MBN)), dict(enumerate(BN))
-    found, d = summary(MBN), difference(mbn, bn)
-    expected = {"mean": found.mean, "sd": found.sd, "difference": d.mean, "low": d.low, "high": d.high, "p": d.p}
-    expected["p_welch"] = welch(mbn, bn)
+    mean, sd, difference = sum(MBN) / 5, stats.tstd(MBN), (sum(MBN) - sum(BN)) / 5
+    # The variance within the three cells of several seeds, by hand: 10 degrees of freedom.
+    variance = (4 * stats.tvar(MBN) + 4 * stats.tvar(BN) + 2 * stats.tvar([7.0, 7.1, 7.2])) / 10
+    half = stats.t.ppf(0.975, 10) * (2 / 5 * variance) ** 0.5
+    p, against = (2 * stats.t.sf(abs(difference - x) / (2 / 5 * variance) ** 0.5, 10) for x in (0, -4.27))
+    expected = {"mean": mean, "sd": sd, "difference": difference, "low": difference - half, "high": difference + half}
+    expected |= {"p": p, "paper_difference": -4.27, "p_paper": against}
     assert {name: float(second[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert (second["better"], second["bn_seeds"], third["bn_seeds"]) == ("yes", "5", "")
-    assert (fourth["seeds"], fourth["sd"], fourth["difference"], fourth["p"]) == ("1", "", "-0.6", "")
+    assert (second["mark"], second["bn_seeds"], third["bn_seeds"]) == ("better", "5", "")
+    assert (fourth["seeds"], fourth["sd"], fourth["difference"], fourth["mark"]) == ("1", "", "-0.2", "")
     assert fourth["command"].startswith("python train.py dataset=cifar10 ")
     quoted = [r for r in rows if r["row"] == "GoogLeNet" and r["paper"]]
     assert [(r["metric"], r["paper"], r["command"]) for r in quoted] == [
@@ -182,7 +203,7 @@ def test_csv(table4, records):
 
 
 def test_scale_and_seeds_choose_the_runs(records, table4):
-    page = markdown(Table(table4.grid, records, seeds=3))
+    page = markdown(toy_records.table(table4.grid, records, seeds=3))
     assert "| 16 | 7.10 ± 0.10 (3) |" in page
     assert "| 8 | 8.27 ± 0.15 (3) |" in page
     assert "55.5" not in markdown(table4)
@@ -228,7 +249,8 @@ def test_the_command_writes_files_and_deletes_none(results, table4):
     assert done.returncode == 0, done.stderr
     assert "table6: not written" in done.stdout
     assert {p.name for p in old.parent.iterdir()} == {"table4.md", "table4.tex", "table6.md"}
-    assert (results / "tables" / "table4.md").read_text() == markdown(table4)
+    expected = markdown(toy_records.table(table4.grid, read_records(results)))
+    assert (results / "tables" / "table4.md").read_text() == expected
     assert old.read_text() == "of a run that is gone"
     assert done.stdout.count("wrote ") == 2
     (results / "tables" / "table4.tex").write_text("of other records")
@@ -244,14 +266,17 @@ def test_an_unknown_table_is_one_sentence():
 def test_readme_part(records):
     names = ["table3", "table4", *BATCH_SIZES]
     first, picture, words, table, more = readme_part(read_tables(records, names)).split("\n\n")
-    assert first.startswith("**At batch 8 MBN has a lower test error than BN, as in the paper.**")
+    assert first.startswith(
+        "**At batch 8 MBN has a lower test error than BN, as in the paper.** **At batch 16 an advantage of MBN over BN "
+        "as large as the paper's is excluded.** Test error of "
+    )
     assert "](results/figures/claims-short.png)" in picture
     assert "MBN-2" in words
     assert table.splitlines()[2:] == [
         "| BN, batch 8 | 8.32 ± 0.19 (5) | 19.64 |",
         "| MBN, batch 8 | 7.68 ± 0.28 (5) | 15.37 |",
         "| BN, batch 16 | 7.10 ± 0.10 (3 of 5) | 13.26 |",
-        "| MBN, batch 16 | 6.50 (1 of 5) | 11.87 |",
+        "| MBN, batch 16 | 6.90 (1 of 5) | 11.87 |",
     ]
     assert more.startswith("4 of the 30 numbers in the paper's tables are measured.")
     assert "](results/" not in readme_part(read_tables({}, names)).replace("[results/README.md](results/README.md)", "")
@@ -277,7 +302,8 @@ def test_a_part_is_replaced_between_its_markers():
 
 LOWER_AT_8 = {("8", "MBN"): [6.0, 6.1, 6.2], ("8", "BN"): [6.9, 7.0, 7.2]}
 HIGHER_AT_8 = {("8", "MBN"): [6.9, 7.0, 7.2, 7.1], ("8", "BN"): [6.0, 6.1, 6.2]}
-NUMBERS = "Test error of ResNet-56 on CIFAR-10: MBN {} % ({}), BN {} % ({}); the paper: 15.37 % and 19.64 %."
+NUMBERS = "Test error of ResNet-56 on CIFAR-10: MBN {} % ({}), BN {} % ({}){}; the paper: 15.37 % and 19.64 %{}."
+EXCLUDED = ", a difference of -4.27, which our 95 % interval excludes (p < 0.001)"
 REST = "Other batch sizes have not run."
 
 
@@ -290,7 +316,7 @@ REST = "Other batch sizes have not run."
             LOWER_AT_8,
             [
                 "**At batch 8 MBN has a lower test error than BN, as in the paper.**",
-                NUMBERS.format("6.10", "3 seeds", "7.03", "3 seeds"),
+                NUMBERS.format("6.10", "3 seeds", "7.03", "3 seeds", ", difference -0.93 [-1.23, -0.64]", EXCLUDED),
                 REST,
             ],
         ),
@@ -298,9 +324,7 @@ REST = "Other batch sizes have not run."
             HIGHER_AT_8,
             [
                 "**At batch 8 MBN's advantage in the paper does not hold: BN has the lower test error.**",
-                NUMBERS.format("7.05", "4 seeds", "6.10", "3 seeds").replace(
-                    ";", ", difference +0.93 over 3 common seeds;"
-                ),
+                NUMBERS.format("7.05", "4 seeds", "6.10", "3 seeds", ", difference +0.95 [+0.72, +1.18]", EXCLUDED),
                 REST,
             ],
         ),
@@ -308,7 +332,7 @@ REST = "Other batch sizes have not run."
             {("8", "MBN"): [7.0], ("8", "BN"): [6.5]},
             [
                 "**At batch 8 MBN's advantage over BN in the paper has not reproduced so far.**",
-                NUMBERS.format("7.00", "1 seed", "6.50", "1 seed"),
+                NUMBERS.format("7.00", "1 seed", "6.50", "1 seed", "", ""),
                 REST,
             ],
         ),
@@ -316,21 +340,29 @@ REST = "Other batch sizes have not run."
             {("8", "MBN"): [6.5], ("8", "BN"): [7.0], ("16", "BN"): [5.0]},
             [
                 "**At batch 8 MBN has a lower test error than BN so far, but too few seeds have run to be sure.**",
-                NUMBERS.format("6.50", "1 seed", "7.00", "1 seed"),
+                NUMBERS.format("6.50", "1 seed", "7.00", "1 seed", "", ""),
                 "Not compared yet: batch 16, 32, 64 and 128.",
             ],
         ),
         (
-            LOWER_AT_8 | {(row, column): [5.0] for row in ("16", "32", "64", "128") for column in ("BN", "MBN")},
+            {(row, column): [5.0] for row in ("8", "16", "32", "64", "128") for column in ("BN", "MBN")},
             [
-                "**At batch 8 MBN has a lower test error than BN, as in the paper.**",
-                "**At batch 16, 32, 64 and 128 MBN's advantage over BN in the paper has not reproduced so far.**",
+                "**At batch 8, 16, 32, 64 and 128 MBN's advantage over BN in the paper has not reproduced so far.**",
                 "Test error of ResNet-56 on CIFAR-10:",
-                "at batch 8 MBN 6.10 % (3 seeds), BN 7.03 % (3 seeds); the paper: 15.37 % and 19.64 %.",
                 *(
                     f"at batch {row} MBN 5.00 % (1 seed), BN 5.00 % (1 seed); the paper: {mbn} % and {bn} %."
-                    for row, (bn, mbn) in list(grid.read("table4").paper["test_error"].items())[1:]
+                    for row, (bn, mbn) in grid.read("table4").paper["test_error"].items()
                 ),
+            ],
+        ),
+        (
+            {("8", "MBN"): [15.5, 16.0], ("8", "BN"): [15.6, 15.4]},
+            [
+                "**At batch 8 an advantage of MBN over BN as large as the paper's is excluded.**",
+                NUMBERS.format(
+                    "15.75", "2 seeds", "15.50", "2 seeds", ", difference +0.25 [-0.91, +1.41]", EXCLUDED
+                ).replace("p < 0.001", "p = 0.004"),
+                REST,
             ],
         ),
     ],
@@ -342,48 +374,98 @@ def test_the_finding_is_true_in_every_outcome(errors, said):
         for place, numbers in errors.items()
         for seed, error in enumerate(numbers)
     }
-    assert finding(Table(g, records)) == " ".join(said)
+    assert finding(toy_records.table(g, records)) == " ".join(said)
 
 
-IN_SHORT = """\
-- **Holds**:
-  - -0.64 [-0.83, -0.45], n = 5: MBN - BN, batch 8, ResNet-56 on CIFAR-10 ([Table 4](tables/table4.md), paper -4.27)
-- **Does not hold**: nothing.
-- **Not decided yet**:
-  - -0.60, n = 1: MBN - BN, batch 16, ResNet-56 on CIFAR-10 ([Table 4](tables/table4.md), paper -1.39); 15 seeds would \
-decide
-- **Not compared yet**: 9 of 11 comparisons.
-- Missing: """
+CLAIMS = """\
+| claim | paper | ours [95 %] | n | p | verdict |
+|---|---|---|---|---|---|
+| **MBN < BN** (primary, 2 of 5 places) | -4.27 to -0.74 | -0.54 [-0.81, -0.27] | 6+8 | 0.004 (Holm) | \
+holds; the paper's -3.61 is excluded (p < 0.001) |
+| MBN < BN, batch 8, ResNet-56 on CIFAR-10 ([Table 4](tables/table4.md)) | -4.27 | -0.64 [-0.95, -0.33] | 5+5 | \
+< 0.001 | holds; the paper's -4.27 is excluded (p < 0.001) |
+| MBN < BN, batch 16, ResNet-56 on CIFAR-10 ([Table 4](tables/table4.md)) | -1.39 | -0.20 [-0.76, +0.36] | 1+3 | \
+0.446 | undecided; the paper's -1.39 is excluded (p < 0.001) |
+| MBN < BN, together, ResNet-56 on CIFAR-10 ([Table 4](tables/table4.md)) | -3.61 | -0.54 [-0.81, -0.27] | 6+8 | \
+0.001 | holds; the paper's -3.61 is excluded (p < 0.001) |
+"""
 
 
 def test_evidence_part(records):
     tables = read_tables(records, ["table4", "gradient"])
     overview = overview_part(tables)
-    assert overview.startswith(IN_SHORT)
+    assert overview.startswith(CLAIMS)
     assert "](figures/claims.png)" in overview
+    assert "| [Table 4](tables/table4.md): 16, MBN | 6.90 (1) | " in overview
+    assert "\n\nNot measured: 12 of 14 comparisons. Missing: " in overview
     part = evidence_part(tables, records)
-    assert part.index("### Tables") < part.index("](figures/status.png)") < part.index("### Claims")
+    assert "| ResNet-56 on CIFAR-10, batch 8, seed 3 | 8.60 | 8.10 |" in part
+    assert "](tables/rules.md): test errors of 1 run." in part
+    assert part.index("### Tables") < part.index("](figures/status.png)") < part.index("### Runs")
     assert "](tables/table4.md) | Batch sizes, ResNet-56 on CIFAR-10 | 4 / 10 | 1 to 5 | 14 / 50 | 73 h |" in part
     assert "| Table 3 | ImageNet | 0 / 20 (4 only quoted there) | - | 0 / 40 | unknown |" in evidence_part(
         read_tables({}, ["table3"]), {}
     )
-    where = "[Table 4](tables/table4.md) | MBN has a lower test error than BN at every batch size"
-    assert [line for line in part.splitlines() if line.startswith(f"| {where}")] == [
-        f"| {where} | 8 | MBN - BN = -0.64 [-0.83, -0.45], n = 5 | -4.27 | the claim holds |  |",
-        f"| {where} | 16 | MBN - BN = -0.60, n = 1 | -1.39 | not decided yet | 15 |",
-    ]
     runs = [line for line in part.splitlines() if line.startswith("| [cifar10")]
     assert len(runs) == len(records) == 15
     name = grid.read("table4").cell("8", "MBN").name(3)
     (line,) = [line for line in runs if name in line]
     assert line.startswith(
-        f"| [{name}](records/{name}.json) | Table 4: 8, MBN; Gradient: ResNet-56, batch 8, MBN-2 paper | 8.10 | 8.00 | "
-        "8.10 | 1.00 | 78,200 | 0.25 | cpu: Toy, 2 threads | eager | 0123456 | "
+        f"| [{name}](records/{name}.json) | Table 4: 8, MBN; Gradient: ResNet-56, batch 8, MBN-2 paper | 8.10 | 7.90 | "
+        "8.00 | 8.10 | 1.00 | 0.50 | 78,200 | 0.25 | cpu: Toy, 2 threads | eager | 0123456 | "
     )
     assert sum("| no table |" in line for line in runs) == 1  # the short one
     empty = evidence_part(read_tables({}, ["table4"]), {})
     assert empty.count("None yet.") == 2
+    assert "| **MBN < BN** (primary, 0 of 5 places) | -4.27 to -0.74 | - | - | - | not measured |" in overview_part(
+        read_tables({}, ["table4"])
+    )
     assert "](figures/" not in empty + overview_part(read_tables({}, ["table4"]))
+
+
+def test_cells_whose_runs_diverge_say_so(tmp_path):
+    table1 = grid.read("table1")
+    cell, mixed = table1.cell("NormProp", "VGG"), table1.cell("MBN", "VGG")
+    for seed in range(2):
+        toy_records.write(tmp_path, cell, seed, 90.0)
+        toy_records.write(tmp_path, mixed, seed, 6 + seed)
+    records = read_records(tmp_path)
+    none = dict.fromkeys(("test_error", "test_error_best", "train_error", "test_error_top5", "test_loss", "train_loss"))
+    for name in (cell.name(0), cell.name(1), mixed.name(0)):
+        records[name] |= {"diverged_at": 5678, "curves": {}} | none
+    tables = read_tables(records)
+    text = {(e.cell.row, e.cell.column): e.text() for e in tables["table1"].entries}
+    assert text["NormProp", "VGG"] == "diverges (2 of 5)"
+    assert text["MBN", "VGG"] == "7.00 (1 of 5), 1 diverged"
+    assert toy_records.table(table1, records, seeds=2).entry(mixed, "test_error").text() == "7.00 (1), 1 diverged"
+    assert toy_records.table(table1, records, seeds=2).entry(cell, "test_error").text() == "diverges (2)"
+    part = evidence_part(tables, records)
+    assert "| diverges at iteration 5,678 | - | - | 78,200 |" in part
+    assert "| Methods on CIFAR-10 | 2 / 12 | 2 | 4 / 70 |" in part
+    assert "| VGG on CIFAR-10, batch 128, seed 0 | x | x |" in part
+    assert contents(tables, with_csv=True).keys() > {"table1.md", "cells.csv"}
+
+
+def test_the_page_of_other_rules_has_every_run_and_the_means_of_cells(tmp_path):
+    g = grid.read("table4")
+    rules = {
+        ("BN", 0, 8.0): {"test batch of 8": 9.0},
+        ("BN", 1, 8.2): {"test batch of 8": 9.5},
+        ("MBN", 0, 7.0): {"newest entry as the batch": 7.1, "test batch of 8, memory held": 7.3},
+    }
+    for column, seed, error in rules:
+        toy_records.write(tmp_path, g.cell("8", column), seed, error)
+    records = read_records(tmp_path)
+    assert rules_page(read_tables(records)) == ""
+    for (column, seed, _), measured in rules.items():
+        records[g.cell("8", column).name(seed)]["controls"] = {"rules": measured}
+    page = contents(read_tables(records), with_csv=True)["rules.md"]
+    head = "as in the tables | test batch of 8 | newest entry as the batch | test batch of 8, memory held |"
+    assert f"|  | runs | {head}" in page
+    assert "| Table 4: 8, BN | 2 | 8.10 | 9.25 | - | - |\n| Table 4: 8, MBN | 1 | 7.00 | - | 7.10 | 7.30 |" in page
+    name = g.cell("8", "BN").name(1)
+    assert f"| [Table 4: 8, BN](../records/{name}.json), seed 1 | 8.20 | 9.50 | - | - |" in page
+    assert "rules.md" not in contents(read_tables(records, ["table4"]), with_csv=False)
 
 
 def test_committed_tables_follow_from_committed_records():

@@ -99,7 +99,7 @@ def test_a_finished_command_run_again_says_so_without_importing_torch(whole, tmp
 SCALARS = {
     *("loss/train", "error/train", "loss/test", "error/test", "schedule/learning_rate", "schedule/lambda"),
     *("throughput/images_per_second", "statistics/weight_norm", "statistics/gap_mean", "statistics/gap_log_std"),
-    *("statistics/dead_channels", "statistics/dead_layers"),
+    *("statistics/dead_channels", "statistics/dead_layers", "statistics/dead_relus", "within_stages/dead_relus/layer1"),
 }
 
 

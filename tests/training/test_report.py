@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import types
 
 import pytest
 import torch
@@ -78,9 +79,10 @@ def test_the_record_agrees_with_the_rows(whole):
     assert result["parameters"] == 3 * 6 * 16 + 12 + 24 * 10 + 10
     curves = dict(result["curves"])
     within = curves.pop("training")
+    assert curves.pop("stage_dead_relus") == {"act": [row["stage_dead_relus"]["act"] for row in epochs]}
     assert set(curves) == {
         *("images", "train_error", "train_loss", "test_error", "test_loss", "gap_mean", "gap_std", "weight_norm"),
-        *("dead_channels", "dead_layers"),
+        *("dead_channels", "dead_layers", "dead_relus"),
     }
     for key, values in curves.items():
         assert values == pytest.approx([row[key] for row in epochs], rel=1e-4)
@@ -102,6 +104,32 @@ def test_dead_channels_and_layers_are_counted(here, left, monkeypatch, channels,
     assert curves["dead_layers"] == [layers, layers]
     assert last["layer_dead_channels"] == ({"norm": channels} if channels else {})
     assert sum(value for step, value in left().points()["statistics/dead_channels"]) == 2 * channels
+
+
+def test_channels_behind_relus_that_let_nothing_through_are_counted(here, left, monkeypatch):
+    original = Tiny.forward
+
+    def forward(self, x):
+        self.norm.bias.data[:2] = -99.0
+        return original(self, x)
+
+    monkeypatch.setattr(Tiny, "forward", forward)
+    here()
+    curves, last, points = left().record()["curves"], left().rows()[-1], left().points()
+    assert (curves["dead_relus"], curves["stage_dead_relus"]) == ([2, 2], {"act": [2, 2]})
+    assert (last["dead_relus"], last["stage_dead_relus"]) == (2, {"act": 2})
+    assert (last["dead_channels"], last["dead_layers"]) == (0, 0)
+    for tag in ("statistics/dead_relus", "within_stages/dead_relus/act"):
+        assert [value for _, value in points[tag]] == [2, 2]
+
+
+def test_a_channel_behind_a_relu_is_dead_if_it_is_in_every_process():
+    here, there = {"a": [True, False], "b": [True]}, {"a": [True, True], "b": [False]}
+    alive_there = torch.tensor([not dead for one in there.values() for dead in one])
+    processes = types.SimpleNamespace(total=lambda alive: alive.add_(alive_there))
+    own = {name: (torch.tensor(dead),) for name, dead in here.items()}
+    found = report._dead_everywhere(types.SimpleNamespace(processes=processes), own)
+    assert {name: dead.tolist() for name, (dead,) in found.items()} == {"a": [True, False], "b": [False]}
 
 
 def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, monkeypatch):

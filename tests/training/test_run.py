@@ -1,6 +1,7 @@
 """Whole runs in this process, of a tiny network: signals, locks, divergence, finished runs, sweeps."""
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import signal
@@ -13,9 +14,11 @@ from running import TIMES, assert_same_bits, cut, send, without
 
 from mbn.config import DATASETS, NETWORKS, REPOSITORY
 from mbn.methods import METHODS
+from mbn.records import sense
 from mbn.system.errors import UserError
 from mbn.system.files import lock
 from mbn.system.signals import Stop
+from mbn.training import run as run_module
 from mbn.training.iteration import Update
 
 SIGNALS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
@@ -211,9 +214,11 @@ def test_divergence_names_the_iteration_and_the_learning_rate_of_the_first_bad_l
     done = here(*more)
     assert done.code == 1
     assert [t for t in range(4) if f"at iteration {t} " in done.err], done.err
-    for part in ("diverged", "epoch 1", "learning rate 1e+30", "schedule.lr"):
+    first_bad = next(t for t in range(4) if f"at iteration {t} " in done.err)
+    run = left(*more)
+    for part in ("diverged", "epoch 1", "learning rate 1e+30", f"{run.record_path} records that", "schedule.lr"):
         assert part in done.err
-    assert not left(*more).record_path.exists()
+    assert run.record()["diverged_at"] == first_bad
     assert not left(*more).checkpoint_path.exists()
 
 
@@ -227,6 +232,79 @@ def test_divergence_keeps_the_last_good_checkpoint(here, left):
     state = left(*more).checkpoint()
     assert state["iteration"] == 6
     assert all(t.isfinite().all() for t in state["model"].values())
+
+
+# Iteration 6 begins the second epoch, with a learning rate that is too large.
+TOO_LARGE = ("schedule.lr=[0.1,1e30]", "schedule.milestones=[0.75]", "norm.lam=[0.1]")
+
+
+def test_a_run_that_diverged_has_a_record_without_results(here, left):
+    here(*TOO_LARGE)
+    run, result = left(*TOO_LARGE), left(*TOO_LARGE).record()
+    assert {key for key, value in result.items() if value is None} == {*sense.RESULTS, "controls"}
+    assert (result["curves"], result["iterations"], result["images"]) == ({}, 8, 1437 + 2 * 256)
+    assert result["diverged_at"] in (6, 7)
+    assert [part["from"] for part in result["parts"]] == [0]
+    assert result["journal"] == hashlib.sha256((run.folder / "metrics.jsonl").read_bytes()).hexdigest()
+    assert 0 < result["images_per_second"] < 1e7
+
+
+@pytest.mark.parametrize("more", [(), ("evaluate.precise=true",)])
+def test_the_same_command_again_says_that_the_run_diverged_and_how_to_train_it_again(here, left, after, more):
+    here(*TOO_LARGE)
+    after(1, cut)
+    done, run = here(*TOO_LARGE, *more), left(*TOO_LARGE)
+    at = run.record()["diverged_at"]
+    assert (done.code, done.out) == (1, "")
+    assert done.err == (
+        f"error: {run.name}: diverged at iteration {at} of 8, as {run.record_path} says; machine.again=true trains it "
+        "again.\n"
+    )
+
+
+def test_a_run_that_diverged_is_trained_again_from_its_start_as_often_as_it_is_asked_for(here, left):
+    here(*TOO_LARGE)
+    run = left(*TOO_LARGE)
+    for _ in range(2):
+        before = run.record_path.read_bytes()
+        done = here(*TOO_LARGE, "machine.again=true")
+        assert done.code == 1
+        assert "training diverged" in done.err
+        assert "resuming" not in done.out
+        assert run.record_path.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("more", "stop"), [(TOO_LARGE, 2), (("batch_size=16", "schedule.lr=[1e30]"), 1)], ids=["rows", "no row yet"]
+)
+def test_a_training_again_that_was_stopped_goes_on_beside_the_record_of_a_divergence(here, after, more, stop):
+    assert here(*more).code == 1
+    after(stop, send("SIGTERM"))
+    assert here(*more, "machine.again=true").code == 75
+    assert f"resuming at iteration {stop} of 8" in here(*more, "machine.again=true").out
+
+
+def test_without_its_record_a_run_that_diverged_goes_on_from_its_last_checkpoint(here, left):
+    """After a fault of the machine at the end of a long run."""
+    here(*TOO_LARGE)
+    left(*TOO_LARGE).record_path.unlink()
+    done = here(*TOO_LARGE)
+    assert "resuming at iteration 6 of 8" in done.out
+    assert left(*TOO_LARGE).record()["diverged_at"] in (6, 7)
+
+
+def test_a_run_that_could_not_be_recorded_and_diverged_has_the_mode_that_trained_it(here, left, monkeypatch):
+    original = Update.__call__
+
+    def call(self, *batch):
+        self.mode = "eager"
+        original(self, *batch)
+
+    monkeypatch.setattr(run_module, "choose_mode", lambda *_: "graph")
+    monkeypatch.setattr(Update, "__call__", call)
+    assert here("schedule.lr=[1e30]").code == 1
+    result = left("schedule.lr=[1e30]").record()
+    assert [result["mode"], *(part["mode"] for part in result["parts"])] == ["eager", "eager"]
 
 
 def test_a_bad_loss_stops_the_run_within_50_iterations(here, monkeypatch):
@@ -328,7 +406,9 @@ def test_a_run_of_a_sweep_that_diverges_does_not_stop_the_others_but_is_no_succe
     assert f"error: {left('schedule.lr=[1e30]').name}: training diverged" in done.err
     assert left("schedule.lr=[0.1]").record()["iterations"] == 8
     _, failed, done_line = table(done.out)
-    assert (failed[0], failed[5:8]) == ("[1e+30]", ["failed:", "training", "diverged:"])
+    assert failed[0] == "[1e+30]"
+    at = left("schedule.lr=[1e30]").record()["diverged_at"]
+    assert failed[-6:] == ["diverged", "at", "iteration", str(at), "of", "8"]
     assert done_line[:2] == ["[0.1]", f"{left('schedule.lr=[0.1]').record()['test_error']:.2f}"]
 
 

@@ -10,17 +10,17 @@ from mbn.tables.figures import ours, paper
 from mbn.tables.figures.forest import forest
 from mbn.tables.figures.status_grid import status_grid
 from mbn.tables.figures.style import STYLE
-from mbn.tables.places import in_short, places
+from mbn.tables.places import in_short, places, primary
 
 
 def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figure | None]:
     """Every figure by its name; None where no record has data for it."""
     tables = read_tables(records, seeds=seeds, scale=scale)
-    claims, any_runs = places(tables), any(table.has_runs for table in tables.values())
+    claims, first, any_runs = places(tables), primary(tables), any(table.has_runs for table in tables.values())
     with matplotlib.rc_context(STYLE):
         return {
-            "claims": forest(claims) if any_runs else None,
-            "claims-short": forest(in_short(claims)) if any_runs else None,
+            "claims": forest(claims, first) if any_runs else None,
+            "claims-short": forest(in_short(claims), first) if any_runs else None,
             "status": status_grid([table.status for table in tables.values()]) if any_runs else None,
             "figure1": paper.figure1(tables["figure1"]),
             "figure2": paper.figure2(tables["figure2"]),

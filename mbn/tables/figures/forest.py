@@ -20,14 +20,16 @@ OURS, HOLDS_HERE = "#0072B2", "#E3EFF7"
 ON_WHITE = {"facecolor": "white", "linewidth": 0, "pad": 0.8}
 # In inches: a line's height, the space above and below all lines, and where columns begin or (the last two) end.
 LINE, ABOVE, BELOW = 0.165, 0.34, 0.72
-LABELS, PLOT, PLOT_ENDS, PAPER, HERE = 0.1, 2.58, 4.78, 5.2, PAGE - 0.1
+LABELS, PLOT, PLOT_ENDS, PAPER, HERE = 0.1, 2.58, 4.56, 4.98, PAGE - 0.1
 
 # A heading, a place, or several places of one claim that have nothing to show yet.
 Line = str | Place | list[Place]
 
 
-def forest(places: Sequence[Place]) -> Figure:
-    lines = _lines(places)
+def forest(places: Sequence[Place], primary: Sequence[Place] = ()) -> Figure:
+    """primary: the primary claims, which stand first, over all their places."""
+    heads: list[Line] = ["Primary claims, each at all its places that have run", *primary] if primary else []
+    lines = heads + _lines(places)
     height = ABOVE + LINE * len(lines) + BELOW
     figure = Figure(figsize=(PAGE, height))
     panel = figure.add_axes(
@@ -82,12 +84,14 @@ def _place(panel: Axes, y: int, place: Place) -> None:
         panel.axhline(y, color="#DDDDDD", linewidth=0.7, zorder=1)
         _text(panel, HERE, y, "not run", ha="right", color=PALE)
     if place.paper is not None:
-        _mark(panel, y, place.paper, "D", GREY, filled=False, alone=not place.has_run)
+        marker = "X" if place.verdict.excluded else "D"
+        _mark(panel, y, place.paper, marker, GREY, filled=False, alone=not place.has_run)
         _text(panel, PAPER, y, signs(f"{place.paper:+.2f}"), ha="right", color=GREY)
     if found.mean is not None:
-        bar = _interval(panel, y, found.low, found.high)
+        bar = _interval(panel, y, found.interval())
         alone = place.paper is None and not bar
-        _mark(panel, y, found.mean, "o", OURS, filled=place.verdict.outcome != OPEN, alone=alone)
+        marker = "D" if place.joint else "o"
+        _mark(panel, y, found.mean, marker, OURS, filled=place.verdict.outcome != OPEN, alone=alone)
         _text(panel, HERE, y, signs(str(found)), ha="right", color=OURS)
 
 
@@ -127,10 +131,11 @@ def _mark(panel: Axes, y: int, x: float, marker: str, colour: str, filled: bool,
         panel.text(side * (LIMIT - 0.3), y, text, ha=ha, va="center", fontsize=7, color=colour)
 
 
-def _interval(panel: Axes, y: int, low: float | None, high: float | None) -> bool:
-    """A bar from low to high, an end beyond the limit an arrow; whether a part of it lies within the limits."""
-    if low is None or high is None or high < -LIMIT or low > LIMIT:
+def _interval(panel: Axes, y: int, interval: tuple[float, float] | None) -> bool:
+    """A bar over the interval, an end beyond the limit an arrow; whether a part of it lies within the limits."""
+    if interval is None or interval[1] < -LIMIT or interval[0] > LIMIT:
         return False
+    low, high = interval
     panel.plot([max(low, -LIMIT), min(high, LIMIT)], [y, y], color=OURS, linewidth=1.3, zorder=2.5)
     for beyond, at, marker in ((low < -LIMIT, -LIMIT, "<"), (high > LIMIT, LIMIT, ">")):
         if beyond:
@@ -153,8 +158,10 @@ def signs(text: str) -> str:
 def _legend(figure: Figure) -> None:
     shown = {
         "here, decided": Line2D([], [], color=OURS, marker="o", markersize=4.5, linewidth=1.3),
-        "here, not decided yet": Line2D([], [], color=OURS, marker="o", markersize=4.5, markerfacecolor="white"),
+        "undecided": Line2D([], [], color=OURS, marker="o", markersize=4.5, markerfacecolor="white"),
+        "all places together": Line2D([], [], color=OURS, marker="D", markersize=4.5, linewidth=1.3),
+        "paper, excluded": Line2D([], [], color=GREY, marker="X", markersize=4.5, markerfacecolor="white", linewidth=0),
         "paper": Line2D([], [], color=GREY, marker="D", markersize=4.5, markerfacecolor="white", linewidth=0),
         "the claim holds": Patch(color=HOLDS_HERE, linewidth=0),
     }
-    figure.legend(list(shown.values()), list(shown), loc="lower center", ncols=4, borderaxespad=0.3)
+    figure.legend(list(shown.values()), list(shown), loc="lower center", ncols=6, columnspacing=1.2, borderaxespad=0.3)

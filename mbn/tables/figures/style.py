@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from mbn.grid import Cell
 from mbn.methods import MBN, METHODS
 from mbn.tables.cells import Table
+from mbn.tables.measures import diverged
 
 # Width of one column of a two-column paper, in inches; and of both.
 COLUMN, PAGE = 3.3, 6.9
@@ -78,13 +79,14 @@ def over_training(table: Table, row: str, key: str) -> Lines:
 
 
 def curve(table: Table, cell: Cell, key: str, of_training: bool = False) -> Points:
-    """A curve of a cell: (x, one value for each seed) at the points that the records of all seeds have.
+    """A curve of a cell: (x, one value for each seed) at the points that the records of all seeds have, except of those
+    that diverged.
 
     key: a curve with one point per epoch, or "loss" or "error" for the finer ones of training. x: images seen, in
     epochs, or in percent of training. Empty where nothing has run.
     """
     found: list[dict[float, float]] = []
-    for one in table.runs(cell).values():
+    for one in (one for one in table.runs(cell).values() if not diverged(one)):
         unit = one["images"] / 100 if of_training else one["config"]["dataset"]["train_images"]
         curves = one["curves"].get("training", {}) if key in ("loss", "error") else one["curves"]
         images, numbers = curves.get("images", []), curves.get(key, [])
