@@ -83,6 +83,8 @@ def rules(path: Path, overrides: list[str], write: bool) -> None:
     config, device = trained.config, trained.device
     home = record.path_of(Path(config.machine.results), configuration.run_name(config))
     result = record.read(home) if write else None
+    if result is not None and record.diverged(result):
+        raise UserError(f"{home} says that this run diverged, so that it has no final weights to measure.")
     error = trained.test_error()
     if result is not None:
         controls.check_near(error, result["test_error"], path)

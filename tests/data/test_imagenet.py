@@ -308,11 +308,17 @@ def test_bf16_computes_in_bfloat16_and_keeps_finite_float32_weights(
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
     monkeypatch.setattr("mbn.training.run.eager_seconds", lambda *_: 1.0)  # it counts the operations of a forward
-    overrides = ("norm=mbn", f"precision={precision}", "evaluate.precise=true", "machine.mode=eager")
+    overrides = (
+        "norm=mbn",
+        f"precision={precision}",
+        "evaluate.precise=true",
+        "evaluate.rules=true",
+        "machine.mode=eager",
+    )
     run = trained(tree, tmp_path, *overrides)
     # In training; in the second forward, evaluation and all else.
     assert dtypes == {True: {dtype}, False: {dtype}}
-    assert run.record()["test_error_precise"] in [pytest.approx(100 * k / 9) for k in range(10)]
+    assert run.record()["controls"]["test_error_precise"] in [pytest.approx(100 * k / 9) for k in range(10)]
     assert 0 < run.record()["train_loss"] < 100
     state = run.checkpoint()["model"]
     assert all(tensor.isfinite().all() for tensor in state.values())

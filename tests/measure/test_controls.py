@@ -52,11 +52,20 @@ def test_the_training_error_is_that_of_augmented_images_in_evaluation_mode(whole
 
 
 def test_rules_have_the_last_batches_of_training_and_test_batches_in_file_order(here, left, monkeypatch):
+    given = []
+
+    def spy(model, momentum, train, *more):
+        given.append(list(train))
+        return averages_with_momentum(model, momentum, given[-1], *more)
+
+    monkeypatch.setattr("mbn.measure.test_rules.averages_with_momentum", spy)
     monkeypatch.setattr("mbn.training.controls.LAST", 3)
     here("norm=bn", *ASKED)
     found, (model, data) = left("norm=bn").record()["controls"]["rules"], network(left("norm=bn"))
     last = list(itertools.islice(data.train_batches(5, 256), 3))
     assert [len(y) for _, y in last] == [157, 256, 256]  # of two epochs
+    assert len(given) == 2
+    running.assert_same_bits(given, [last] * 2)
     test = list(data.test_batches(360))
     for momentum in (0.9, 1.0):
         expected = averages_with_momentum(model, momentum, last, test)
