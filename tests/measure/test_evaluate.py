@@ -398,7 +398,7 @@ def test_a_file_that_may_not_be_read_is_one_sentence(digits, refusal, monkeypatc
 
 def test_what_would_be_ignored_or_make_a_strange_file_is_refused(digits, refusal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "evaluate.precise is for train.py" in refusal(digits[0], "evaluate.precise=true")
+    assert "are for train.py" in refusal(digits[0], "evaluate.precise=true")
     assert "looks like a setting" in refusal(digits[0], "--export", "machine.threads=1")
     assert list(tmp_path.iterdir()) == []
 
