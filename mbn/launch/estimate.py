@@ -10,6 +10,7 @@ from typing import Any
 
 from mbn.config import Config, iterations, to_dict
 from mbn.launch.missing_runs import PlannedRun
+from mbn.records.record import diverged
 from mbn.records.sense import RULES
 from mbn.system.durations import duration
 
@@ -26,7 +27,7 @@ class Estimate:
         for one in records:
             # Tables and imports refuse a record that lacks one of these, or in which one cannot be true.
             with contextlib.suppress(AttributeError, KeyError, TypeError):
-                if one.get("diverged_at") is not None:  # after a part of these iterations
+                if diverged(one):  # after a part of these iterations
                     continue
                 numbers = ("iterations", "images", "seconds")
                 if not all(RULES[key].holds(one[key]) for key in numbers) or one["iterations"] < SHORTEST:

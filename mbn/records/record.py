@@ -176,8 +176,8 @@ def in_a_sentence(record: dict[str, Any]) -> str:
 
 
 def diverged(record: dict[str, Any]) -> bool:
-    """Whether its run diverged: then it has no errors, no losses and no curves."""
-    return record["diverged_at"] is not None
+    """Whether its run diverged: then it has no errors, no losses and no curves. Files of older versions lack it."""
+    return record.get("diverged_at") is not None
 
 
 def divergence(record: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from mbn.grid import Cell
 from mbn.methods import METHODS
 from mbn.tables.cells import Table, heading, network
-from mbn.tables.measures import Measure, diverged
+from mbn.tables.measures import Measure
 
 OF_SEEDS = (
     "Test error in percent. The number after a method counts its forwards (MBN-2: with double forward); batch: MBN "
@@ -22,7 +22,7 @@ def by_seed(tables: dict[str, Table]) -> list[list[str]]:
             places.setdefault(of, _place(cell, table, taken=list(places.values())))
             columns[method] = None
             error = Measure("test_error")(one)
-            errors.setdefault((of, seed), {})[method] = "x" if diverged(one) or error is None else f"{error:.2f}"
+            errors.setdefault((of, seed), {})[method] = "x" if error is None else f"{error:.2f}"
     order, named = list(places), sorted(columns, key=_order)
     rows = [
         [f"{places[of]}, seed {seed}", *(errors[of, seed].get(method, "-") for method in named)]

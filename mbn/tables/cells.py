@@ -12,7 +12,7 @@ from mbn.launch.estimate import Estimate
 from mbn.launch.table_status import TableStatus, table_status
 from mbn.records import record
 from mbn.system.errors import UserError
-from mbn.tables.measures import Measure, Record, Taken, diverged
+from mbn.tables.measures import Measure, Record, Taken
 from mbn.tables.over_seeds import SEEDS, Contrast, Level, Sample, Spread, Values, contrast, level, pooled
 
 # The grids that the figure of test error against batch size is drawn from.
@@ -151,7 +151,7 @@ class Table:
     def entry(self, cell: Cell, metric: str) -> "Entry":
         runs, measure = self.runs(cell), Measure(metric)
         sample = self.all_runs.sample(cell, measure)
-        values, lost = self.values(cell, metric), sum(map(diverged, runs.values()))
+        values, lost = self.values(cell, metric), sum(map(record.diverged, runs.values()))
         to_bn, papers = None, None
         if cell.overrides is not None and (bn := cell.baseline()).name(0) != cell.name(0):
             of_bn = self.all_runs.sample(bn, measure)
@@ -248,6 +248,16 @@ def heading(name: str) -> str:
 
 def label(cell: Cell) -> str:
     return f"{cell.row}, {cell.column}"
+
+
+def cells_of_runs(tables: dict[str, Table]) -> dict[str, list[str]]:
+    """The cells that each run is in, by its name. Example of one: Table 4: 8, BN."""
+    found: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        for cell in table.grid.cells:
+            for one in table.runs(cell).values():
+                found.setdefault(one["name"], []).append(f"{heading(name)}: {label(cell)}")
+    return found
 
 
 def heads(table: Table) -> list[str]:

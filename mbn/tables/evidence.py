@@ -2,9 +2,10 @@
 
 from mbn.grid import Equal
 from mbn.launch.table_status import together as whole
+from mbn.records.record import diverged
 from mbn.tables.by_seed import OF_SEEDS, by_seed
-from mbn.tables.cells import Entry, Records, Table, heading, label
-from mbn.tables.measures import BESIDE, Record, Taken, diverged
+from mbn.tables.cells import Entry, Records, Table, cells_of_runs
+from mbn.tables.measures import BESIDE, Record, Taken
 from mbn.tables.page import LEVELS, OF_LEVELS, detectable_sentence, level_rows, link, missing, p_cell, pipes
 from mbn.tables.places import Place, places, primary
 from mbn.tables.rules import measured_by_rules
@@ -121,11 +122,7 @@ def _seeds(entries: list[Entry]) -> str:
 
 def _runs(tables: dict[str, Table], records: Records) -> list[list[str]]:
     """Every run, and the cells that it is in."""
-    cells: dict[str, list[str]] = {}
-    for name, table in tables.items():
-        for cell in table.grid.cells:
-            for one in table.runs(cell).values():
-                cells.setdefault(one["name"], []).append(f"{heading(name)}: {label(cell)}")
+    cells = cells_of_runs(tables)
     shown = {
         name: measure for name, measure in BESIDE.items() if any(measure(one) is not None for one in records.values())
     }

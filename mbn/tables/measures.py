@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from mbn.records.record import diverged
+
 # Share of training over which a curve is averaged before and after an instant: ten epochs of the paper's 200.
 AVERAGED = Fraction(1, 20)
 
 Record = dict[str, Any]
 # How a number is taken from a record.
 Taken = Callable[[Record], float | None]
-
-
-def diverged(record: Record) -> bool:
-    return record.get("diverged_at") is not None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import statistics
 
-from mbn.tables.cells import Table, heading, label
+from mbn.tables.cells import Table, cells_of_runs
 from mbn.tables.measures import Record, control
 from mbn.tables.page import pipes
 
@@ -23,12 +23,12 @@ def rules_page(tables: dict[str, Table]) -> str:
     found = measured_by_rules(tables)
     if not found:
         return ""
-    labels = _labels(tables)
+    labels = cells_of_runs(tables)
     rules = list(dict.fromkeys(rule for one in found for rule in control(one, "rules")))
     cells: dict[str, list[Record]] = {}  # a run that no table has is by itself
     for one in found:
         name = str(one["name"])
-        cells.setdefault(labels.get(name, name), []).append(one)
+        cells.setdefault(labels.get(name, [name])[0], []).append(one)
     head = ["as in the tables", *rules]
     means = [[name, str(len(runs)), *_means(runs, rules)] for name, runs in cells.items()]
     runs = [
@@ -45,13 +45,3 @@ def _means(runs: list[Record], rules: list[str]) -> list[str]:
     numbers = [[one["test_error"] for one in runs]]
     numbers += [[control(one, "rules")[rule] for one in runs if rule in control(one, "rules")] for rule in rules]
     return [f"{statistics.fmean(some):.2f}" if some else "-" for some in numbers]
-
-
-def _labels(tables: dict[str, Table]) -> dict[str, str]:
-    """The first cell that a run is in, by the run's name."""
-    found: dict[str, str] = {}
-    for table_name, table in tables.items():
-        for cell in table.grid.cells:
-            for one in table.runs(cell).values():
-                found.setdefault(one["name"], f"{heading(table_name)}: {label(cell)}")
-    return found

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from mbn.grid import Cell
 from mbn.methods import MBN, METHODS
+from mbn.records.record import diverged
 from mbn.tables.cells import Table
-from mbn.tables.measures import diverged
 
 # Width of one column of a two-column paper, in inches; and of both.
 COLUMN, PAGE = 3.3, 6.9
