@@ -449,16 +449,17 @@ class _JointBatchNorm(torch.autograd.Function):
         scale = weight if r is None else _renormalized_affine(r, d, weight, None)[0]
         invstd = (s2 + ctx.eps).rsqrt()
         if x.numel() > 0:
-            dx, *both = _batch_norm_backward(dy, x, scale, mu, invstd)  # corrected by this process's own sums
+            _, *both = _batch_norm_backward(dy, x, scale, mu, invstd, wants_dx=False)
         else:  # the kernel takes no empty tensor; from dy, so that a compiler leaves the message in the backward
-            dx, both = dy, 2 * [dy.to(mu.dtype).sum(_all_but_channels(dy))]
+            both = 2 * [dy.to(mu.dtype).sum(_all_but_channels(dy))]
         own = torch.stack(both)
         sums = own.clone()
         dist.all_reduce(sums, group=ctx.group)
+        dx = dy
         if x.numel() > 0:
             factor = invstd if scale is None else scale * invstd
-            a, b = (own / values_per_channel(x) - share * sums) * factor
-            dx.add_(affine_normalize(x, mu, s2, a, b, ctx.eps))
+            a, b = -share * sums * factor
+            dx = affine_normalize(x, mu, s2, a, b, ctx.eps).addcmul_(dy, per_channel(factor.to(dy.dtype), dy))
         dscale, dshift = own
         dweight = dscale if r is None else dscale * r + dshift * d
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dshift), None, None, None, None
@@ -491,10 +492,15 @@ def _gradient_formula(
     return dx.to(x.dtype), dscale, dshift
 
 
-def _batch_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, invstd: Tensor):
-    """torch's training-mode batch-norm backward about any mean and inverse standard deviation: dx, dweight, dbias."""
+def _batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, invstd: Tensor, wants_dx: bool = True
+):
+    """torch's training-mode batch-norm backward about any mean and inverse standard deviation: dx, dweight, dbias.
+
+    dx is None where it is not wanted.
+    """
     # Without a weight use ones, because the kernel for half precision wants one in float32. dweight is then unused.
     weight = torch.ones_like(invstd) if weight is None else weight
     return torch.ops.aten.native_batch_norm_backward(
-        dy, x, weight, None, None, mu, invstd, True, 0.0, [True, True, True]
+        dy, x, weight, None, None, mu, invstd, True, 0.0, [wants_dx, True, True]
     )

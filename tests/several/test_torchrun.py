@@ -93,6 +93,12 @@ def is_alive(pid):
     return state != "Z"
 
 
+def policies(pid, name):
+    """How the threads of a process with this in their name are scheduled."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [os.sched_getscheduler(int(one.name)) for one in threads if name in (one / "comm").read_text()]
+
+
 def kill(torchrun, victim, seconds, begins):
     """Kill one process some time after `begins` holds: a rank, or "launcher"; the others end soon.
 
@@ -125,6 +131,8 @@ def test_killed_processes_end_the_others_and_the_same_command_goes_on_with_the_s
     assert "stopped at iteration " in torchrun.log.read_text()
     with Torchrun(tmp_path / "killed", 2) as torchrun:
         torchrun.wait_until(torchrun.trains)
+        assert {policy for pid in torchrun.pids() for policy in policies(pid, "gloo")} == {os.SCHED_BATCH}
+        assert {policy for pid in torchrun.pids() for policy in policies(pid, "python")} == {os.SCHED_OTHER}
         torchrun.process.terminate()
         torchrun.ends(SOON)
     assert re.search("stopped at iteration |stopped by SIGTERM ", torchrun.log.read_text())  # begun, or not yet
