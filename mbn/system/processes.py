@@ -173,15 +173,17 @@ def new_threads_let_others_run() -> Iterator[None]:
     gloo/transport/tcp/pair.cc). Where it interrupts the holder of the lock on the same core, both lose a time slice of
     3 to 6 ms: with as many processes as cores, a quarter of the time of training.
     """
-    ordinary = getattr(os, "SCHED_OTHER", None)
-    if ordinary is None or os.sched_getscheduler(0) != ordinary:
-        yield
-        return
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        changes = os.sched_getscheduler(0) == os.SCHED_OTHER
+        if changes:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except (AttributeError, OSError):  # macOS has no such call, and a sandbox may forbid it: only slower
+        changes = False
     try:
         yield
     finally:
-        os.sched_setscheduler(0, ordinary, os.sched_param(0))
+        if changes:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _end_without_launcher(processes: Processes) -> None:

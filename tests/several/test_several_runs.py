@@ -205,3 +205,10 @@ def test_shares_differ_by_one_image_and_keep_groups_whole():
         assert all(share.start % whole == 0 or not share for share in shares)
         groups = [-(-len(share) // whole) for share in shares]
         assert max(groups) - min(groups) <= 1
+
+
+@pytest.mark.parametrize("missing", [AttributeError, PermissionError], ids=["macOS", "sandbox"])
+def test_processes_join_where_threads_cannot_be_scheduled(monkeypatch, missing):
+    monkeypatch.setattr(system_processes.os, "sched_setscheduler", mock.Mock(side_effect=missing))
+    with system_processes.new_threads_let_others_run():
+        pass
