@@ -317,10 +317,10 @@ def load_script(name):
     return module
 
 
-def start(*arguments, cwd=None, **environment) -> subprocess.Popen:
+def start(*arguments, cwd=None, program=REPOSITORY / "train.py", **environment) -> subprocess.Popen:
     """`train.py arguments` as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "train.py"), *arguments],
+        [sys.executable, str(program), *arguments],
         cwd=cwd,
         env={**os.environ, "PATH": killing.WITHOUT_GIT, "MBN_COMMIT": COMMIT, **environment},
         stdout=subprocess.PIPE,

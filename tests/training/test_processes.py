@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from running import COMMIT, UGLY, Run, assert_same_run, outcome, start
-from test_reproduce import wait_until
 
 from mbn.config import REPOSITORY
 from mbn.records import record
@@ -18,37 +17,29 @@ OVERRIDES = [
     *("dataset=digits", "model=resnet20", "norm=mbn", "batch_size=64", "schedule.iterations=26"),
     *("machine.threads=1", "machine.device=cpu", "machine.checkpoint_seconds=0.05"),
 ]
+SIGNALLED = REPOSITORY / "tests" / "signalled.py"
+# After which of its iterations each process gets a signal, and which.
+STOPS = {"whole": [], "stopped": [(signal.SIGKILL, 9), (signal.SIGTERM, 6)]}
 
 
-def reached(run):
-    """The last iteration in the run's journal."""
-    path = run.folder / "metrics.jsonl"
-    seen = re.findall(r'"iteration": (\d+),.*\n', path.read_text()) if path.exists() else []
-    return int(seen[-1]) if seen else 0
-
-
-def train(run, signals):
-    """Train to the end; each signal stops the run some iterations after the last one. Returns how processes ended."""
-    outcomes = []
-    for number in (*signals, None):
-        before = reached(run)
-        # From another working directory, with the results under a relative path.
-        process = start(*OVERRIDES, f"machine.results={run.results.name}", cwd=run.results.parent)
-        if number is not None:
-            wait_until(lambda before=before, process=process: reached(run) >= before + 3 or process.poll() is not None)
-            process.send_signal(number)
-        outcomes.append(outcome(process))
-    return outcomes
+def train(run, stops):
+    """Train to the end, in a process more than there are stops, one after another. Returns how they ended."""
+    # From another working directory, with the results under a relative path.
+    settings, folder = [*OVERRIDES, f"machine.results={run.results.name}"], run.results.parent
+    outcomes = [
+        outcome(start(str(number.value), str(iteration), *settings, cwd=folder, program=SIGNALLED))
+        for number, iteration in stops
+    ]
+    return [*outcomes, outcome(start(*settings, cwd=folder))]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A whole run and a stopped one in a folder with an ugly name, with the outcomes of their processes."""
-    signals = {"whole": [], "stopped": [signal.SIGKILL, signal.SIGTERM]}
     folders = {"whole": "results", "stopped": UGLY}
-    runs = [Run(tmp_path_factory.mktemp(name) / folders[name], OVERRIDES) for name in signals]
+    runs = [Run(tmp_path_factory.mktemp(name) / folders[name], OVERRIDES) for name in STOPS]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(signals, zip(runs, pool.map(train, runs, signals.values()), strict=True), strict=True))
+        return dict(zip(STOPS, zip(runs, pool.map(train, runs, STOPS.values()), strict=True), strict=True))
 
 
 @pytest.fixture
@@ -62,7 +53,8 @@ def test_a_run_that_was_killed_and_signalled_ends_with_the_bits_of_an_uninterrup
     stopped = re.search(r"^stopped at iteration (\d+) of 26, saved in ", outcomes[1].err, re.MULTILINE)
     resumed = [re.findall(r"resuming at iteration (\d+) of 26", o.out) for o in outcomes]
     assert resumed[0] == []
-    assert 0 < int(resumed[1][0]) < int(resumed[2][0]) == int(stopped[1])
+    assert 0 < int(resumed[1][0]) < 9
+    assert int(resumed[1][0]) + 6 == int(resumed[2][0]) == int(stopped[1])
     assert "Traceback" not in outcomes[1].err
     assert_same_run(run, whole)
 
