@@ -13,7 +13,7 @@ from mbn.launch.table_status import TableStatus, table_status
 from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.tables.measures import Measure, Record, Taken
-from mbn.tables.over_seeds import SEEDS, Contrast, Level, Sample, Spread, Values, contrast, level, pooled
+from mbn.tables.over_seeds import SEEDS, Contrast, OneMore, Sample, Spread, Values, contrast, pooled
 
 # The grids that the figure of test error against batch size is drawn from.
 BATCH_SIZES = ("table4-resnet20", "table4-methods")
@@ -197,9 +197,9 @@ class Entry:
         return "" if interval is None else "better" if interval[1] < 0 else "worse" if interval[0] > 0 else ""
 
     @cached_property
-    def level(self) -> Level | None:
-        """The paper's number against ours."""
-        return level(self.sample, float(self.paper)) if self.sample and self.paper else None
+    def one_more(self) -> OneMore | None:
+        """The paper's number, taken for that of one more run; None where it or ours is not known."""
+        return contrast([self.sample], [1]).one_more(float(self.paper)) if self.sample and self.paper else None
 
     @property
     def sd(self) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mbn.grid import Claim, Drop, Equal, Gain, Rise
 from mbn.tables.cells import AllRuns
 from mbn.tables.measures import Measure
-from mbn.tables.over_seeds import EQUIVALENCE, Contrast, contrast, p_text, together
+from mbn.tables.over_seeds import EQUIVALENCE, Contrast, OneMore, contrast, p_text, together
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 # The place of a claim's number over all places that have runs.
@@ -27,17 +27,21 @@ class Verdict:
         return self.number.mean is not None
 
     @property
+    def one_more(self) -> OneMore | None:
+        """The paper's number, taken for that of one more run of each cell; None where it or ours is not known."""
+        return None if self.paper is None else self.number.one_more(self.paper)
+
+    @property
     def excluded(self) -> bool:
-        """Whether the paper's number lies outside the 95 % interval."""
-        return self.paper is not None and self.number.excludes(self.paper)
+        """Whether one more run of each cell would hardly give the paper's number."""
+        return self.one_more is not None and self.one_more.excluded
 
     @property
     def against_paper(self) -> str:
         """Example: the paper's -4.27 is excluded (p < 0.001)."""
-        p = None if self.paper is None else self.number.p(self.paper)
-        if self.paper is None or p is None:
+        if self.paper is None or self.one_more is None:
             return ""
-        return f"the paper's {self.paper:+.2f} is {'' if self.excluded else 'not '}excluded ({p_text(p)})"
+        return f"the paper's {self.paper:+.2f} is {'' if self.excluded else 'not '}excluded ({p_text(self.one_more.p)})"
 
 
 def judge(claim: Claim, all_runs: AllRuns) -> list[Verdict]:

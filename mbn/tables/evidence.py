@@ -6,6 +6,7 @@ from mbn.records.record import diverged
 from mbn.tables.by_seed import OF_SEEDS, by_seed
 from mbn.tables.cells import Entry, Records, Table, cells_of_runs
 from mbn.tables.measures import BESIDE, Record, Taken
+from mbn.tables.over_seeds import EQUIVALENCE
 from mbn.tables.page import LEVELS, OF_LEVELS, detectable_sentence, level_rows, link, missing, p_cell, pipes
 from mbn.tables.places import Place, places, primary
 from mbn.tables.rules import measured_by_rules
@@ -36,10 +37,12 @@ def _not_measured(every: list[Place], tables: dict[str, Table]) -> str:
 
 OF_CLAIMS = (
     "Differences of test errors in percentage points, unless another number is named. They are unpaired, and the "
-    "variance is pooled over all cells of a network and data set. n: seeds of each cell. Together: the mean over all "
-    "places that have runs, weighted by precision. The **primary claims** are judged by p after Holm's correction for "
-    "the three of them (one that is not measured counts as p = 1). All others are exploratory, and their p is not "
-    "corrected. A number of the paper is excluded where it lies outside the 95 % interval."
+    "variance is pooled over all cells of a network and data set; a cell with one seed borrows it from the others. n: "
+    "seeds of each cell. Together: the mean over all places that have runs, weighted by precision. The **primary "
+    "claims** are judged by p after Holm's correction for the three of them (one that is not measured counts as p = "
+    "1). All others are exploratory, and their p is not corrected. That two cells are equal is judged by the 90 % "
+    "interval. A number of the paper, which names no seeds, is taken for that of one more run of each cell, and "
+    "excluded where it lies outside the 95 % interval for that."
 )
 
 
@@ -69,16 +72,24 @@ def _has_runs(tables: dict[str, Table]) -> bool:
 
 
 def _claims(of_paper: list[Place], every: list[Place]) -> list[list[str]]:
-    """The primary claims, and after them the others that have runs: what the paper prints, and what the runs say."""
+    """The primary claims, and after them the others that have runs: what the paper prints, and what the runs say.
+
+    A primary claim with one place that has runs is this place: it does not stand there again.
+    """
     rows = [["claim", "paper", "ours [95 %]", "n", "p", "verdict"]]
+    stated = set()
     for place in of_paper:
         ends = sorted({f"{paper:+.2f}" for paper in place.papers}, key=float)
         span = f"{ends[0]} to {ends[-1]}" if len(ends) > 1 else "".join(ends)
-        of = f", {place.measured} of {place.places} places" if place.places > 1 else ""
+        of = f", {len(place.measured)} of {place.places} places" if place.places > 1 else ""
+        if len(place.measured) == 1:
+            (one,) = place.measured
+            stated.add(one.compared)
+            of += f": {one.alone('')}, {link(one.table, '')}"
         p = f"{p_cell(place.holm)} (Holm)" if place.has_run else "-"
         rows.append([f"**{place.name}** (primary{of})", span or "-", *_ours(place), p, _verdict(place)])
     for place in every:
-        if place.has_run:
+        if place.has_run and place.compared not in stated:
             name = f"{place.alone(place.statement)} ({link(place.table, '')})"
             paper = "-" if place.paper is None else f"{place.paper:+.2f}"
             p = "-" if isinstance(place.claim, Equal) else p_cell(place.verdict.number.p())
@@ -87,8 +98,13 @@ def _claims(of_paper: list[Place], every: list[Place]) -> list[list[str]]:
 
 
 def _ours(place: Place) -> list[str]:
+    """The number with its interval, and n. An equality has the interval that decides it."""
     number = place.verdict.number
-    return ["-", "-"] if number.mean is None else [str(number).partition(", n")[0], number.n]
+    if number.mean is None:
+        return ["-", "-"]
+    if isinstance(place.claim, Equal) and (inside := number.interval(EQUIVALENCE)):
+        return [f"{number.mean:+.2f}, 90 % [{inside[0]:+.2f}, {inside[1]:+.2f}]", number.n]
+    return [str(number).partition(", n")[0], number.n]
 
 
 def _verdict(place: Place) -> str:

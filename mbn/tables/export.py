@@ -62,14 +62,14 @@ def cells_csv(tables: list[Table]) -> str:
         for e in table.entries:
             d = e.to_bn or Contrast()
             low, high = d.interval() or (None, None)
-            p_paper = None if e.paper_to_bn is None else d.p(e.paper_to_bn)
+            one_more = None if e.paper_to_bn is None else d.one_more(e.paper_to_bn)
             writer.writerow(
                 [
                     *(table.grid.name, e.cell.row, e.cell.column, e.metric, e.paper or "", len(e.values)),
                     " ".join(map(str, sorted(e.values))),
                     *map(_plain, (e.sample.mean if e.sample else None, e.sd)),
                     *("" if e.to_bn is None else d.ns[1] if d.ns else 0, *map(_plain, (d.mean, low, high, d.p()))),
-                    *map(_plain, (e.paper_to_bn, p_paper)),
+                    *map(_plain, (e.paper_to_bn, one_more.p if one_more else None)),
                     *(e.mark, e.diverged or ""),
                     "" if e.cell.overrides is None else command(e.cell, table.scale),
                 ]

@@ -76,10 +76,14 @@ class Contrast:
     @cached_property
     def _error(self) -> tuple[float, float] | None:
         """The standard error and its degrees of freedom."""
+        return self._errors(runs=0)
+
+    def _errors(self, runs: int) -> tuple[float, float] | None:
+        """That of the difference between d and the same sum over so many more runs of each cell (0: over none)."""
         spreads = {sample.group: sample.spread for sample, _ in self.parts}
         variances: dict[str, float] = dict.fromkeys(spreads, 0.0)
         for sample, weight in self.parts:
-            variances[sample.group] += (sample.spread.sd or 0) ** 2 * weight**2 / sample.n
+            variances[sample.group] += (sample.spread.sd or 0) ** 2 * weight**2 * (1 / sample.n + runs)
         if not self.parts or any(spread.sd is None for spread in spreads.values()):
             return None
         variance = sum(variances.values())
@@ -94,21 +98,18 @@ class Contrast:
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
         if self.mean is None or self._error is None:
             return None
-        se, freedom = self._error
-        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * se
-        return self.mean - half, self.mean + half
+        return _around(self.mean, self._error, confidence)
 
-    def p(self, against: float = 0.0) -> float | None:
-        """The probability of a difference so far from `against` if that is the true one (two-sided)."""
-        if self.mean is None or self._error is None:
+    def p(self) -> float | None:
+        """The probability of a difference so far from 0 if 0 is the true one (two-sided)."""
+        return None if self.mean is None or self._error is None else _two_sided(self.mean, self._error)
+
+    def one_more(self, number: float) -> "OneMore | None":
+        """A number, such as the paper's, taken for that of one more run of each cell. None without an interval."""
+        error = self._errors(runs=1)
+        if self.mean is None or error is None:
             return None
-        se, freedom = self._error
-        return 2 * float(stats.t.sf(abs(self.mean - against) / se, freedom))
-
-    def excludes(self, value: float) -> bool:
-        """Whether a value lies outside the interval."""
-        interval = self.interval()
-        return interval is not None and not interval[0] <= value <= interval[1]
+        return OneMore(*_around(self.mean, error), _two_sided(number - self.mean, error))
 
     def __str__(self) -> str:
         """Example: -0.48 [-0.71, -0.25], n = 5+5."""
@@ -140,27 +141,30 @@ def together(contrasts: Sequence[Contrast]) -> tuple[Contrast, list[float]]:
 
 
 @dataclass(frozen=True)
-class Level:
-    """A printed number against a cell's mean: low and high are the ends of the 95 % interval for one more run,
-    mean ± t sd sqrt(1 + 1/n); p is the probability of a run so far from the mean."""
+class OneMore:
+    """The same number d from one more run of each cell alone.
+
+    low and high are the ends of its 95 % interval, d ± t sqrt(sum over groups of sd_g² sum c_j² (1 + 1/n_j)); of one
+    cell this is mean ± t sd sqrt(1 + 1/n). p is the probability that it lies as far from d as the number in question.
+    """
 
     low: float
     high: float
     p: float
 
-    def excludes(self, value: float) -> bool:
-        return not self.low <= value <= self.high
+    @property
+    def excluded(self) -> bool:
+        """Whether the number in question lies outside the interval."""
+        return self.p < 1 - CONFIDENCE
 
 
-def level(sample: Sample, printed: float) -> Level | None:
-    """A printed number, taken for one more run of the cell. None where the seeds' spread is not known."""
-    sd, freedom = sample.spread.sd, sample.spread.freedom
-    if sd is None:
-        return None
-    error = sd * math.sqrt(1 + 1 / sample.n)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(printed - sample.mean) / error, freedom))
-    return Level(sample.mean - half, sample.mean + half, p)
+def _around(mean: float, error: tuple[float, float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    half = float(stats.t.ppf((1 + confidence) / 2, error[1])) * error[0]
+    return mean - half, mean + half
+
+
+def _two_sided(distance: float, error: tuple[float, float]) -> float:
+    return 2 * float(stats.t.sf(abs(distance) / error[0], error[1]))
 
 
 def p_text(p: float) -> str:

@@ -49,15 +49,16 @@ def main_table(table: Table) -> str:
 OF_CLAIMS = (
     "Means over the seeds of each cell, unpaired [95 % interval]; the variance is pooled over all cells of a network "
     "and data set. A claim holds where the whole interval agrees with it, and does not hold where the whole interval "
-    "contradicts it; otherwise it is undecided. The paper's number is excluded where it lies outside the interval. "
+    "contradicts it; otherwise it is undecided. A number of the paper is taken for that of one more run of each cell, "
+    "and excluded where it lies outside the 95 % interval for that. "
     "That two cells are equal holds where the 90 % interval lies inside the margin (two one-sided tests at 5 %). "
     "Together: the mean over the places that have runs, weighted by precision. Only the primary claims "
     "([results](../README.md)) are corrected for their number; all others are exploratory."
 )
 LEVELS = ["", "here (n)", "95 % interval for one more run", "paper", "p", ""]
 OF_LEVELS = (
-    "The paper's number is taken for one more run: mean ± t sd sqrt(1 + 1/n), with the pooled standard deviation. "
-    "No p is corrected."
+    "The paper's number is taken for that of one more run: mean ± t sd sqrt(1 + 1/n), with the pooled standard "
+    "deviation. No p is corrected."
 )
 
 
@@ -68,14 +69,14 @@ def level_rows(tables: Iterable[Table], of_table: bool = False) -> list[list[str
         several = len(table.grid.metrics) > 1
         for e in table.entries:
             key = (e.sample and e.sample.name, e.metric, e.paper)
-            if e.level is None or e.sample is None or e.paper is None or key in seen:
+            if e.one_more is None or e.sample is None or e.paper is None or key in seen:
                 continue
             seen.add(key)
             name = label(e.cell) + (f", {METRICS[e.metric]}" if several else "")
-            inside = "outside" if e.level.excludes(float(e.paper)) else "inside"
-            interval = f"{e.level.low:.2f} to {e.level.high:.2f}"
+            inside = "outside" if e.one_more.excluded else "inside"
+            interval = f"{e.one_more.low:.2f} to {e.one_more.high:.2f}"
             name = f"{link(table, '')}: {name}" if of_table else name
-            rows.append([name, f"{e.sample.mean:.2f} ({e.sample.n})", interval, e.paper, p_cell(e.level.p), inside])
+            rows.append([name, f"{e.sample.mean:.2f} ({e.sample.n})", interval, e.paper, p_cell(e.one_more.p), inside])
     return rows
 
 
@@ -90,14 +91,16 @@ def _difference_table(table: Table) -> str:
             shown = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"
             of = [METRICS[e.metric]] if several else []
             printed = e.paper_to_bn
-            theirs = ["-", "-"] if printed is None else [f"{printed:+.2f}", p_cell(d.p(printed))]
+            one_more = None if printed is None else d.one_more(printed)
+            theirs = ["-" if printed is None else f"{printed:+.2f}", p_cell(one_more.p if one_more else None)]
             row = [label(e.cell), *of, d.n, f"{d.mean:+.2f}", shown, p_cell(d.p())]
             rows.append([*row, *(theirs if paper else [])])
     if len(rows) == 1:
         return "No run can be compared yet: BN has not run."
     return pipes(rows) + (
         "\n\nBN: one forward, on the same network, data and schedule. n: seeds of the cell + seeds of BN, unpaired. "
-        "The variance is pooled over all cells of a network and data set. No p is corrected."
+        "The variance is pooled over all cells of a network and data set. In the last column the paper's "
+        "difference is taken for that of one more run of each cell. No p is corrected."
     )
 
 
@@ -113,8 +116,8 @@ def detectable_sentence(tables: list[Table]) -> str:
     if not said:
         return ""
     return (
-        f"{SEEDS} seeds of each cell are planned, whatever they show. They would show a difference of test errors of "
-        f"{', '.join(said)} with 80 % power."
+        f"{SEEDS} seeds of each cell are planned, whatever they show. In a t test of two cells alone they would show a "
+        f"difference of test errors of {', '.join(said)} with 80 % power."
     )
 
 

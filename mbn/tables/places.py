@@ -13,8 +13,9 @@ from mbn.tables.over_seeds import CONFIDENCE, Contrast, holm
 class Place:
     """One place of a claim, such as batch size 8 of Table 4's, or all its places together.
 
-    Of a primary claim, which has a name, it is all places of all tables: papers are the paper's numbers at those
-    where it prints one, holm the corrected p, measured and places how many have a number with an interval, of how many.
+    Of a primary claim, which has a name, it is all places of all tables: holm is the corrected p, places how many there
+    are, measured those that have a number with an interval, and papers the paper's numbers at these (at all places,
+    where there are none).
     """
 
     table: Table
@@ -23,7 +24,7 @@ class Place:
     name: str = ""
     papers: tuple[float, ...] = ()
     holm: float = 1.0
-    measured: int = 1
+    measured: tuple["Place", ...] = ()
     places: int = 1
 
     @property
@@ -71,6 +72,11 @@ class Place:
     def label(self) -> str:
         return self.name or (f"{self.number}, {self.where}" if self.where else self.number)
 
+    @property
+    def compared(self) -> tuple[object, ...] | None:
+        """What this place compares, and how; None for several places."""
+        return None if self.joint else (_runs(self.claim.cells[self.verdict.place]), *_how(self.claim))
+
     def alone(self, text: str) -> str:
         """The text where no heading names the network: MBN - BN, batch 8, ResNet-56 on CIFAR-10."""
         _, comma, network = self.table.grid.title.rpartition(", ")
@@ -95,7 +101,7 @@ def places(tables: dict[str, Table]) -> list[Place]:
             for verdict in (*verdicts, joint(claim, verdicts)):
                 if verdict is None:
                     continue
-                key = (type(claim), claim.metric, claim.at, claim.bounds, _compared(claim, verdicts, verdict))
+                key = (*_how(claim), _compared(claim, verdicts, verdict))
                 if key not in seen or verdict.paper is not None:
                     found.append(Place(table, claim, verdict))
                 seen.add(key)
@@ -106,6 +112,10 @@ def _compared(claim: Claim, verdicts: Sequence[Verdict], verdict: Verdict) -> fr
     """The runs that a verdict compares."""
     joined = [v.place for v in verdicts if v.number.precision is not None]
     return frozenset(_runs(claim.cells[place]) for place in (joined if verdict.place == TOGETHER else [verdict.place]))
+
+
+def _how(claim: Claim) -> tuple[object, ...]:
+    return type(claim), claim.metric, claim.at, claim.bounds
 
 
 def primary(tables: dict[str, Table]) -> list[Place]:
@@ -119,8 +129,9 @@ def primary(tables: dict[str, Table]) -> list[Place]:
             table, claim, _ = of[0]
             number, paper = (found.number, found.paper) if found else (Contrast(), None)
             verdict = Verdict(TOGETHER, number, _outcome(number, p), paper)
-            papers = tuple(v.paper for *_, v in of if v.paper is not None)
-            measured = sum(v.number.precision is not None for *_, v in of)
+            every = tuple(Place(*one) for one in of)
+            measured = tuple(one for one in every if one.verdict.number.precision is not None)
+            papers = tuple(one.paper for one in measured or every if one.paper is not None)
             result.append(Place(table, claim, verdict, name, papers, p, measured, len(of)))
     return result
 

@@ -12,7 +12,6 @@ from mbn.tables.over_seeds import (
     contrast,
     detectable,
     holm,
-    level,
     pooled,
     together,
 )
@@ -40,8 +39,6 @@ def test_two_cells_alone_are_students_test_with_equal_variances(b):
     assert found.mean == pytest.approx(sum(A) / 4 - sum(b) / len(b))
     assert found.interval() == pytest.approx(tuple(interval))
     assert found.p() == pytest.approx(test.pvalue)
-    assert found.p(against=interval.low) == pytest.approx(0.05)
-    assert found.p(against=-4.27) == pytest.approx(stats.ttest_ind([a + 4.27 for a in A], b).pvalue)
     assert found.ns == (4, len(b))
 
 
@@ -78,9 +75,9 @@ def test_no_interval_without_spread():
     for spread in (pooled([seeds([1.0]), seeds([2.0])]), pooled([{0: 7.1 - 6.9, 1: 7.2 - 7.0, 2: 0.2}])):
         found = contrast([sample("a", [1.0], spread), sample("b", [2.0], spread)], (1, -1))
         assert (found.mean, found.interval(), found.p(), found.precision) == (-1, None, None, None)
-        assert not found.excludes(5)
+        assert found.one_more(5) is None
         assert str(found) == "-1.00, n = 1+1"
-        assert level(sample("a", [1.0], spread), 9.0) is None
+        assert contrast([sample("a", [1.0], spread)], [1]).one_more(9.0) is None
     known = sample("c", A, pooled([seeds(A)]), "h")
     assert contrast([known, sample("a", [1.0], Spread())], (1, -1)).interval() is None  # one group lacks it
     assert (Contrast().mean, Contrast().interval(), Contrast().p()) == (None, None, None)
@@ -104,16 +101,22 @@ def test_contrasts_together_are_weighted_by_precision():
 
 
 def test_a_printed_number_is_compared_with_the_interval_for_one_more_run():
-    (a,) = samples(A)
-    half = stats.t.ppf(0.975, 3) * stats.tstd(A) * math.sqrt(1 + 1 / 4)
-    found = level(a, 6.3 + half)
-    assert (found.low, found.high, found.p) == (
-        pytest.approx(6.3 - half),
-        pytest.approx(6.3 + half),
-        pytest.approx(0.05),
-    )
-    assert level(a, 6.3 + half).excludes(6.3 + half + 1e-6)
-    assert not found.excludes(6.3 - half + 1e-6)
+    """The variance by hand, in sd²: of one cell, of two, and of two places that share a cell, which has one more run
+    and not two."""
+    a, b, c = samples(A, B, C)
+    joint, (first, second) = together([contrast([a, b], (1, -1)), contrast([a, c], (1, -1))])
+    for number, variance in (
+        (contrast([a], (1,)), 1 + 1 / 4),
+        (contrast([a, c], (1, -1)), 1 + 1 / 4 + 1 + 1 / 3),
+        (contrast([a, c], (0.5, -2)), 0.25 * (1 + 1 / 4) + 4 * (1 + 1 / 3)),
+        (joint, (1 + 1 / 4) + first**2 * (1 + 1 / 4) + second**2 * (1 + 1 / 3)),
+    ):
+        half = stats.t.ppf(0.975, 3 + 3 + 2) * a.spread.sd * math.sqrt(variance)
+        found = number.one_more(number.mean + half)
+        assert (found.low, found.high) == pytest.approx((number.mean - half, number.mean + half))
+        assert found.p == pytest.approx(0.05)
+        assert number.one_more(number.mean + half + 1e-6).excluded
+        assert not number.one_more(number.mean - half + 1e-6).excluded
 
 
 @pytest.mark.parametrize(
