@@ -1,3 +1,4 @@
+import contextlib
 import shlex
 import time
 from pathlib import Path
@@ -14,6 +15,19 @@ from mbn.training import run
 
 # These tensors are small: a second thread makes the tests slower, four times on a busy machine.
 torch.set_num_threads(1)
+
+with contextlib.suppress(ImportError):  # a rented GPU may lack Hypothesis
+    from hypothesis import HealthCheck, settings
+
+    # The same draws in every run, and no limit on time: a busy machine must not fail a test.
+    settings.register_profile(
+        "same",
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("same")
 
 
 def pytest_addoption(parser):

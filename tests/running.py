@@ -329,7 +329,7 @@ def start(*arguments, cwd=None, program=REPOSITORY / "train.py", **environment) 
     )
 
 
-def outcome(process, timeout=120) -> Outcome:
+def outcome(process, timeout=900) -> Outcome:
     """What a process printed, once it has ended."""
     try:
         out, err = process.communicate(timeout=timeout)

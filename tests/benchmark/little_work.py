@@ -74,4 +74,4 @@ def fake_workloads(monkeypatch, seconds=lambda arm: 0.5, step=lambda: None, made
 
 
 def soon():
-    return time.monotonic() + 100
+    return time.monotonic() + 1000

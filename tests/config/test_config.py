@@ -581,7 +581,7 @@ def typos():
         for i in range(len(key)):
             before, letter, behind = key[:i], key[i], key[i + 1 :]
             wrong = {before + behind, before + 2 * letter + behind, before + behind[:1] + letter + behind[1:]}
-            for slip in wrong - valid:
+            for slip in sorted(wrong - valid):
                 slips[slip] = (base, slip, value)
     return list(slips.values())
 

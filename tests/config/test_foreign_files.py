@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from running import compose
 
@@ -126,7 +126,7 @@ def test_numbers_mean_the_same_in_a_file_and_in_a_command(write):
     assert load(["experiment=mine"]) == load(typed.split())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(st.binary(max_size=30) | st.text("a:-[]{}&*!|>'\"#%@, \t\n019.~", max_size=40).map(str.encode))
 @example(b"a: 2020-13-45")
 @example(b"!.")
@@ -248,7 +248,7 @@ nested = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from([*KEYS, "norm", "machine", "norm.name", "dataset.name", "precision"]), nested)
 def test_any_plain_value_is_taken_as_it_is_or_one_sentence(key, value):
     plain = node = to_dict(compose("model=nin"))

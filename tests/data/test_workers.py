@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import jpegs
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from running import Run, build_small
+from test_reproduce import wait_until
 
 import train
 from mbn.data import workers
@@ -46,7 +49,7 @@ def made(make, number=1, tasks=8, stop=None):
             return list(running.batches(range(tasks), stop, "the disk"))
         finally:
             running.close()
-            assert multiprocessing.active_children() == []
+            wait_until(lambda: not multiprocessing.active_children())
 
 
 @pytest.mark.parametrize("number", [1, 3, 20])
@@ -60,7 +63,10 @@ def test_no_shared_memory_is_needed(tree):
     """Docker gives 64 MB of it: nothing of ours may lie there."""
 
     def shared(process):
-        opened = [str(path.readlink()) for path in Path(f"/proc/{process}/fd").iterdir() if path.is_symlink()]
+        opened = []
+        for path in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                opened.append(str(path.readlink()))
         return set(
             re.findall(r"/dev/shm/\S+|/torch_\S+", "\n".join([Path(f"/proc/{process}/maps").read_text(), *opened]))
         )
@@ -112,17 +118,17 @@ def test_a_request_to_stop_ends_the_wait_for_a_batch(monkeypatch):
     threading.Timer(0.2, setattr, (stop, "code", 75)).start()
     with pytest.raises(StoppedError):
         made(hangs, stop=stop)
-    assert 0.3 < time.monotonic() - began < 3
+    assert time.monotonic() - began > 0.3
 
 
 def test_a_wait_is_said_and_then_ends(monkeypatch, capsys):
-    monkeypatch.setattr(workers, "SLOW", 0.15)
-    monkeypatch.setattr(workers, "TOO_SLOW", 0.5)
-    with pytest.raises(UserError, match=r"^no images came from the disk in 0 minutes: [^.]*\.$"):
+    monkeypatch.setattr(workers, "POLL", 0.001)
+    # A clock on which 10 s pass between two looks.
+    monkeypatch.setattr(workers, "time", types.SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
+    with pytest.raises(UserError, match=r"^no images came from the disk in 30 minutes: [^.]*\.$"):
         made(hangs)
-    assert re.fullmatch(
-        r"warning: no images have come from the disk for 0 seconds: still waiting\.\n", capsys.readouterr().err
-    )
+    assert workers.time.monotonic() == 1820  # the look before was the first after 1800 s
+    assert capsys.readouterr().err == "warning: no images have come from the disk for 60 seconds: still waiting.\n"
 
 
 def test_a_process_that_cannot_start_is_one_sentence(monkeypatch):
@@ -137,7 +143,7 @@ def test_a_process_that_cannot_start_is_one_sentence(monkeypatch):
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", fails)
     with pytest.raises(UserError, match=r"^cannot start 4 processes .* \(Resource temporarily unavailable\): lower"):
         Workers(numbered, 4)
-    assert multiprocessing.active_children() == []
+    wait_until(lambda: not multiprocessing.active_children())
 
 
 def test_memory_that_cannot_be_pinned_ends_the_wait_at_once():
@@ -166,9 +172,11 @@ def test_a_signal_ends_a_run_whose_images_do_not_come(workers, tree, tmp_path, m
             if not sent.exists():
                 sent.touch()
                 os.kill(ours, signal.SIGTERM)
+            seen.append(key)
             time.sleep(1000 if workers else 0.05)
         return key
 
+    seen = []
     sent = tmp_path / "sent"
     monkeypatch.setattr("models.build", build_small)
     monkeypatch.setattr(Decoder, "batch", slow)
@@ -178,9 +186,9 @@ def test_a_signal_ends_a_run_whose_images_do_not_come(workers, tree, tmp_path, m
         *("schedule.epochs=2", "machine.threads=1", "machine.device=cpu", "machine.mode=eager"),
         *(f"machine.data={tree}", f"machine.workers={workers}"),
     ]
-    began = time.monotonic()
     assert train.main([*overrides, f"machine.results={tmp_path}"]) == 75
-    assert time.monotonic() - began < 20
+    if workers == 0:  # in this process: from the second image after the signal on, PATIENCE is over
+        assert len(seen) == 2
     assert re.fullmatch(r"stopped at iteration 1 of 2, saved in [^\n]*\.", capfd.readouterr().err.splitlines()[-1])
     assert Run(tmp_path, overrides).checkpoint()["iteration"] == 1
-    assert multiprocessing.active_children() == []
+    wait_until(lambda: not multiprocessing.active_children())

@@ -30,6 +30,12 @@ class Checkout:
         self.begun.append(subprocess.Popen(command, **pipes))
         return self.begun[-1]
 
+    def hold(self):
+        """A file in the results; until it is removed, the runs of fake_train.py wait in their third iteration."""
+        self.results.mkdir()
+        (self.results / "hold").touch()
+        return self.results / "hold"
+
     def call(self, *arguments, code=0):
         """What reproduce.py prints, to its end."""
         process = self.begin(*arguments)
@@ -56,4 +62,5 @@ class Checkout:
 
     def starts(self):
         """The names of the runs, one for each time that a run was begun or resumed."""
-        return (self.results / "starts").read_text().splitlines()
+        starts = self.results / "starts"
+        return starts.read_text().splitlines() if starts.exists() else []

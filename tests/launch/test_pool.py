@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -171,21 +171,75 @@ def held(tmp_path, runs):
         file.close()
 
 
-def test_waiting_for_other_processes_ends_at_a_signal(tmp_path, runs, held):
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+@pytest.fixture
+def clock(monkeypatch):
+    """The pool's clock: its own sleeps alone move it. meanwhile: what is done in each."""
+
+    def sleep(seconds):
+        clock.now += seconds
+        clock.meanwhile()
+
+    clock = types.SimpleNamespace(now=0.0, meanwhile=lambda: None, monotonic=lambda: clock.now, sleep=sleep)
+    monkeypatch.setattr(pool, "time", clock)
+    monkeypatch.setattr(pool, "LOOK", 0.125)  # exact in binary
+    return clock
+
+
+def test_waiting_for_other_processes_ends_at_a_signal(tmp_path, runs, held, clock):
+    clock.meanwhile = lambda: clock.now == 0.5 and os.kill(os.getpid(), signal.SIGTERM)
     outcome = worked(tmp_path, runs[0], None)
-    timer.join()
+    assert clock.now == 0.5
     assert (outcome.code, outcome.done, outcome.failed) == (75, [], {})
     assert len(outcome.left) == 3
 
 
-def test_waiting_for_other_processes_ends_at_the_budget(tmp_path, runs, held, monkeypatch):
-    monkeypatch.setattr(pool, "START_SECONDS", 0.0)
-    began = time.monotonic()
-    outcome = worked(tmp_path, runs[0], None, budget=5.3, margin=5.0)
-    assert time.monotonic() - began < 3
+def test_waiting_for_other_processes_ends_at_the_budget(tmp_path, runs, held, clock):
+    """When there is no time left to begin a run: 5 s to start it, 5 s to stop it."""
+    outcome = worked(tmp_path, runs[0], None, budget=11.0)
+    assert clock.now == 1.125
     assert (outcome.code, outcome.spent, len(outcome.left)) == (None, True, 3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "events"),
+    [
+        ([0.5, 0.5, 9.0], ["0 begins at 0.0", "1 begins at 0.5"]),
+        ([0.5, 5.5, 9.0], ["0 begins at 0.0", "1 begins at 0.5"]),
+        ([0.5, 99.0, 9.0], ["0 begins at 0.0", "1 begins at 0.5", "1 is asked at 6.125", "1 is killed at 11.125"]),
+    ],
+    ids=["no time to begin another", "ends by itself", "deaf"],
+)
+def test_a_budget_of_11_seconds_is_kept_to_the_look(tmp_path, runs, clock, seconds, events):
+    """Nothing begins with 10 s left or less; with less than 5 s left runs are asked to stop, and killed after it."""
+    runs, finish = runs
+    seen = []
+
+    def start(run, results):
+        number, began = run.config.seed, clock.now
+
+        def note(what):
+            seen.append(f"{number} {what} at {clock.now}")
+
+        def end(child):
+            if seen[-1].startswith(f"{number} is killed"):
+                return -9
+            return None if clock.now < began + seconds[number] else finish(run) or 0
+
+        def stop():
+            if not child.asked:
+                child.asked = True
+                note("is asked")
+
+        child = Fake(run, results, end)
+        child.stop, child.kill = stop, lambda: note("is killed")
+        note("begins")
+        return child
+
+    outcome = Pool(runs, tmp_path, 1, start, budget=11.0).work()
+    assert seen == events
+    names, deaf = [run.name for run in runs], len(events) == 4
+    assert (outcome.code, outcome.spent, outcome.failed) == (None, True, {})
+    assert (outcome.done, sorted(outcome.left)) == (names[: 2 - deaf], sorted(names[2 - deaf :]))
 
 
 def test_a_file_system_without_locks_is_not_waited_for(tmp_path, runs, held, monkeypatch):
@@ -198,25 +252,24 @@ def test_a_file_system_without_locks_is_not_waited_for(tmp_path, runs, held, mon
     assert outcome.done == [run.name for run in runs]
 
 
-def test_a_child_that_does_not_stop_is_killed_after_a_while(tmp_path, runs, monkeypatch):
-    monkeypatch.setattr(pool, "DEAF_SECONDS", 0.3)
+def test_a_child_that_does_not_stop_is_killed_after_a_while(tmp_path, runs, clock, monkeypatch):
+    monkeypatch.setattr(pool, "DEAF_SECONDS", 1.0)
     deaf = (
-        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(60)"
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(600)"
     )
     (run, *_), _ = runs
+    asked, killed, kill = [], [], Process.kill
 
-    def stop():
-        wait_until(lambda: "deaf" in (run.folder(tmp_path) / "log.txt").read_text(), 20)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def meanwhile():
+        time.sleep(0.01)  # the child's time is real
+        if not asked and "deaf" in (run.folder(tmp_path) / "log.txt").read_text():
+            asked.append(clock.now)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def start(run, results):
-        process = Process(run, [sys.executable, "-c", deaf], results)
-        threading.Thread(target=stop).start()
-        return process
-
-    began = time.monotonic()
-    outcome = Pool([run], tmp_path, 1, start).work()
-    assert time.monotonic() - began < 20
+    clock.meanwhile = meanwhile
+    monkeypatch.setattr(Process, "kill", lambda child: (killed.append(clock.now), kill(child)))
+    outcome = Pool([run], tmp_path, 1, lambda *given: Process(given[0], [sys.executable, "-c", deaf], given[1])).work()
+    assert killed[0] == asked[0] + 1.125
     assert (outcome.code, outcome.left) == (75, [run.name])
 
 
@@ -226,7 +279,7 @@ def test_a_continued_pool_says_so_to_its_lanes(tmp_path, runs):
 
     def start(run, results):
         def work(stop):
-            wait_until(lambda: os.kill(os.getpid(), signal.SIGCONT) or stop.continued, 10)
+            wait_until(lambda: os.kill(os.getpid(), signal.SIGCONT) or stop.continued)
             seen.append((stop.continued, stop.code))
             finish(run)
 
@@ -242,9 +295,12 @@ def test_a_continued_pool_says_so_to_its_lanes(tmp_path, runs):
 
 
 def test_a_folder_that_is_removed_under_reproduce_fails_that_run_alone(checkout):
+    held = checkout.hold()
     process = checkout.begin("toy", "--seeds", "2", "--jobs", "2")
     wait_until(lambda: len(checkout.checkpoints()) == 2)
-    shutil.rmtree(next(path.parent for path in checkout.checkpoints() if "/bn-" in str(path)))
+    # In one step: files that the run writes meanwhile would be in the way of rmtree.
+    next(path.parent for path in checkout.checkpoints() if "/bn-" in str(path)).rename(checkout.folder / "removed")
+    held.unlink()
     out, error = process.communicate()
     assert process.returncode == 1, out + error
     assert "Traceback" not in out + error

@@ -25,7 +25,7 @@ def rental(tmp_path, write_toy):
     write_toy(tmp_path / "grids" / "short.yaml", 4)
     write_toy(tmp_path / "grids" / "long.yaml", 100_000)
 
-    def call(*arguments, code=0, **more):
+    def call(*arguments, codes=(0,), **more):
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -36,13 +36,13 @@ def rental(tmp_path, write_toy):
             **more,
         }
         done = subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == code, done.stdout + done.stderr
+        assert done.returncode in codes, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     return call
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_runs_are_trained_brought_home_and_continued(rental, tmp_path):
     """Two runs end; two in one process are stopped by the budget, and their checkpoints come home too."""
     load, out = str(tmp_path / "load"), str(tmp_path / "out")
@@ -60,7 +60,8 @@ def test_runs_are_trained_brought_home_and_continued(rental, tmp_path):
 
     for file in Path(out).iterdir():
         file.unlink()
-    rental("train", load, out, "40s", "long", "--lanes", *common)
+    # On a busy machine a lane may not stop in time and is killed (code 75): its last checkpoint comes home.
+    rental("train", load, out, "40s", "long", "--lanes", *common, "machine.checkpoint_seconds=0.01", codes=(0, 75))
     assert len(list(Path(out).iterdir())) <= 8
     rental("home", out)
     begun = [path for path in (tmp_path / "home" / "runs").rglob("checkpoint.pt") if "s0" in str(path)]
@@ -76,7 +77,7 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
     said = rental(
         *("train", str(tmp_path / "load"), str(tmp_path / "out"), "9m", "short"),
         *("--grids", str(tmp_path / "grids"), *COMMON),
-        code=0 if installed else 2,
+        codes=(0,) if installed else (2,),
         MPS="1",
         PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{WITHOUT_GIT}",
     )
@@ -102,4 +103,4 @@ def test_a_package_and_compiled_kernels_come_along(rental, tmp_path):
 
 @pytest.mark.parametrize("arguments", [(), ("train", "a", "b"), ("check", "a"), ("fly", "a", "b")], ids=" ".join)
 def test_mistakes_show_the_usage(rental, arguments):
-    assert "rented_gpu.sh train LOAD OUT" in rental(*arguments, code=2)
+    assert "rented_gpu.sh train LOAD OUT" in rental(*arguments, codes=(2,))

@@ -17,6 +17,7 @@ from mbn import grid
 from mbn.config import DATASETS, REPOSITORY, cores, load, run_name
 from mbn.launch.missing_runs import runs
 from mbn.records import record
+from mbn.system import files
 
 SCRIPT = REPOSITORY / "scripts" / "reproduce.py"
 
@@ -42,7 +43,7 @@ def dry(here):
     return call
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=200):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -175,27 +176,33 @@ def test_threads_are_divided(dry, tmp_path):
 # Training.
 
 
+@pytest.mark.timeout(900)
 def test_a_real_grid_is_killed_and_continued(checkout, write_toy):
     write_toy(checkout.toy, 8)
     checkout.folder, results = REPOSITORY, checkout.results
     command = ["toy", "--grids", str(checkout.toy.parent), "--jobs", "2", "--seeds", "2"]
     command += [f"machine.results={results}", "machine.device=cpu", "machine.mode=eager"]
-    process = checkout.begin(*command)
-    wait_until(lambda: list(results.rglob("events.out*")), seconds=200)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate()
+    last = runs(["toy"], [1], folder=checkout.toy.parent)[-1]
+    with files.lock(last.folder(results) / "lock"):  # so that it cannot end before the signal
+        process = checkout.begin(*command)
+        wait_until(lambda: list(results.rglob("events.out*")))
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate()
     assert process.returncode == 75, out + error
     assert not running(results)
     assert len(checkout.records()) < 4
     assert "the same command goes on" in out
+    names = [path.parent.relative_to(results / "runs").as_posix() for path in checkout.checkpoints()]
+    begun = [name for name in names if not record.path_of(results, name).exists()]
     checkout.call(*command)
-    assert "resuming at iteration" in "".join(checkout.logs())
+    assert "".join(checkout.logs()).count("resuming at iteration") == len(begun)
     assert [record.read(path)["iterations"] for path in checkout.records()] == [8] * 4
     assert checkout.call(*command, "--dry-run")[0] == ""
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130), ("SIGUSR1", 75), ("SIGUSR2", 75)])
 def test_a_signal_stops_all_with_checkpoints(checkout, number, code):
+    held = checkout.hold()
     process = checkout.begin("toy", "--seeds", "2", "--jobs", "2")
     wait_until(lambda: len(checkout.checkpoints()) == 2)
     process.send_signal(getattr(signal, number))
@@ -206,6 +213,7 @@ def test_a_signal_stops_all_with_checkpoints(checkout, number, code):
     assert all(0 < int(path.read_text()) < 12 for path in checkout.checkpoints())
     assert all("stopped." in log for log in checkout.logs())  # by itself, not killed
     if number == "SIGTERM":
+        held.unlink()
         checkout.call("toy", "--seeds", "2", "--jobs", "4")
         assert len(checkout.records()) == 4
         assert len(checkout.starts()) == 6
@@ -213,18 +221,19 @@ def test_a_signal_stops_all_with_checkpoints(checkout, number, code):
 
 def test_a_second_signal_kills_at_once(checkout):
     (checkout.folder / "train.py").write_text(
-        "import signal, time\nfor n in (signal.SIGTERM, signal.SIGINT): signal.signal(n, signal.SIG_IGN)\n"
-        "print('deaf', flush=True)\ntime.sleep(100)"
+        "import signal, time\n"
+        "for n in (signal.SIGTERM, signal.SIGINT): signal.signal(n, lambda *_: print('asked', flush=True))\n"
+        "print('deaf', flush=True)\ntime.sleep(600)"
     )
     process = checkout.begin("toy", "--jobs", "2", f"machine.results={checkout.results}")
     wait_until(lambda: checkout.logs() == ["deaf\n"] * 2)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    wait_until(lambda: checkout.logs() == ["deaf\nasked\n"] * 2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
+    assert process.wait(120) == 130
     process.communicate()
-    wait_until(lambda: not running(checkout.results), 10)
+    wait_until(lambda: not running(checkout.results))
 
 
 def test_a_failed_run_does_not_stop_the_rest(checkout, write_toy):
@@ -250,15 +259,16 @@ def test_a_run_that_diverges_is_done_and_is_not_trained_again(checkout, write_to
     assert "toy               2 of   2  nothing" in out
 
 
-def test_the_budget_stops_in_time_and_a_later_call_goes_on(checkout, write_toy):
-    write_toy(checkout.toy, 100)
-    began = time.monotonic()
+def test_the_budget_stops_all_and_a_later_call_goes_on(checkout):
+    """When it stops them, to the look: test_pool.py. A slow machine has begun fewer by then."""
+    held = checkout.hold()
     out, _ = checkout.call("toy", "--seeds", "1", "--jobs", "2", "--budget", "11s")
-    assert time.monotonic() - began < 15
-    assert "the budget of 11 s is spent: 2 are left, 2 of them begun" in out
+    assert re.search("the budget of 11 s is spent: 2 are left, [012] of them begun", out)
     assert not checkout.records()
+    starts = checkout.starts()
     checkout.call("toy", "--seeds", "1", "--budget", "2s")  # too little time to begin anything
-    assert len(checkout.starts()) == 2
+    assert checkout.starts() == starts
+    held.unlink()
     out, _ = checkout.call("toy", "--seeds", "1", "--jobs", "2", "--budget", "1h")
     assert "2 of 2 runs are done" in out
     assert "left" not in out
@@ -274,13 +284,19 @@ def test_two_at_once_share_the_work(checkout):
 
 
 def test_a_run_whose_holder_died_is_taken_over(checkout):
-    both = [checkout.begin("toy", "--seed", "0", "--jobs", "2") for _ in range(2)]
+    held, command = checkout.hold(), ("toy", "--seed", "0", "--jobs", "2")
+    holder = checkout.begin(*command)
     wait_until(lambda: len(checkout.checkpoints()) == 2)
-    both[0].send_signal(signal.SIGTERM)
-    outputs = [process.communicate() for process in both]
-    assert both[0].returncode in (0, 75), outputs
-    assert both[1].returncode == 0, outputs
+    other = checkout.begin(*command)
+    assert any("waiting for 2 runs" in line for line in other.stdout)
+    holder.send_signal(signal.SIGTERM)
+    output = holder.communicate()
+    assert holder.returncode == 75, output
+    held.unlink()
+    output = other.communicate()
+    assert other.returncode == 0, output
     assert len(checkout.records()) == 2
+    assert len(checkout.starts()) == 4
 
 
 def test_results_may_be_in_a_folder_with_signs_in_its_name(checkout, tmp_path):

@@ -15,23 +15,25 @@ from mbn.system.errors import UserError
 OPTIONS = ("--launcher", "slurm", "--slurm", "partition=gpu,time=8:00:00,gpus=1,cpus-per-task=4")
 
 
-def test_a_preempted_job_saves_and_goes_on(checkout, write_toy):
+def test_a_preempted_job_saves_and_goes_on(checkout):
     """With submitit's local executor, which requeues a job as Slurm does."""
     import cloudpickle
     import submitit
 
-    write_toy(checkout.toy, 30)
     out, _ = checkout.call("toy", "norm=bn", "--seed", "0", "--dry-run", "--jobs", "1")
     overrides = out.split()[2:]
     cloudpickle.register_pickle_by_value(slurm)
     executor = submitit.LocalExecutor(checkout.folder / "jobs")
-    executor.update_parameters(timeout_min=5, signal_delay_s=0)
+    executor.update_parameters(timeout_min=60, signal_delay_s=0)
     log = checkout.results / "log.txt"
+    held = checkout.hold()
     job = executor.submit(slurm.SlurmJob([sys.executable, str(checkout.folder / "train.py"), *overrides], log))
     wait_until(checkout.checkpoints)
     listed = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
     (task,) = [line.split()[0] for line in listed if f"submitit.core._submit {checkout.folder}" in line]
     os.kill(int(task), signal.SIGUSR2)
+    wait_until(lambda: "stopped." in log.read_text())
+    held.unlink()
     job.result()
     assert log.read_text().count("stopped.") == 1
     assert len(checkout.starts()) == 2

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import build_tiny, compose, digits, load_script
 from safetensors import safe_open
@@ -135,7 +135,7 @@ nests = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(nests)
 def test_any_nested_values_are_one_sentence(tmp_path, refusal, content):
     torch.save(content, tmp_path / "weights.pt")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PATIENCE = 120  # seconds, until a job counts as hanging
+PATIENCE = 600  # seconds, until a job counts as hanging; gloo gives up before
+HANGS = (None, "it hangs")
 
 
 class Processes:
@@ -21,7 +22,7 @@ class Processes:
     def __init__(self, most: int, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.nn.parallel", "torch._dynamo"])
-        self.folder, self.jobs = folder, 0
+        self.folder, self.jobs, self.busy = folder, 0, False
         self.pipes, others = zip(*(context.Pipe() for _ in range(most)), strict=True)
         self.processes = [context.Process(target=serve, args=(pipe,), daemon=True) for pipe in others]
 
@@ -38,12 +39,15 @@ class Processes:
 
     def run(self, world: int, function, *args, **kwargs) -> list:
         """What the function returns in each of so many processes. An exception in one of them fails the test."""
+        assert not self.busy, "an earlier job still hangs in these processes"
         self.jobs += 1
+        self.busy = True  # until all have answered: a test whose time is over leaves it so
         pipes = self.pipes[:world]
         for rank, pipe in enumerate(pipes):
             pipe.send((str(self.folder / str(self.jobs)), rank, world, function, args, kwargs))
         # Plain pickle: the tensors themselves, and not handles of shared memory.
-        answers = [pickle.loads(pipe.recv_bytes()) if pipe.poll(PATIENCE) else (None, "it hangs") for pipe in pipes]
+        answers = [pickle.loads(pipe.recv_bytes()) if pipe.poll(PATIENCE) else HANGS for pipe in pipes]
+        self.busy = any(answer is HANGS for answer in answers)
         failures = "\n".join(f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure)
         assert not failures, failures
         return [result for result, _ in answers]
@@ -59,7 +63,7 @@ def serve(pipe) -> None:
             try:
                 torch.manual_seed(0)
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
+                    "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=500)
                 )
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")

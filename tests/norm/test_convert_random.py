@@ -67,7 +67,7 @@ def build(drawn, made):
     return layer
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=60)
 @given(drawn=networks, norm=st.sampled_from([*NORMS]))
 def test_a_random_network_converts_there_and_back(drawn, norm):
     made = []

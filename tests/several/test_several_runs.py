@@ -79,6 +79,7 @@ def test_one_two_and_three_processes_train_the_same(trained, method):
         assert [part["processes"] for part in several.record()["parts"]] == [size]
 
 
+@pytest.mark.timeout(900)
 def test_compiled_processes_train_the_same(trained):
     alone, several = (
         trained(size, "norm=mbn", f"machine.mode={mode}")[0] for size, mode in ((1, "eager"), (2, "compile"))

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +10,8 @@ from running import COMMIT, UGLY, Run, assert_same_run, outcome, start
 
 from mbn.config import REPOSITORY
 from mbn.records import record
+
+pytestmark = pytest.mark.timeout(1200)  # real runs, on a machine that may be busy
 
 # 23 iterations an epoch; the second epoch is not complete.
 OVERRIDES = [
@@ -80,12 +81,10 @@ def test_a_run_says_what_was_reached_where_the_record_is_and_the_tensorboard_com
 
 def test_a_finished_command_run_again_says_so_without_importing_torch(whole, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')\n")
-    began = time.monotonic()
     done = outcome(start(*OVERRIDES, f"machine.results={whole.results}", cwd=tmp_path, PYTHONPATH=str(tmp_path)))
     assert done.code == 0, done.err
     assert "finished" in done.out
     assert f"test error {whole.record()['test_error']:.2f} %" in done.out
-    assert time.monotonic() - began < 20
 
 
 SCALARS = {

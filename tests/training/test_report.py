@@ -1,7 +1,6 @@
 """What a run reports: the rows of its journal, its record, TensorBoard's points."""
 
 import itertools
-import time
 import types
 
 import pytest
@@ -132,31 +131,39 @@ def test_a_channel_behind_a_relu_is_dead_if_it_is_in_every_process():
     assert {name: dead.tolist() for name, (dead,) in found.items()} == {"a": [True, False], "b": [False]}
 
 
-def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, monkeypatch):
-    for owner, name in ((checkpoint_file, "save"), (report, "evaluate")):
+@pytest.fixture
+def takes(monkeypatch):
+    """A function that lets the calls of another one take these seconds of the run's clock, which otherwise stands."""
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def takes(owner, name, seconds):
         original = getattr(owner, name)
 
-        def slow(*args, original=original):
-            time.sleep(0.15)
+        def call(*args):
+            clock.now += next(seconds)
             return original(*args)
 
-        monkeypatch.setattr(owner, name, slow)
-    here("machine.checkpoint_seconds=1e-9")  # 8 checkpoints and 2 evaluations: 1.5 s
-    state = left().checkpoint()
-    assert state["training_seconds"] < 1
-    assert left().record()["images_per_second"] > 1949
-    assert all(row["images_per_second"] > 256 for row in left().rows())
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr("mbn.training.state.time", clock)
+    return takes
 
 
-def test_the_speed_in_a_row_is_that_since_the_row_before(here, left, monkeypatch):
-    """The first six iterations take 0.2 s longer: the average from the beginning on would stay below 1,500."""
-    original = Update.__call__
-    numbers = itertools.count()
-    monkeypatch.setattr(Update, "__call__", lambda *a: (time.sleep(0.2 * (next(numbers) < 6)), original(*a)))
+def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, takes):
+    takes(Update, "__call__", itertools.repeat(1.0))
+    takes(checkpoint_file, "save", itertools.repeat(10.0))
+    takes(report, "evaluate", itertools.repeat(100.0))
+    here("machine.checkpoint_seconds=1e-9")  # 8 checkpoints and 2 evaluations
+    result = left().record()
+    assert left().checkpoint()["training_seconds"] == 8
+    assert (result["seconds"], result["images_per_second"]) == (8 + 80 + 200, round(1949 / 8, 1))
+    assert [row["images_per_second"] for row in left().rows()] == [256.0] * 5 + [157.0] + [256.0] * 2
+
+
+def test_the_speed_in_a_row_is_that_since_the_row_before(here, left, takes):
+    takes(Update, "__call__", itertools.chain(itertools.repeat(2.0, 6), itertools.repeat(1.0)))
     here()
-    rows = [row["images_per_second"] for row in left().rows()]
-    assert max(rows[:5]) < 1280
-    assert rows[6] > 2000
+    assert [row["images_per_second"] for row in left().rows()] == [128.0] * 5 + [78.5] + [256.0] * 2
 
 
 def test_the_size_of_evaluations_batches_changes_no_result(here, left, whole):
