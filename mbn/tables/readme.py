@@ -67,7 +67,7 @@ def finding(table: Table) -> str:
 def elsewhere(table: Table | None) -> str:
     """What the same claim says on the network of another table, of which the paper prints nothing: one sentence.
 
-    Example: On ResNet-20, batch 8 and 16 together: +1.32 [+0.72, +1.93].
+    Example: On ResNet-20 the difference is +1.32 [+0.72, +1.93] (batch 8 and 16 together).
     """
     if table is None:
         return ""
@@ -78,7 +78,7 @@ def elsewhere(table: Table | None) -> str:
         return ""
     network = table.grid.title.rpartition(", ")[2].partition(" on ")[0]
     places = f"batch {_listed([v.place for v in known])}{' together' * (len(known) > 1)}"
-    return f"On {network}, {places}: {str(together.number).partition(', n')[0]}."
+    return f"On {network} the difference is {str(together.number).partition(', n')[0]} ({places})."
 
 
 def _outcome(verdict: Verdict) -> str:

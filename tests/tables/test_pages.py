@@ -445,12 +445,12 @@ def test_the_first_page_says_what_resnet20_says():
     g, records = grid.read("table4-resnet20"), {}
     assert elsewhere(toy_records.table(g, records)) == ""
     for row, errors, said in (
-        ("8", {"MBN-2": [7.0, 7.2], "BN-1": [6.0, 6.2]}, "batch 8: +1.00 [+0.39, +1.61]."),
-        ("16", {"MBN-2": [9.0], "BN-1": [6.5]}, "batch 8 and 16 together: +1.50 [+1.00, +2.00]."),
+        ("8", {"MBN-2": [7.0, 7.2], "BN-1": [6.0, 6.2]}, "+1.00 [+0.39, +1.61] (batch 8)."),
+        ("16", {"MBN-2": [9.0], "BN-1": [6.5]}, "+1.50 [+1.00, +2.00] (batch 8 and 16 together)."),
     ):
         for column, numbers in errors.items():
             records |= {g.cell(row, column).name(s): {"test_error": error} for s, error in enumerate(numbers)}
-        assert elsewhere(toy_records.table(g, records)) == f"On ResNet-20, {said}"
+        assert elsewhere(toy_records.table(g, records)) == f"On ResNet-20 the difference is {said}"
 
 
 def test_cells_whose_runs_diverge_say_so(tmp_path):
