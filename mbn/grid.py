@@ -254,6 +254,8 @@ def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:
             raise ValueError("it has no known form")
     if rest or metric not in METRICS:
         raise ValueError(f"there is no {next(iter(rest), metric)!r}")
+    if primary and (kind is not Lower or metric != "test_error"):
+        raise ValueError("a primary claim is one of a lower test error")
     compared = grid.across(labels)
     if kind is Gain:
         compared = {"": (*compared[start], *compared[end])}

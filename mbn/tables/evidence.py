@@ -22,7 +22,8 @@ def overview_part(tables: dict[str, Table]) -> str:
         parts += [
             "![Every claim: the paper's difference, and ours with its 95 % interval](figures/claims.png)",
             "A line is a claim at one place, or at all places together (filled diamond). What several tables compare "
-            "is drawn once. A cross: the paper's number is excluded. An arrow: beyond the axis.",
+            "is drawn once. A cross: the paper's number is excluded, by the interval for one more run, which is wider "
+            "than the bar. An arrow: beyond the axis.",
         ]
     if levels := level_rows(tables.values(), of_table=True):
         parts += ["The paper's numbers against ours, test errors in percent:", pipes([LEVELS, *levels]), OF_LEVELS]
@@ -40,9 +41,10 @@ OF_CLAIMS = (
     "variance is pooled over all cells of a network and data set; a cell with one seed borrows it from the others. n: "
     "seeds of each cell. Together: the mean over all places that have runs, weighted by precision. The **primary "
     "claims** are judged by p after Holm's correction for the three of them (one that is not measured counts as p = "
-    "1). All others are exploratory, and their p is not corrected. That two cells are equal is judged by the 90 % "
-    "interval. A number of the paper, which names no seeds, is taken for that of one more run of each cell, and "
-    "excluded where it lies outside the 95 % interval for that."
+    "1). All others are exploratory, and their p is not corrected. That two cells are equal holds where the 90 % "
+    "interval lies inside the margin, and does not hold where the 95 % interval lies outside. A number of the paper, "
+    "which names no seeds, is taken for that of one more run of each cell, and excluded where it lies outside the 95 "
+    "% interval for that."
 )
 
 
@@ -74,7 +76,7 @@ def _has_runs(tables: dict[str, Table]) -> bool:
 def _claims(of_paper: list[Place], every: list[Place]) -> list[list[str]]:
     """The primary claims, and after them the others that have runs: what the paper prints, and what the runs say.
 
-    A primary claim with one place that has runs is this place: it does not stand there again.
+    A primary claim with one place that has an interval is this place: it does not stand there again.
     """
     rows = [["claim", "paper", "ours [95 %]", "n", "p", "verdict"]]
     stated = set()
@@ -98,7 +100,7 @@ def _claims(of_paper: list[Place], every: list[Place]) -> list[list[str]]:
 
 
 def _ours(place: Place) -> list[str]:
-    """The number with its interval, and n. An equality has the interval that decides it."""
+    """The number with its interval, and n. An equality has the interval by which it can hold."""
     number = place.verdict.number
     if number.mean is None:
         return ["-", "-"]
@@ -110,7 +112,7 @@ def _ours(place: Place) -> list[str]:
 def _verdict(place: Place) -> str:
     """Example: does not hold; the paper's -4.27 is excluded (p < 0.001)."""
     if not place.has_run:
-        return "not measured"
+        return "no interval yet" if place.begun else "not measured"
     return "; ".join(filter(None, [place.verdict.outcome, place.verdict.against_paper]))
 
 

@@ -52,8 +52,8 @@ CSV_FIELDS = (
 def cells_csv(tables: list[Table]) -> str:
     """One line for each number, empty where there is none.
 
-    seeds: those that have records. mark: better or worse, where the interval of the difference to BN is on one side of
-    zero.
+    seeds: those that have records. p_paper: of the paper's difference, taken for that of one more run of each cell.
+    mark: better or worse, where the interval of the difference to BN is on one side of zero.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

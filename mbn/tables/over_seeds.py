@@ -46,7 +46,7 @@ def pooled(cells: Iterable[Values]) -> Spread:
 
 @dataclass(frozen=True)
 class Sample:
-    """The mean of a cell over its n seeds, and the Spread of its group. name: the cell's and the measured number's."""
+    """The mean of a cell over its n seeds, and the Spread of its group. name: the cell's."""
 
     name: str
     mean: float
@@ -76,14 +76,14 @@ class Contrast:
     @cached_property
     def _error(self) -> tuple[float, float] | None:
         """The standard error and its degrees of freedom."""
-        return self._errors(runs=0)
+        return self._errors(one_more=False)
 
-    def _errors(self, runs: int) -> tuple[float, float] | None:
-        """That of the difference between d and the same sum over so many more runs of each cell (0: over none)."""
+    def _errors(self, one_more: bool) -> tuple[float, float] | None:
+        """The same; with one_more, of the difference between d and the same sum over one more run of each cell."""
         spreads = {sample.group: sample.spread for sample, _ in self.parts}
         variances: dict[str, float] = dict.fromkeys(spreads, 0.0)
         for sample, weight in self.parts:
-            variances[sample.group] += (sample.spread.sd or 0) ** 2 * weight**2 * (1 / sample.n + runs)
+            variances[sample.group] += (sample.spread.sd or 0) ** 2 * weight**2 * (1 / sample.n + one_more)
         if not self.parts or any(spread.sd is None for spread in spreads.values()):
             return None
         variance = sum(variances.values())
@@ -106,7 +106,7 @@ class Contrast:
 
     def one_more(self, number: float) -> "OneMore | None":
         """A number, such as the paper's, taken for that of one more run of each cell. None without an interval."""
-        error = self._errors(runs=1)
+        error = self._errors(one_more=True)
         if self.mean is None or error is None:
             return None
         return OneMore(*_around(self.mean, error), _two_sided(number - self.mean, error))

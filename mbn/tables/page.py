@@ -99,8 +99,9 @@ def _difference_table(table: Table) -> str:
         return "No run can be compared yet: BN has not run."
     return pipes(rows) + (
         "\n\nBN: one forward, on the same network, data and schedule. n: seeds of the cell + seeds of BN, unpaired. "
-        "The variance is pooled over all cells of a network and data set. In the last column the paper's "
-        "difference is taken for that of one more run of each cell. No p is corrected."
+        "The variance is pooled over all cells of a network and data set. No p is corrected."
+        + " In the last column the paper's difference is taken for that of one more run of each cell."
+        * bool(paper)
     )
 
 

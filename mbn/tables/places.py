@@ -15,7 +15,7 @@ class Place:
 
     Of a primary claim, which has a name, it is all places of all tables: holm is the corrected p, places how many there
     are, measured those that have a number with an interval, and papers the paper's numbers at these (at all places,
-    where there are none).
+    where there are none). begun: there are runs, but no interval yet.
     """
 
     table: Table
@@ -26,6 +26,7 @@ class Place:
     holm: float = 1.0
     measured: tuple["Place", ...] = ()
     places: int = 1
+    begun: bool = False
 
     @property
     def has_run(self) -> bool:
@@ -132,7 +133,8 @@ def primary(tables: dict[str, Table]) -> list[Place]:
             every = tuple(Place(*one) for one in of)
             measured = tuple(one for one in every if one.verdict.number.precision is not None)
             papers = tuple(one.paper for one in measured or every if one.paper is not None)
-            result.append(Place(table, claim, verdict, name, papers, p, measured, len(of)))
+            begun = not measured and any(one.has_run for one in every)
+            result.append(Place(table, claim, verdict, name, papers, p, measured, len(of), begun))
     return result
 
 

@@ -41,8 +41,8 @@ def readme_part(tables: dict[str, Table]) -> str:
         ]
         parts.append(pipes([head, *measured]))
     parts.append(
-        f"{sum(e.has_run for e in printed)} of the {len(printed)} numbers that the paper measures, in its tables and "
-        "Figure 1, are measured here. All claims, all runs and what is missing: [results/README.md](results/README.md)."
+        f"{sum(e.has_run for e in printed)} of the {len(printed)} numbers of the paper's tables and Figure 1 that are "
+        "to be repeated are measured. All claims, all runs and what is missing: [results/README.md](results/README.md)."
     )
     return "\n\n".join(parts)
 
@@ -67,7 +67,7 @@ def finding(table: Table) -> str:
 def elsewhere(table: Table | None) -> str:
     """What the same claim says on the network of another table, of which the paper prints nothing: one sentence.
 
-    Example: On ResNet-20 the difference is +1.32 [+0.72, +1.93] (batch 8 and 16 together).
+    Example: On ResNet-20 MBN - BN is +1.32 [+0.72, +1.93] (batch 8 and 16 together).
     """
     if table is None:
         return ""
@@ -78,7 +78,7 @@ def elsewhere(table: Table | None) -> str:
         return ""
     network = table.grid.title.rpartition(", ")[2].partition(" on ")[0]
     places = f"batch {_listed([v.place for v in known])}{' together' * (len(known) > 1)}"
-    return f"On {network} the difference is {str(together.number).partition(', n')[0]} ({places})."
+    return f"On {network} MBN - BN is {str(together.number).partition(', n')[0]} ({places})."
 
 
 def _outcome(verdict: Verdict) -> str:
@@ -89,7 +89,7 @@ def _outcome(verdict: Verdict) -> str:
         case claims.FAILS:
             return "MBN's advantage in the paper does not hold: BN has the lower test error"
     if verdict.excluded:
-        return "the paper's advantage of MBN over BN did not come out"
+        return "an advantage of MBN over BN as large as the paper's did not come out"
     if verdict.number.mean is not None and verdict.number.mean < 0:
         return "MBN has a lower test error than BN so far, but too few seeds have run to be sure"
     return "MBN's advantage over BN in the paper has not reproduced so far"
@@ -120,7 +120,9 @@ def _rest(table: Table, places: list[str], others: bool) -> list[str]:
         return []
     if any(table.runs(cell) for place in places for cell in table.grid.row(place)):
         return [f"Not compared yet: batch {_listed(places)}."]
-    return ["Its other batch sizes have not run." if others else f"No run of {link(table, '')} has a record yet."]
+    return [
+        "The paper's other batch sizes have not run." if others else f"No run of {link(table, '')} has a record yet."
+    ]
 
 
 def _listed(places: list[str]) -> str:

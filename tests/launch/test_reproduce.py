@@ -263,7 +263,7 @@ def test_the_budget_stops_all_and_a_later_call_goes_on(checkout):
     """When it stops them, to the look: test_pool.py. A slow machine has begun fewer by then."""
     held = checkout.hold()
     out, _ = checkout.call("toy", "--seeds", "1", "--jobs", "2", "--budget", "11s")
-    assert re.search("the budget of 11 s is spent: 2 are left, [012] of them begun", out)
+    assert f"the budget of 11 s is spent: 2 are left, {len(checkout.checkpoints())} of them begun" in out
     assert not checkout.records()
     starts = checkout.starts()
     checkout.call("toy", "--seeds", "1", "--budget", "2s")  # too little time to begin anything

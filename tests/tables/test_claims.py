@@ -204,6 +204,8 @@ def test_the_papers_difference():
         LOWER | {"in": ["three forwards"]},
         LOWER | {"within": 1},
         LOWER | {"primary": "MBN < GN"},
+        LOWER | {"primary": "MBN < BN", "metric": "train_error"},
+        EQUAL | {"primary": "MBN < BN"},
         LOWER | {"metric": "errors"},
         EQUAL | {"within": "little"},
         EQUAL | {"equal": ["MBN"]},

@@ -93,11 +93,14 @@ CLAIM = """\
 """
 
 
-def test_markdown(table4):
+def test_markdown(table4, records):
     page = markdown(table4)
     assert page.startswith("# Table 4: Batch sizes, ResNet-56 on CIFAR-10\n\nTable 4 of the paper. Test error in ")
     assert f"\n\n{GOLDEN}\n" in page
     assert f"## Difference to BN\n\n{DIFFERENCES}\n" in page
+    of_paper = "In the last column the paper's difference is taken for that of one more run of each cell."
+    assert of_paper in page
+    assert of_paper not in markdown(read_tables(records, ["gradient"])["gradient"])
     assert f"## Against the paper's numbers\n\n{LEVELS}" in page
     assert f"## Claims\n\n{CLAIM}\n" in page
     # 4 + 4 + 2 degrees of freedom.
@@ -269,7 +272,7 @@ def test_readme_part(records):
     first, picture, words, table, more = readme_part(read_tables(records, names)).split("\n\n")
     assert first.startswith(
         "**At batch 8 MBN has a lower test error than BN, as in the paper.** "
-        "**At batch 16 the paper's advantage of MBN over BN did not come out.** Test error of "
+        "**At batch 16 an advantage of MBN over BN as large as the paper's did not come out.** Test error of "
     )
     assert "](results/figures/claims-short.png)" in picture
     assert "MBN-2" in words
@@ -279,7 +282,7 @@ def test_readme_part(records):
         "| BN, batch 16 | 7.10 ± 0.10 (3 of 5) | 13.26 |",
         "| MBN, batch 16 | 6.90 (1 of 5) | 11.87 |",
     ]
-    assert more.startswith("4 of the 26 numbers that the paper measures, ")  # Table 3 quotes four
+    assert more.startswith("4 of the 26 numbers of the paper's tables ")  # Table 3 quotes four
     assert "](results/" not in readme_part(read_tables({}, names)).replace("[results/README.md](results/README.md)", "")
 
 
@@ -305,7 +308,7 @@ LOWER_AT_8 = {("8", "MBN"): [6.0, 6.1, 6.2], ("8", "BN"): [6.9, 7.0, 7.2]}
 HIGHER_AT_8 = {("8", "MBN"): [6.9, 7.0, 7.2, 7.1], ("8", "BN"): [6.0, 6.1, 6.2]}
 NUMBERS = "Test error of ResNet-56 on CIFAR-10: MBN {} % ({}), BN {} % ({}){}; the paper: 15.37 % and 19.64 %{}."
 EXCLUDED = ", a difference of -4.27, outside the 95 % interval for one more run of each (p < 0.001)"
-REST = "Its other batch sizes have not run."
+REST = "The paper's other batch sizes have not run."
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,7 @@ REST = "Its other batch sizes have not run."
         (
             {("8", "MBN"): [15.5, 16.0], ("8", "BN"): [15.6, 15.4]},
             [
-                "**At batch 8 the paper's advantage of MBN over BN did not come out.**",
+                "**At batch 8 an advantage of MBN over BN as large as the paper's did not come out.**",
                 NUMBERS.format(
                     "15.75", "2 seeds", "15.50", "2 seeds", ", difference +0.25 [-0.91, +1.41]", EXCLUDED
                 ).replace("p < 0.001", "p = 0.010"),
@@ -440,6 +443,13 @@ def test_a_primary_claim_with_one_place_is_that_place_and_stands_once(records):
     assert f"| -0.64, 90 % [{-0.64 - half:+.2f}, {-0.64 + half:+.2f}] | 5+5 | - | holds |" in line
 
 
+def test_a_primary_claim_with_one_seed_a_cell_has_no_interval_yet(records):
+    one = {name: record for name, record in records.items() if "-b8-s0-" in name}
+    page = overview_part(read_tables(one, ["table4"]))
+    assert "| **MBN < BN** (primary, 0 of 5 places) | -4.27 to -0.74 | - | - | - | no interval yet |" in page
+    assert "4.md)) | -4.27 | -0.60 | 1+1 | - | undecided |" in page
+
+
 def test_the_first_page_says_what_resnet20_says():
     """By hand: sd² = 0.02 with 2 degrees of freedom; batch 8 has twice the precision of batch 16."""
     g, records = grid.read("table4-resnet20"), {}
@@ -450,7 +460,7 @@ def test_the_first_page_says_what_resnet20_says():
     ):
         for column, numbers in errors.items():
             records |= {g.cell(row, column).name(s): {"test_error": error} for s, error in enumerate(numbers)}
-        assert elsewhere(toy_records.table(g, records)) == f"On ResNet-20 the difference is {said}"
+        assert elsewhere(toy_records.table(g, records)) == f"On ResNet-20 MBN - BN is {said}"
 
 
 def test_cells_whose_runs_diverge_say_so(tmp_path):

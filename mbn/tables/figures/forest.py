@@ -82,7 +82,7 @@ def _place(panel: Axes, y: int, place: Place) -> None:
     _text(panel, LABELS, y, signs(place.label), color=colour)
     if not place.has_run:
         panel.axhline(y, color="#DDDDDD", linewidth=0.7, zorder=1)
-        _text(panel, HERE, y, "not run", ha="right", color=PALE)
+        _text(panel, HERE, y, "no interval yet" if place.begun else "not run", ha="right", color=PALE)
     if place.paper is not None:
         marker = "X" if place.verdict.excluded else "D"
         _mark(panel, y, place.paper, marker, GREY, filled=False, alone=not place.has_run)
