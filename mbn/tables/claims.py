@@ -29,7 +29,7 @@ class Verdict:
     @property
     def one_more(self) -> OneMore | None:
         """The paper's number, taken for that of one more run of each cell; None where it or ours is not known."""
-        return None if self.paper is None else self.number.one_more(self.paper)
+        return self.number.one_more(self.paper)
 
     @property
     def excluded(self) -> bool:
@@ -39,9 +39,9 @@ class Verdict:
     @property
     def against_paper(self) -> str:
         """Example: the paper's -4.27 is excluded (p < 0.001)."""
-        if self.paper is None or self.one_more is None:
+        if (one_more := self.one_more) is None:
             return ""
-        return f"the paper's {self.paper:+.2f} is {'' if self.excluded else 'not '}excluded ({p_text(self.one_more.p)})"
+        return f"the paper's {self.paper:+.2f} is {'' if one_more.excluded else 'not '}excluded ({p_text(one_more.p)})"
 
 
 def judge(claim: Claim, all_runs: AllRuns) -> list[Verdict]:
@@ -129,8 +129,8 @@ def listed(claim: Claim, verdicts: Sequence[Verdict]) -> str:
 def _tested(claim: Claim, verdict: Verdict) -> str:
     """What an outcome rests on: p against zero, or the margin and the 90 % interval."""
     if isinstance(claim, Equal):
-        inside = verdict.number.interval(EQUIVALENCE)
-        interval = f", 90 % [{inside[0]:+.2f}, {inside[1]:+.2f}]" if inside else ""
+        inside = verdict.number.brackets(EQUIVALENCE)
+        interval = f", 90 % {inside}" if inside else ""
         return f"{interval}, margin {claim.bounds[1]:g}"
     p = verdict.number.p()
     return "" if p is None else f", {p_text(p)}"

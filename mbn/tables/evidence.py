@@ -40,11 +40,11 @@ OF_CLAIMS = (
     "Differences of test errors in percentage points, unless another number is named. They are unpaired, and the "
     "variance is pooled over all cells of a network and data set; a cell with one seed borrows it from the others. n: "
     "seeds of each cell. Together: the mean over all places that have runs, weighted by precision. The **primary "
-    "claims** are judged by p after Holm's correction for the three of them (one that is not measured counts as p = "
-    "1). All others are exploratory, and their p is not corrected. That two cells are equal holds where the 90 % "
+    "claims** are judged by p after Holm's correction for the three of them (one that is not measured counts as "
+    "p = 1). All others are exploratory, and their p is not corrected. That two cells are equal holds where the 90 % "
     "interval lies inside the margin, and does not hold where the 95 % interval lies outside. A number of the paper, "
-    "which names no seeds, is taken for that of one more run of each cell, and excluded where it lies outside the 95 "
-    "% interval for that."
+    "which names no seeds, is taken for that of one more run of each cell, and excluded where it lies outside the "
+    "95 % interval for that."
 )
 
 
@@ -104,9 +104,9 @@ def _ours(place: Place) -> list[str]:
     number = place.verdict.number
     if number.mean is None:
         return ["-", "-"]
-    if isinstance(place.claim, Equal) and (inside := number.interval(EQUIVALENCE)):
-        return [f"{number.mean:+.2f}, 90 % [{inside[0]:+.2f}, {inside[1]:+.2f}]", number.n]
-    return [str(number).partition(", n")[0], number.n]
+    if isinstance(place.claim, Equal) and (inside := number.brackets(EQUIVALENCE)):
+        return [f"{number.mean:+.2f}, 90 % {inside}", number.n]
+    return [number.without_n, number.n]
 
 
 def _verdict(place: Place) -> str:

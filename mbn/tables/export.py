@@ -62,7 +62,7 @@ def cells_csv(tables: list[Table]) -> str:
         for e in table.entries:
             d = e.to_bn or Contrast()
             low, high = d.interval() or (None, None)
-            one_more = None if e.paper_to_bn is None else d.one_more(e.paper_to_bn)
+            one_more = d.one_more(e.paper_to_bn)
             writer.writerow(
                 [
                     *(table.grid.name, e.cell.row, e.cell.column, e.metric, e.paper or "", len(e.values)),

@@ -104,18 +104,26 @@ class Contrast:
         """The probability of a difference so far from 0 if 0 is the true one (two-sided)."""
         return None if self.mean is None or self._error is None else _two_sided(self.mean, self._error)
 
-    def one_more(self, number: float) -> "OneMore | None":
-        """A number, such as the paper's, taken for that of one more run of each cell. None without an interval."""
+    def one_more(self, number: float | None) -> "OneMore | None":
+        """A number, such as the paper's, taken for that of one more run of each cell; None where either is missing."""
         error = self._errors(one_more=True)
-        if self.mean is None or error is None:
+        if number is None or self.mean is None or error is None:
             return None
         return OneMore(*_around(self.mean, error), _two_sided(number - self.mean, error))
 
     def __str__(self) -> str:
         """Example: -0.48 [-0.71, -0.25], n = 5+5."""
-        interval = self.interval()
-        around = f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""
-        return f"{self.mean:+.2f}{around}, n = {self.n}"
+        return f"{self.without_n}, n = {self.n}"
+
+    @property
+    def without_n(self) -> str:
+        """Example: -0.48 [-0.71, -0.25]."""
+        return f"{self.mean:+.2f} {self.brackets()}".rstrip()
+
+    def brackets(self, confidence: float = CONFIDENCE) -> str:
+        """Example: [-0.71, -0.25]; nothing where there is no interval."""
+        interval = self.interval(confidence)
+        return f"[{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""
 
     @property
     def n(self) -> str:

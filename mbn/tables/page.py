@@ -90,19 +90,19 @@ def _difference_table(table: Table) -> str:
             interval = d.interval()
             shown = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"
             of = [METRICS[e.metric]] if several else []
-            printed = e.paper_to_bn
-            one_more = None if printed is None else d.one_more(printed)
+            printed, one_more = e.paper_to_bn, d.one_more(e.paper_to_bn)
             theirs = ["-" if printed is None else f"{printed:+.2f}", p_cell(one_more.p if one_more else None)]
             row = [label(e.cell), *of, d.n, f"{d.mean:+.2f}", shown, p_cell(d.p())]
             rows.append([*row, *(theirs if paper else [])])
     if len(rows) == 1:
         return "No run can be compared yet: BN has not run."
-    return pipes(rows) + (
-        "\n\nBN: one forward, on the same network, data and schedule. n: seeds of the cell + seeds of BN, unpaired. "
+    text = (
+        "BN: one forward, on the same network, data and schedule. n: seeds of the cell + seeds of BN, unpaired. "
         "The variance is pooled over all cells of a network and data set. No p is corrected."
-        + " In the last column the paper's difference is taken for that of one more run of each cell."
-        * bool(paper)
     )
+    if paper:
+        text += " In the last column the paper's difference is taken for that of one more run of each cell."
+    return f"{pipes(rows)}\n\n{text}"
 
 
 def detectable_sentence(tables: list[Table]) -> str:

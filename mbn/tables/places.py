@@ -13,20 +13,35 @@ from mbn.tables.over_seeds import CONFIDENCE, Contrast, holm
 class Place:
     """One place of a claim, such as batch size 8 of Table 4's, or all its places together.
 
-    Of a primary claim, which has a name, it is all places of all tables: holm is the corrected p, places how many there
-    are, measured those that have a number with an interval, and papers the paper's numbers at these (at all places,
-    where there are none). begun: there are runs, but no interval yet.
+    Of a primary claim, which has a name, it is all places of all tables: these are its parts, and holm is the corrected
+    p.
     """
 
     table: Table
     claim: Claim
     verdict: Verdict
     name: str = ""
-    papers: tuple[float, ...] = ()
     holm: float = 1.0
-    measured: tuple["Place", ...] = ()
-    places: int = 1
-    begun: bool = False
+    parts: tuple["Place", ...] = ()
+
+    @property
+    def places(self) -> int:
+        return len(self.parts)
+
+    @property
+    def measured(self) -> tuple["Place", ...]:
+        """The parts that have a number with an interval."""
+        return tuple(part for part in self.parts if part.verdict.number.precision is not None)
+
+    @property
+    def papers(self) -> tuple[float, ...]:
+        """The paper's numbers at the measured parts; at all parts, where none is measured."""
+        return tuple(part.paper for part in self.measured or self.parts if part.paper is not None)
+
+    @property
+    def begun(self) -> bool:
+        """Whether parts have runs, but none has an interval yet."""
+        return not self.measured and any(part.has_run for part in self.parts)
 
     @property
     def has_run(self) -> bool:
@@ -76,7 +91,7 @@ class Place:
     @property
     def compared(self) -> tuple[object, ...] | None:
         """What this place compares, and how; None for several places."""
-        return None if self.joint else (_runs(self.claim.cells[self.verdict.place]), *_how(self.claim))
+        return None if self.joint else _compared(self.claim, [], self.verdict)
 
     def alone(self, text: str) -> str:
         """The text where no heading names the network: MBN - BN, batch 8, ResNet-56 on CIFAR-10."""
@@ -102,21 +117,18 @@ def places(tables: dict[str, Table]) -> list[Place]:
             for verdict in (*verdicts, joint(claim, verdicts)):
                 if verdict is None:
                     continue
-                key = (*_how(claim), _compared(claim, verdicts, verdict))
+                key = _compared(claim, verdicts, verdict)
                 if key not in seen or verdict.paper is not None:
                     found.append(Place(table, claim, verdict))
                 seen.add(key)
     return found
 
 
-def _compared(claim: Claim, verdicts: Sequence[Verdict], verdict: Verdict) -> frozenset[tuple[str, ...]]:
-    """The runs that a verdict compares."""
+def _compared(claim: Claim, verdicts: Sequence[Verdict], verdict: Verdict) -> tuple[object, ...]:
+    """The runs that a verdict compares, and how."""
     joined = [v.place for v in verdicts if v.number.precision is not None]
-    return frozenset(_runs(claim.cells[place]) for place in (joined if verdict.place == TOGETHER else [verdict.place]))
-
-
-def _how(claim: Claim) -> tuple[object, ...]:
-    return type(claim), claim.metric, claim.at, claim.bounds
+    runs = frozenset(_runs(claim.cells[place]) for place in (joined if verdict.place == TOGETHER else [verdict.place]))
+    return type(claim), claim.metric, claim.at, claim.bounds, runs
 
 
 def primary(tables: dict[str, Table]) -> list[Place]:
@@ -130,11 +142,7 @@ def primary(tables: dict[str, Table]) -> list[Place]:
             table, claim, _ = of[0]
             number, paper = (found.number, found.paper) if found else (Contrast(), None)
             verdict = Verdict(TOGETHER, number, _outcome(number, p), paper)
-            every = tuple(Place(*one) for one in of)
-            measured = tuple(one for one in every if one.verdict.number.precision is not None)
-            papers = tuple(one.paper for one in measured or every if one.paper is not None)
-            begun = not measured and any(one.has_run for one in every)
-            result.append(Place(table, claim, verdict, name, papers, p, measured, len(of), begun))
+            result.append(Place(table, claim, verdict, name, p, tuple(Place(*one) for one in of)))
     return result
 
 

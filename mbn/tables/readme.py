@@ -72,13 +72,14 @@ def elsewhere(table: Table | None) -> str:
     if table is None:
         return ""
     claim = table.grid.claims[0]
-    known = [v for v in claims.judge(claim, table.all_runs) if v.number.precision is not None]
-    together = claims.joint(claim, known, several=1)
+    verdicts = claims.judge(claim, table.all_runs)
+    together = claims.joint(claim, verdicts, several=1)
     if together is None:
         return ""
     network = table.grid.title.rpartition(", ")[2].partition(" on ")[0]
-    places = f"batch {_listed([v.place for v in known])}{' together' * (len(known) > 1)}"
-    return f"On {network} MBN - BN is {str(together.number).partition(', n')[0]} ({places})."
+    known = [v.place for v in verdicts if v.number.precision is not None]
+    places = f"batch {_listed(known)}{' together' * (len(known) > 1)}"
+    return f"On {network} MBN - BN is {together.number.without_n} ({places})."
 
 
 def _outcome(verdict: Verdict) -> str:
@@ -101,10 +102,10 @@ def _numbers(verdict: Verdict, entries: list[Entry]) -> str:
     """
     here = ", ".join(f"{e.cell.column} {_level(e)}" for e in entries)
     if verdict.number.interval():
-        here += f", difference {str(verdict.number).partition(', n')[0]}"
+        here += f", difference {verdict.number.without_n}"
     excluded = ""
-    if verdict.excluded and verdict.one_more is not None:
-        outside = f"outside the 95 % interval for one more run of each ({p_text(verdict.one_more.p)})"
+    if (one_more := verdict.one_more) and one_more.excluded:
+        outside = f"outside the 95 % interval for one more run of each ({p_text(one_more.p)})"
         excluded = f", a difference of {verdict.paper:+.2f}, {outside}"
     return f"{here}; the paper: {' and '.join(f'{e.paper} %' for e in entries)}{excluded}."
 

@@ -39,6 +39,7 @@ def main(results, *overrides):
         if iteration == 1:
             (Path(results) / "policies" / rank).write_text(json.dumps(policies()))
         if moment == [rank, str(iteration)]:
+            (Path(results) / "signalled").touch()
             os.kill(os.getpid() if whom == "self" else parent, int(number))
             while os.getppid() == parent and not asked.is_set():
                 time.sleep(0.01)
