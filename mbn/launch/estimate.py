@@ -64,7 +64,7 @@ class Estimate:
             if jobs > 1:
                 text += f", {duration(sum(known) / jobs)} with {jobs} side by side"
         if unknown:
-            text += f"{',' if known else ':'} unknown for {unknown}, because there is no record of such a network"
+            text += f"{',' if known else ':'} unknown for {unknown}, because no finished run has such a network"
         return text + "."
 
 

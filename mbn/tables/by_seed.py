@@ -5,14 +5,18 @@ from mbn.methods import METHODS
 from mbn.tables.cells import Table, heading, network
 from mbn.tables.measures import Measure
 
+DIVERGED = "x"
 OF_SEEDS = (
     "Test error in percent. The number after a method counts its forwards (MBN-2: with double forward); batch: MBN "
-    "with our own gradient, `norm.gradient=batch`; other settings are named. `x`: diverged."
+    f"with our own gradient, `norm.gradient=batch`; other settings are named. `{DIVERGED}`: diverged."
 )
 
 
 def by_seed(tables: dict[str, Table]) -> list[list[str]]:
-    """A row for each network, batch size and seed that have a run, a column for each method, below a head."""
+    """A row for each network, batch size and seed that have a run, a column for each method, below a head.
+
+    Rows without a number, because every run of them diverged, are the last.
+    """
     places: dict[str, str] = {}  # names of rows by BN's run there: the same network, data and schedule
     columns: dict[str, None] = {}
     errors: dict[tuple[str, int], dict[str, str]] = {}
@@ -22,11 +26,16 @@ def by_seed(tables: dict[str, Table]) -> list[list[str]]:
             places.setdefault(of, _place(cell, table, taken=list(places.values())))
             columns[method] = None
             error = Measure("test_error")(one)
-            errors.setdefault((of, seed), {})[method] = "x" if error is None else f"{error:.2f}"
+            errors.setdefault((of, seed), {})[method] = DIVERGED if error is None else f"{error:.2f}"
     order, named = list(places), sorted(columns, key=_order)
+
+    def key(row: tuple[str, int]) -> tuple[bool, int, int]:
+        of, seed = row
+        return set(errors[row].values()) == {DIVERGED}, order.index(of), seed
+
     rows = [
         [f"{places[of]}, seed {seed}", *(errors[of, seed].get(method, "-") for method in named)]
-        for of, seed in sorted(errors, key=lambda key: (order.index(key[0]), key[1]))
+        for of, seed in sorted(errors, key=key)
     ]
     return [["", *named], *rows]
 

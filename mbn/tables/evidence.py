@@ -152,7 +152,7 @@ def _runs(tables: dict[str, Table], records: Records) -> list[list[str]]:
                 f"[{name}](records/{name}.json)",
                 "; ".join(cells.get(name, ["no table"])),
                 *_errors(one, shown),
-                f"{one['iterations']:,}",
+                (f"{one['diverged_at']:,} of " if diverged(one) else "") + f"{one['iterations']:,}",
                 f"{one['seconds'] / 3600:.2f}",
                 one["device"] + threads,
                 one["mode"],

@@ -37,7 +37,8 @@ def markdown(table: Table) -> str:
         parts += ["## Claims", "\n".join(listed), OF_CLAIMS]
     if power := detectable_sentence([table]):
         parts.append(power)
-    parts += ["## Beside the test error", _beside_table(table)]
+    if any(e.values for e in table.entries):
+        parts += ["## Beside the test error", _beside_table(table)]
     parts += ["## Cost", _cost(table), missing(table.status.whole), "## Commands", _commands(table)]
     return "\n\n".join(parts) + "\n"
 
@@ -128,7 +129,9 @@ def _beside_table(table: Table) -> str:
     shown = {name: values for name, values in found.items() if any(values.values())}
     rows = [["", "seeds", *shown]]
     for cell, runs in run.items():
-        rows.append([label(cell), str(len(runs)), *(_mean_of(values[cell], len(runs)) for values in shown.values())])
+        if any(values[cell] for values in shown.values()):  # not every run diverged
+            means = (_mean_of(values[cell], len(runs)) for values in shown.values())
+            rows.append([label(cell), str(len(runs)), *means])
     return pipes(rows) + (
         "\n\nMeans over the seeds, in percent. Precise statistics are measured again over an epoch of training with "
         "the final weights. A difference that remains with them comes from training; the rest of it comes from the "
@@ -188,7 +191,7 @@ def missing(runs: Runs) -> str:
         of_them = f"; {known} of them take" if runs.unknown else ","
         text += f"{of_them} about {roughly(runs.seconds)} (one at a time, at the speed of the records)"
     if runs.unknown:
-        text += f"{';' if known else ','} the time of {runs.unknown} is unknown (no record has such a network)"
+        text += f"{';' if known else ','} the time of {runs.unknown} is unknown (no finished run has such a network)"
     return f"{text}."
 
 

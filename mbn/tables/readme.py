@@ -40,9 +40,11 @@ def readme_part(tables: dict[str, Table]) -> str:
             "paper",
         ]
         parts.append(pipes([head, *measured]))
+    diverge = sum(e.has_run and not e.values for e in printed)
     parts.append(
-        f"{sum(e.has_run for e in printed)} of the {len(printed)} numbers of the paper's tables and Figure 1 that are "
-        "to be repeated are measured. All claims, all runs and what is missing: [results/README.md](results/README.md)."
+        f"{sum(bool(e.values) for e in printed)} of the {len(printed)} numbers of the paper's tables and Figure 1 that "
+        f"are to be repeated are measured{f'; for {diverge} more, training diverges' if diverge else ''}. All claims, "
+        "all runs and what is missing: [results/README.md](results/README.md)."
     )
     return "\n\n".join(parts)
 

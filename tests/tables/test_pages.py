@@ -141,7 +141,7 @@ def test_a_run_without_bn_beside_it(tmp_path):
     assert "- MBN has a lower test error than BN (exploratory): not measured yet" in page
     assert f"at `↑`.\n\n- {g.notes[0]}\n\n## Difference" in page
     assert "Missing: 69 of 70 runs; 19 of them take about 9.5 h (one at a time" in page
-    assert "; the time of 50 is unknown (no record has such a network)." in page
+    assert "; the time of 50 is unknown (no finished run has such a network)." in page
 
 
 def rows_of(text):
@@ -480,9 +480,17 @@ def test_cells_whose_runs_diverge_say_so(tmp_path):
     assert toy_records.table(table1, records, seeds=2).entry(mixed, "test_error").text() == "7.00 (1), 1 diverged"
     assert toy_records.table(table1, records, seeds=2).entry(cell, "test_error").text() == "diverges (2)"
     part = evidence_part(tables, records)
-    assert "| diverges at iteration 5,678 | - | - | 78,200 |" in part
+    assert "| diverges at iteration 5,678 | - | - | 5,678 of 78,200 |" in part
     assert "| Methods on CIFAR-10 | 2 / 12 | 2 | 4 / 70 |" in part
-    assert "| VGG on CIFAR-10, batch 128, seed 0 | x | x |" in part
+    without, with_number = (f"| VGG on CIFAR-10, batch 128, seed {text} |" for text in ("0 | x | x", "1 | 7.00 | x"))
+    assert part.index(with_number) < part.index(without)
+    beside = markdown(tables["table1"]).partition("## Beside the test error")[2].partition("##")[0]
+    assert "| MBN, VGG | 2 | 7.00 (n = 1) |" in beside
+    assert "NormProp" not in beside
+    assert "; for 1 more, training diverges. " in readme_part(tables)
+    for seed in range(2):
+        del records[mixed.name(seed)]
+    assert "## Beside the test error" not in markdown(toy_records.table(table1, records))
     assert contents(tables, with_csv=True).keys() > {"table1.md", "cells.csv"}
 
 
