@@ -55,6 +55,11 @@ class AllRuns:
         named = {seed: cell.name(seed, self.scale) for seed in range(self.seeds)}
         return {seed: self.records[name] for seed, name in named.items() if name in self.records}
 
+    def diverge(self, cell: Cell) -> bool:
+        """Whether a cell has runs, and all of them diverged."""
+        runs = self.of(cell).values()
+        return bool(runs) and all(map(record.diverged, runs))
+
     def values(self, cell: Cell, measure: Taken) -> Values:
         """One number of each of a cell's runs, by seed, without those that have none."""
         numbers = {seed: measure(one) for seed, one in self.of(cell).items()}

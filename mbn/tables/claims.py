@@ -11,16 +11,21 @@ from mbn.tables.over_seeds import EQUIVALENCE, Contrast, OneMore, contrast, p_te
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 # The place of a claim's number over all places that have runs.
 TOGETHER = "together"
+DIVERGES = "not compared, because training diverges"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the numbers say at one place of a claim. paper: the paper's own number, where it prints one."""
+    """What the numbers say at one place of a claim.
+
+    paper: the paper's own number, where it prints one. diverges: whether every run so far of one of its cells diverged.
+    """
 
     place: str
     number: Contrast
     outcome: str
     paper: float | None
+    diverges: bool = False
 
     @property
     def has_run(self) -> bool:
@@ -51,7 +56,8 @@ def judge(claim: Claim, all_runs: AllRuns) -> list[Verdict]:
         samples = [all_runs.sample(cell, measure) for cell in cells]
         known = [sample for sample in samples if sample is not None]
         number = contrast(known, _weights(claim, len(cells))) if len(known) == len(cells) else Contrast()
-        verdicts.append(Verdict(place, number, outcome(claim, number), printed(claim, place)))
+        diverges = any(map(all_runs.diverge, cells))
+        verdicts.append(Verdict(place, number, outcome(claim, number), printed(claim, place), diverges))
     return verdicts
 
 
@@ -115,15 +121,18 @@ def listed(claim: Claim, verdicts: Sequence[Verdict]) -> str:
     """
     kind = f"part of the primary claim {claim.primary}" if claim.primary else "exploratory"
     text = f"- {claim.text[0].upper()}{claim.text[1:]} ({kind})"
-    missing = [v.place for v in verdicts if not v.has_run]
-    if len(missing) == len(verdicts):
-        return f"{text}: not measured yet"
+    empty: dict[str, list[str]] = {}
+    for one in (verdict for verdict in verdicts if not verdict.has_run):
+        empty.setdefault(DIVERGES if one.diverges else "not measured yet", []).append(one.place)
+    for why, of in empty.items():
+        if len(of) == len(verdicts):
+            return f"{text}: {why}"
     lines = [text]
-    for v in (*verdicts, joint(claim, verdicts)):
-        if v is not None and v.has_run:
+    for v in filter(None, (*verdicts, joint(claim, verdicts))):
+        if v.has_run:
             said = "; ".join(filter(None, [v.outcome, v.against_paper]))
             lines.append(f"  - {v.place + ': ' * bool(v.place)}{claim.number} = {v.number}{_tested(claim, v)}: {said}")
-    return "\n".join([*lines, *([f"  - {'; '.join(missing)}: not measured yet"] if missing else [])])
+    return "\n".join([*lines, *(f"  - {'; '.join(of)}: {why}" for why, of in empty.items())])
 
 
 def _tested(claim: Claim, verdict: Verdict) -> str:

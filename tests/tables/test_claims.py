@@ -104,14 +104,27 @@ def test_a_claim_at_several_places_has_a_joint_number():
     assert claims.joint(claim, verdicts[1:], several=1).number.mean == pytest.approx(-0.4)
 
 
+def test_places_without_a_number_say_why():
+    table4 = grid.read("table4")
+    lost, sound = {"test_error": None, "diverged_at": 7}, {"test_error": 6.0}
+    cells = {("8", "MBN"): {0: sound}, ("8", "BN"): {0: sound}, ("16", "MBN"): {0: sound}, ("32", "BN"): {0: lost}}
+    claim = table4.claims[0]
+    _, first, *rest = claims.listed(claim, claims.judge(claim, all_runs(table4, cells))).splitlines()
+    assert first.startswith("  - 8: MBN - BN = +0.00")
+    assert rest == ["  - 16; 64; 128: not measured yet", "  - 32: not compared, because training diverges"]
+
+
 def test_seeds_that_diverged_have_no_part_in_a_claim():
     lost = {"test_error": None, "train_error": None, "curves": {}, "images": 100, "diverged_at": 7}
     sound = [{"test_error": error} for error in (6.0, 6.2)]
     cells = {("one forward", "MBN"): dict(enumerate([*sound, lost])), ("one forward", "BN"): {0: lost}}
-    (verdict,) = claims.judge(grid.read_claim(FIGURE1, LOWER), all_runs(FIGURE1, cells))
-    assert not verdict.has_run
+    claim = grid.read_claim(FIGURE1, LOWER)
+    verdicts = (verdict,) = claims.judge(claim, all_runs(FIGURE1, cells))
+    assert (verdict.has_run, verdict.diverges) == (False, True)
+    assert claims.listed(claim, verdicts) == "- MBN wins (exploratory): not compared, because training diverges"
     cells["one forward", "BN"][1] = {"test_error": 7.0}
-    (verdict,) = claims.judge(grid.read_claim(FIGURE1, LOWER), all_runs(FIGURE1, cells))
+    (verdict,) = claims.judge(claim, all_runs(FIGURE1, cells))
+    assert not verdict.diverges
     assert (verdict.number.ns, verdict.number.mean) == ((2, 1), pytest.approx(-0.9))
     (drop, *_) = [claim for claim in FIGURE2.claims if isinstance(claim, grid.Drop)]
     runs = all_runs(FIGURE2, {("VGG", "MBN"): {0: lost}})

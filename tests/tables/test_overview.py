@@ -10,6 +10,7 @@ from mbn import grid
 from mbn.records.record import config_for_record as record_config
 from mbn.tables import claims
 from mbn.tables.cells import read_records, read_tables
+from mbn.tables.evidence import overview_part
 from mbn.tables.figures.forest import LIMIT, forest
 from mbn.tables.figures.status_grid import status_grid
 from mbn.tables.places import in_short, places, primary
@@ -167,6 +168,18 @@ def test_places_without_anything_to_show_share_a_pale_line(every):
     assert "batch 16, 32, 64, 128: not run" in rest
     assert "ResNet-20, ResNet-56, VGG: not run" in rest
     assert "3 places: not run" in rest
+
+
+def test_where_training_diverges_claims_say_so(tmp_path):
+    table1, nin = grid.read("table1"), grid.read("table1-nin")
+    cells = [table1.cell("NormProp", "VGG"), *(nin.cell("NormProp", name) for name in ("CIFAR-10", "CIFAR-100"))]
+    for cell in cells:
+        toy_records.write_diverged(tmp_path, cell, 0, at=5)
+    tables = read_tables(read_records(tmp_path), ["table1", "table1-nin"])
+    assert "\n\nNot measured: 12 of 15 comparisons; for 3 more, training diverges. Missing: " in overview_part(tables)
+    (panel,) = forest(places(tables)).axes
+    assert texts_at(panel, line_of(panel, "BN − NormProp, VGG")) == ["BN − NormProp, VGG", "diverges", "−4.43"]
+    assert texts_at(panel, line_of(panel, "NormProp − BN")) == ["NormProp − BN", "CIFAR-10, CIFAR-100: diverges"]
 
 
 def test_the_short_picture_has_what_has_run_and_table_4(every):

@@ -47,7 +47,7 @@ def forest(places: Sequence[Place], primary: Sequence[Place] = ()) -> Figure:
         elif isinstance(line, Place):
             _place(panel, y, line)
         else:
-            _not_run(panel, y, line)
+            _empty(panel, y, line)
     _text(panel, PAPER, -1, "paper", ha="right", color=GREY)
     _text(panel, HERE, -1, "here [95 % interval], n", ha="right", color=OURS)
     panel.text(-0.15, -1, "◀ first is better", ha="right", va="center", fontsize=7)
@@ -67,9 +67,12 @@ def _lines(places: Sequence[Place]) -> list[Line]:
         if name != last:
             lines.append(f"{heading(name)}: {of_claim[0].table.grid.title}")
         last = name
-        empty = [place for place in of_claim if not place.has_run and place.paper is None]
-        together = [empty] if len(empty) > 1 else []
-        lines += [place for place in of_claim if not together or place not in empty]
+        empty: dict[str, list[Place]] = {}
+        for place in of_claim:
+            if not place.has_run and place.paper is None:
+                empty.setdefault(_why(place), []).append(place)
+        together = [of for of in empty.values() if len(of) > 1]
+        lines += [place for place in of_claim if not any(place in of for of in together)]
         lines += together
     return lines
 
@@ -82,7 +85,7 @@ def _place(panel: Axes, y: int, place: Place) -> None:
     _text(panel, LABELS, y, signs(place.label), color=colour)
     if not place.has_run:
         panel.axhline(y, color="#DDDDDD", linewidth=0.7, zorder=1)
-        _text(panel, HERE, y, "no interval yet" if place.begun else "not run", ha="right", color=PALE)
+        _text(panel, HERE, y, _why(place), ha="right", color=PALE)
     if place.paper is not None:
         marker = "X" if place.verdict.excluded else "D"
         _mark(panel, y, place.paper, marker, GREY, filled=False, alone=not place.has_run)
@@ -95,12 +98,17 @@ def _place(panel: Axes, y: int, place: Place) -> None:
         _text(panel, HERE, y, signs(str(found)), ha="right", color=OURS)
 
 
-def _not_run(panel: Axes, y: int, places: list[Place]) -> None:
+def _why(place: Place) -> str:
+    """Why a place has no number."""
+    return "no interval yet" if place.begun else "diverges" if place.verdict.diverges else "not run"
+
+
+def _empty(panel: Axes, y: int, places: list[Place]) -> None:
     """One pale line for the places of a claim of which there is nothing to show."""
     _shade(panel, y, places[0])
     panel.axhline(y, color="#DDDDDD", linewidth=0.7, zorder=1)
     _text(panel, LABELS, y, signs(places[0].number), color=PALE)
-    _text(panel, HERE, y, f"{_together(places)}: not run", ha="right", color=PALE, bbox=ON_WHITE)
+    _text(panel, HERE, y, f"{_together(places)}: {_why(places[0])}", ha="right", color=PALE, bbox=ON_WHITE)
 
 
 def _together(places: list[Place]) -> str:
