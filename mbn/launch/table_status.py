@@ -8,7 +8,7 @@ from mbn.launch.estimate import Estimate
 from mbn.system.durations import duration
 
 CELLS = "Cells, row by row: how many seeds have a record, . for none, - where nothing is run."
-TIME_LEFT = "Time left: one run at a time, at the speed of the records; unknown: no finished run has such a network."
+TIME_LEFT = "Time left: one run at a time, at the records' speed; unknown: no finished run has such a network."
 
 
 @dataclass(frozen=True)
