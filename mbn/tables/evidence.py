@@ -41,8 +41,9 @@ def _not_measured(every: list[Place], tables: dict[str, Table]) -> str:
 OF_CLAIMS = (
     "Differences of test errors in percentage points, unless another number is named. They are unpaired, and the "
     "variance is pooled over all cells of a network and data set; a cell with one seed borrows it from the others. n: "
-    "seeds of each cell. Together: the mean over all places that have runs, weighted by precision. The **primary "
-    "claims** are judged by p after Holm's correction for the three of them (one that is not measured counts as "
+    "seeds of each cell. Together: the mean over all places that have runs, weighted by precision (over several "
+    "networks with Satterthwaite's degrees of freedom). The **primary claims** are judged by p after Holm's correction "
+    "for the three of them (one that is not measured counts as "
     "p = 1). All others are exploratory, and their p is not corrected. That two cells are equal holds where the 90 % "
     "interval lies inside the margin, and does not hold where the 95 % interval lies outside. A number of the paper, "
     "which names no seeds, is taken for that of one more run of each cell, and excluded where it lies outside the "
@@ -63,7 +64,8 @@ def evidence_part(tables: dict[str, Table], records: Records) -> str:
             "### Tables",
             *([picture] if _has_runs(tables) else []),
             pipes(_tables(tables)),
-            "Measured: numbers that have runs, of those that the paper prints (of all, where it prints none).",
+            "Measured: numbers that have runs, diverged ones too, of those that the paper prints (of all, where it "
+            "prints none).",
             "### Runs",
             pipes(_runs(tables, records)) if records else "None yet.",
             "Errors in percent; hours from the first iteration to the last, evaluation included.",

@@ -113,7 +113,7 @@ def detectable_sentence(tables: list[Table]) -> str:
     for name in dict.fromkeys(map(network, cells)):
         spread = tables[0].all_runs.spread(name, Measure("test_error"))
         if spread.sd is not None:
-            of = f"standard deviation {spread.sd:.2f}, {spread.freedom} degrees of freedom"
+            of = f"standard deviation {spread.sd:.2f}, known with {spread.freedom} degrees of freedom"
             said.append(f"{detectable(spread.sd):.2f} on {name} ({of})")
     if not said:
         return ""

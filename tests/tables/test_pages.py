@@ -104,7 +104,7 @@ def test_markdown(table4, records):
     assert f"## Against the paper's numbers\n\n{LEVELS}" in page
     assert f"## Claims\n\n{CLAIM}\n" in page
     # 4 + 4 + 2 degrees of freedom.
-    of = "0.44 on ResNet-56 on CIFAR-10 (standard deviation 0.22, 10 degrees of freedom)"
+    of = "0.44 on ResNet-56 on CIFAR-10 (standard deviation 0.22, known with 10 degrees of freedom)"
     assert f"they would show a difference of test errors of {of} with 80 % power." in page
     assert f"## Beside the test error\n\n{BESIDE}\n" in page
     # 8 runs of 0.5 h on a GPU and 1 more, 5 of 0.25 h with 2 threads.
