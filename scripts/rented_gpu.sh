@@ -21,7 +21,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-/tmp/mbn}
 checkout=$work/checkout
 export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
-export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
+export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$(nproc)}
 # Up to 32 lanes, each with a stream, may reach the device at a time.
 export CUDA_DEVICE_MAX_CONNECTIONS=32
 
@@ -49,7 +49,7 @@ unpack() { # LOAD
       --target "$work/site" "$work"/wheels/*.whl
   fi
   if compgen -G "$work/inductor.??" >/dev/null; then
-    cat "$work"/inductor.?? | tar xz -C "$work/inductor"
+    cat "$work"/inductor.?? | tar xz -C "$work/inductor" || echo "compiled kernels: not all could be unpacked" >&2
     rm "$work"/inductor.??
   fi
 }
@@ -63,6 +63,17 @@ data_folder() {
   fi
 }
 
+bring_unfinished() { # what an earlier command of this rental has taken further stays
+  local path run
+  for path in "$here"/results/unfinished/*/*/*/; do
+    run=$work/results/runs/${path#"$here"/results/unfinished/}
+    if [ -d "$path" ] && [ ! -d "$run" ]; then
+      mkdir -p "$run"
+      cp -r "$path." "$run"
+    fi
+  done
+}
+
 pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   local results="$work/results" names=() finished=() unfinished=()
   cd "$results"
@@ -74,8 +85,10 @@ pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   done < <(find runs -name checkpoint.pt)
   # Unfinished runs first: without their checkpoints they are lost. Then as many finished ones as there is room for.
   split_up "$1" unfinished 4 "${unfinished[@]}"
-  tar cz -C "$work/inductor" . | split -b 15M - "$1/inductor."
-  remove_beyond "$1" inductor 1
+  # A file may change while it is read: compilers can outlive training for a moment.
+  (tar cz -C "$work/inductor" . || true) | split -b 15M - "$1/inductor."
+  # Half an archive of kernels is useless.
+  if [ -f "$1/inductor.ab" ]; then rm "$1"/inductor.??; fi
   split_up "$1" finished "$((8 - $(find "$1" -type f | wc -l)))" "${finished[@]}"
 }
 
@@ -84,14 +97,11 @@ split_up() { # OUT NAME MOST PATH...
   shift 3
   [ "$#" -gt 0 ] && [ "$most" -gt 0 ] || return 0
   tar c "$@" | split -b 15M - "$out/$name."
-  remove_beyond "$out" "$name" "$most"
-}
-
-remove_beyond() { # OUT NAME MOST: half a compressed archive is useless, but a tar's first files can still be read
-  mapfile -t parts < <(find "$1" -name "$2.??" | sort)
-  if [ "${#parts[@]}" -gt "$3" ]; then
-    echo "$2: ${#parts[@]} parts of 15 MB, of which $3 fit"
-    rm "${parts[@]:$3}"
+  # The first files of half a tar can still be read.
+  mapfile -t parts < <(find "$out" -name "$name.??" | sort)
+  if [ "${#parts[@]}" -gt "$most" ]; then
+    echo "$name: ${#parts[@]} parts of 15 MB, of which $most fit"
+    rm "${parts[@]:$most}"
   fi
 }
 
@@ -123,7 +133,7 @@ train)
   data=$(data_folder)
   cd "$checkout"
   mkdir -p "$work/results/runs" "$work/results/records" "$work/results/other_records"
-  if [ -d "$here/results/unfinished" ]; then cp -r "$here/results/unfinished/." "$work/results/runs/"; fi
+  bring_unfinished
   cp -r "$here/results/records/." "$work/results/records/"
   find "$work/results/records" -name '*.json' >"$work/known"
   seconds=$(python3 - "$budget" "$((SECONDS - began))" <<'PYTHON'
@@ -135,7 +145,9 @@ PYTHON
   settings=("machine.data='$data'" "machine.results='$work/results'" machine.checkpoint_seconds=60)
   [ -z "${MPS:-}" ] || { start_mps; settings+=(--no-lanes); }
   code=0
-  python3 scripts/reproduce.py "${settings[@]}" --budget "${seconds}s" "$@" 2>&1 | tee "$out/log" || code=$?
+  # If it hangs, it is killed, so that what has come so far is taken home.
+  timeout --foreground -k 10 "$(python3 -c "print($seconds + 20)")" \
+    python3 scripts/reproduce.py "${settings[@]}" --budget "${seconds}s" "$@" 2>&1 | tee "$out/log" || code=$?
   # Records that were brought along are not taken home again.
   xargs -r rm -f <"$work/known"
   pack "$out"

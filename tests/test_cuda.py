@@ -196,6 +196,35 @@ def test_three_lanes_give_the_same_results_as_each_run_alone(here, left, mode):
         assert left(*one).record()["mode"] == mode
 
 
+CONTROLS = ("evaluate.precise=true", "evaluate.rules=true")
+
+
+def controls(run):
+    """All but what they were measured by, which has a date."""
+    return {key: value for key, value in run.record()["controls"].items() if key != "by"}
+
+
+@pytest.mark.parametrize("norm", ["bn", "mbn", "brn"])
+def test_controls_are_the_same_whether_forwards_are_recorded_or_not(here, left, norm):
+    for mode in ("eager", "auto"):
+        assert here(f"norm={norm}", f"machine.mode={mode}", *CONTROLS, folder=mode).code == 0
+    eager, recorded = (controls(left(f"norm={norm}", *CONTROLS, folder=mode)) for mode in ("eager", "auto"))
+    assert eager == recorded
+    assert None not in (recorded["test_error_precise"], recorded["train_error"], recorded["rules"])
+
+
+def test_lanes_of_two_methods_measure_what_each_run_does_alone(here, left):
+    """Their epochs end, and their controls are measured, while others are recorded and played."""
+    together = ("machine.together=4", *CONTROLS)
+    done = here("-m", "norm=mbn,brn", "seed=0,1", *together)
+    assert (done.code, done.err) == (0, "")
+    for norm, seed in itertools.product(("mbn", "brn"), (0, 1)):
+        one = (f"norm={norm}", f"seed={seed}", *together)
+        assert here(*one, folder="alone").code == 0
+        assert_same_state(left(*one), left(*one, folder="alone"))
+        assert controls(left(*one)) == controls(left(*one, folder="alone"))
+
+
 # Memory.
 
 

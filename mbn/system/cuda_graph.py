@@ -27,11 +27,39 @@ _shared: ThreadPoolExecutor | None = None
 def shared_thread() -> Iterator[None]:
     """Inside, `unrecorded` work is done in one thread, whichever thread asks for it."""
     global _shared
-    with ThreadPoolExecutor(1, "unrecorded") as _shared:
+    with _trials_keep_memory(), ThreadPoolExecutor(1, "unrecorded") as _shared:
         try:
             yield
         finally:
             _shared = None
+
+
+@contextlib.contextmanager
+def _trials_keep_memory() -> Iterator[None]:
+    """Inside, cuDNN does not give all unused memory back after it has tried algorithms (see `record`)."""
+    if not torch.backends.cudnn.is_available():
+        yield
+        return
+    before = torch._C._cuda_get_conv_benchmark_empty_cache()
+    torch._C._cudnn_set_conv_benchmark_empty_cache(False)
+    try:
+        yield
+    finally:
+        torch._C._cudnn_set_conv_benchmark_empty_cache(before)
+
+
+@contextlib.contextmanager
+def without_trials() -> Iterator[None]:
+    """Inside, if that is inside `shared_thread`, cuDNN tries no algorithms: for `unrecorded` work of few convolutions.
+
+    A trial waits until other runs have done all that they have queued.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before and _shared is None
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def unrecorded(work: Callable[[], T], device: torch.device) -> T:
@@ -58,7 +86,8 @@ def unrecorded(work: Callable[[], T], device: torch.device) -> T:
             stack.enter_context(one_at_a_time)
             stack.enter_context(torch.cuda.stream(stream))
             stack.enter_context(torch.set_grad_enabled(gradients))
-            stack.enter_context(torch.autocast(kind, dtype, enabled=casts))
+            if casts:  # around work with an autocast of its own it would keep cast weights over the optimiser's step
+                stack.enter_context(torch.autocast(kind, dtype))
             return work()
 
     return _shared.submit(contextvars.copy_context().run, there).result()

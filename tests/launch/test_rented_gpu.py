@@ -1,6 +1,7 @@
 """A rental from the first command to the records at home, on the CPU."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -86,6 +87,41 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
         assert (tmp_path / "told").read_text() == "-d\nquit\n"
     else:
         assert "error: there is no nvidia-cuda-mps-control here" in said
+
+
+def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(tmp_path):
+    """The checkpoints that were brought along are older than those of the first command."""
+    checkout, load, out = (tmp_path / name for name in ("checkout", "load", "out"))
+    unfinished = checkout / "results" / "unfinished" / "cifar10" / "resnet20" / "one"
+    for folder in ("configs", "mbn", "models", "tests", "scripts", "results/records"):
+        (checkout / folder).mkdir(parents=True)
+    for folder in (unfinished, load / "data", out):
+        folder.mkdir(parents=True)
+    for name in ("train.py", "pyproject.toml"):
+        (checkout / name).touch()
+    (unfinished / "checkpoint.pt").write_text("0")
+    shutil.copy(SCRIPT, checkout / "scripts")
+    (checkout / "scripts" / "reproduce.py").write_text(
+        "import pathlib, sys\n"
+        "(folder,) = [part.split('=')[1].strip(\"'\") for part in sys.argv if part.startswith('machine.results=')]\n"
+        "(path,) = pathlib.Path(folder).rglob('checkpoint.pt')\n"
+        "path.write_text(str(int(path.read_text()) + 1))\n"
+    )
+    command = ["bash", str(checkout / "scripts" / SCRIPT.name), "train", str(load), str(out), "60s", "table4", "--dry"]
+    for _ in range(2):
+        subprocess.run(command, env={**os.environ, "WORK": str(tmp_path / "work")}, check=True, timeout=200)
+    with tarfile.open(out / "unfinished.aa") as archive:
+        assert archive.extractfile("runs/cifar10/resnet20/one/checkpoint.pt").read() == b"2"
+
+
+def test_half_an_archive_of_kernels_does_not_end_a_rental(rental, tmp_path):
+    load = tmp_path / "load"
+    with tarfile.open(load / "inductor.aa", "w:gz") as archive:
+        archive.add(SCRIPT, "kernel")
+    (load / "inductor.aa").write_bytes((load / "inductor.aa").read_bytes()[:-100])
+    said = rental("check", str(load), str(tmp_path / "out"))
+    assert "not all could be unpacked" in said
+    assert "error:" in (tmp_path / "out" / "log").read_text()
 
 
 def test_a_package_and_compiled_kernels_come_along(rental, tmp_path):

@@ -294,6 +294,39 @@ def test_the_shared_thread_works_in_the_modes_of_the_thread_that_asks(recording)
     assert threads[-1] == threading.current_thread().name
 
 
+def test_the_shared_thread_casts_weights_anew_after_they_have_changed(recording):
+    """An autocast around the work's own, even one that casts nothing, keeps the cast weights of the work's first."""
+    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+
+    def twice():
+        with torch.autocast("cpu", torch.bfloat16):
+            before = layer(x)
+        with torch.no_grad():
+            layer.weight.add_(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            return (layer(x) - before).float()
+
+    with cuda_graph.shared_thread():
+        change = cuda_graph.unrecorded(twice, torch.device("cpu"))
+    torch.testing.assert_close(change, torch.full((2, 4), 4.0), rtol=0, atol=0.1)
+
+
+@pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="this torch has no cuDNN")
+def test_beside_other_runs_trials_of_algorithms_keep_memory_and_tests_try_none(monkeypatch):
+    def found():
+        return torch.backends.cudnn.benchmark, torch._C._cuda_get_conv_benchmark_empty_cache()
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with cuda_graph.without_trials():
+        assert found() == (True, True)
+    with cuda_graph.shared_thread():
+        assert found() == (True, False)
+        with cuda_graph.without_trials():
+            assert found() == (False, False)
+        assert found() == (True, False)
+    assert found() == (True, True)
+
+
 def test_where_nothing_can_be_recorded_other_threads_do_not_wait():
     began = threading.Barrier(2, timeout=200)
     work = partial(cuda_graph.unrecorded, began.wait, torch.device("cpu"))
