@@ -87,8 +87,10 @@ pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   split_up "$1" unfinished 4 "${unfinished[@]}"
   # A file may change while it is read: compilers can outlive training for a moment.
   (tar cz -C "$work/inductor" . || true) | split -b 15M - "$1/inductor."
-  # Half an archive of kernels is useless.
-  if [ -f "$1/inductor.ab" ]; then rm "$1"/inductor.??; fi
+  if [ -f "$1/inductor.ab" ]; then
+    echo "inductor: more than 15 MB, and half an archive of kernels is useless: left behind"
+    rm "$1"/inductor.??
+  fi
   split_up "$1" finished "$((8 - $(find "$1" -type f | wc -l)))" "${finished[@]}"
 }
 
@@ -146,7 +148,7 @@ PYTHON
   [ -z "${MPS:-}" ] || { start_mps; settings+=(--no-lanes); }
   code=0
   # If it hangs, it is killed, so that what has come so far is taken home.
-  timeout --foreground -k 10 "$(python3 -c "print($seconds + 20)")" \
+  timeout --foreground -k 10 "$((${seconds%.*} + 20))" \
     python3 scripts/reproduce.py "${settings[@]}" --budget "${seconds}s" "$@" 2>&1 | tee "$out/log" || code=$?
   # Records that were brought along are not taken home again.
   xargs -r rm -f <"$work/known"

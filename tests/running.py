@@ -173,7 +173,10 @@ def ended(run: Run):
     assert all(steps == sorted(set(steps)) for steps in ([s for s, _ in series] for series in points.values()))
     keys = ("name", "identity", "iteration", "length", "journal_lines", "model", "optimizer", "generators")
     rows = [without(row, TIMES) for row in run.rows()]
-    return [{key: state[key] for key in keys}, without(run.record(), TIMES), rows, dict(sorted(points.items()))]
+    made = without(run.record(), TIMES)
+    if made["controls"]:
+        made["controls"]["by"] = without(made["controls"]["by"], TIMES)
+    return [{key: state[key] for key in keys}, made, rows, dict(sorted(points.items()))]
 
 
 def assert_same_run(a: Run, b: Run):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mbn.config import Config
 from mbn.norm.functional import statistics_dtype
+from mbn.system.cuda_graph import without_trials
 from mbn.system.processes import ALONE, Processes
 from mbn.system.signals import StoppedError
 
@@ -36,6 +37,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
+@without_trials()
 def evaluate(
     model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = ALONE
 ) -> Evaluation:

@@ -124,14 +124,12 @@ def detectable_sentence(tables: list[Table]) -> str:
 
 
 def _beside_table(table: Table) -> str:
-    run = {cell: runs for cell in table.grid.cells if (runs := table.runs(cell))}
+    run = {cell: runs for cell in table.grid.cells if (runs := table.runs(cell)) and not table.all_runs.diverge(cell)}
     found = {name: {cell: table.all_runs.values(cell, measure) for cell in run} for name, measure in BESIDE.items()}
     shown = {name: values for name, values in found.items() if any(values.values())}
     rows = [["", "seeds", *shown]]
     for cell, runs in run.items():
-        if any(values[cell] for values in shown.values()):  # not every run diverged
-            means = (_mean_of(values[cell], len(runs)) for values in shown.values())
-            rows.append([label(cell), str(len(runs)), *means])
+        rows.append([label(cell), str(len(runs)), *(_mean_of(values[cell], len(runs)) for values in shown.values())])
     return pipes(rows) + (
         "\n\nMeans over the seeds, in percent. Precise statistics are measured again over an epoch of training with "
         "the final weights. A difference that remains with them comes from training; the rest of it comes from the "

@@ -9,7 +9,7 @@ from mbn.data.in_memory import Data
 from mbn.measure.statistics_gap import Statistics, epoch_statistics, named_relus, training_statistics
 from mbn.measure.test_error import Evaluation, batch_size_for, evaluate
 from mbn.methods import METHODS, group_of
-from mbn.system.cuda_graph import unrecorded, without_trials
+from mbn.system.cuda_graph import unrecorded
 from mbn.system.signals import StopRequest
 from mbn.training.iteration import autocast
 from mbn.training.state import State, Sums
@@ -18,13 +18,8 @@ from mbn.training.state import State, Sums
 def evaluation(state: State, data: Data, stop: StopRequest) -> Evaluation:
     """Loss and errors on the test images; the model must be in eval mode. Errors: StoppedError after a signal."""
     batches = stop.checked(data.test_batches(batch_size_for(state.config, state.device)))
-
-    def test() -> Evaluation:
-        with without_trials():
-            return evaluate(state.model, batches, state.processes)
-
     with autocast(state.device, state.config.precision):
-        return unrecorded(test, state.device)
+        return unrecorded(lambda: evaluate(state.model, batches, state.processes), state.device)
 
 
 def statistics_of(state: State, images: Tensor) -> Statistics:

@@ -26,7 +26,7 @@ def rental(tmp_path, write_toy):
     write_toy(tmp_path / "grids" / "short.yaml", 4)
     write_toy(tmp_path / "grids" / "long.yaml", 100_000)
 
-    def call(*arguments, codes=(0,), **more):
+    def call(*arguments, codes=(0,), script=SCRIPT, **more):
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -36,7 +36,7 @@ def rental(tmp_path, write_toy):
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             **more,
         }
-        done = subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
+        done = subprocess.run(["bash", str(script), *arguments], env=environment, capture_output=True, text=True)
         assert done.returncode in codes, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -89,14 +89,13 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
         assert "error: there is no nvidia-cuda-mps-control here" in said
 
 
-def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(tmp_path):
+def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(rental, tmp_path):
     """The checkpoints that were brought along are older than those of the first command."""
     checkout, load, out = (tmp_path / name for name in ("checkout", "load", "out"))
     unfinished = checkout / "results" / "unfinished" / "cifar10" / "resnet20" / "one"
     for folder in ("configs", "mbn", "models", "tests", "scripts", "results/records"):
         (checkout / folder).mkdir(parents=True)
-    for folder in (unfinished, load / "data", out):
-        folder.mkdir(parents=True)
+    unfinished.mkdir(parents=True)
     for name in ("train.py", "pyproject.toml"):
         (checkout / name).touch()
     (unfinished / "checkpoint.pt").write_text("0")
@@ -107,9 +106,8 @@ def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(tmp_path):
         "(path,) = pathlib.Path(folder).rglob('checkpoint.pt')\n"
         "path.write_text(str(int(path.read_text()) + 1))\n"
     )
-    command = ["bash", str(checkout / "scripts" / SCRIPT.name), "train", str(load), str(out), "60s", "table4", "--dry"]
     for _ in range(2):
-        subprocess.run(command, env={**os.environ, "WORK": str(tmp_path / "work")}, check=True, timeout=200)
+        rental("train", str(load), str(out), "60s", "table4", script=checkout / "scripts" / SCRIPT.name)
     with tarfile.open(out / "unfinished.aa") as archive:
         assert archive.extractfile("runs/cifar10/resnet20/one/checkpoint.pt").read() == b"2"
 

@@ -16,6 +16,7 @@ from layer_kinds import set_changing
 from test_iteration import METHODS, batch, prepare, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mbn.measure.test_error import evaluate
 from mbn.network_layers import bn, brn, gn, mbn, normprop
 from mbn.norm import memorized
 from mbn.norm.base import norm_layers
@@ -316,6 +317,7 @@ def test_beside_other_runs_trials_of_algorithms_keep_memory_and_tests_try_none(m
     def found():
         return torch.backends.cudnn.benchmark, torch._C._cuda_get_conv_benchmark_empty_cache()
 
+    during = []
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with cuda_graph.without_trials():
         assert found() == (True, True)
@@ -323,6 +325,8 @@ def test_beside_other_runs_trials_of_algorithms_keep_memory_and_tests_try_none(m
         assert found() == (True, False)
         with cuda_graph.without_trials():
             assert found() == (False, False)
+        evaluate(lambda x: (during.append(found()), x)[1], [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))])
+        assert during == [(False, False)]
         assert found() == (True, False)
     assert found() == (True, True)
 
