@@ -113,7 +113,9 @@ class Machine:
     deterministic: bool = setting(False, "only algorithms that give the same bits every time (on a GPU; slower there)")
     tf32: bool = setting(True, "on a GPU: products of float32 with 10-bit mantissas")
     workers: int | None = setting(
-        None, "processes that decode ImageNet's images; null: one a core; 0: the run itself", at_least(0, 4096)
+        None,
+        "processes that decode ImageNet's images; null: as many as the machine's cores; 0: the run itself",
+        at_least(0, 4096),
     )
     checkpoint_seconds: float = setting(
         300,

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mbn.config import DATASETS, Config
+from mbn.config import DATASETS, Config, cores
 from mbn.data.download import download, md5
 from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_image_size, check_numbers
 from mbn.system.errors import UserError
+from mbn.system.processes import from_environment
 from mbn.system.registered import registered
 
 REGISTRY = "mbn/config/registry.py"
@@ -24,7 +25,10 @@ def load_data(config: Config, device: torch.device) -> Data:
     dataset, folder = config.dataset, Path(config.machine.data)
     source = DATASETS[dataset.name]
     if source.streamed:
-        return registered(source.path, REGISTRY)(dataset, folder, config.seed, device, config.machine.workers)
+        workers = config.machine.workers
+        if workers is None:
+            workers = max(1, cores() // from_environment().local_size)
+        return registered(source.path, REGISTRY)(dataset, folder, config.seed, device, workers)
     arrays: Arrays = registered(source.path, REGISTRY)(folder)
     check_numbers(
         dataset,

@@ -26,7 +26,6 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from mbn.config import Dataset as DatasetConfig
-from mbn.config import cores
 from mbn.data import random_streams
 from mbn.data.in_memory import Batch, check_numbers, normalize
 from mbn.data.workers import Workers
@@ -295,15 +294,12 @@ class ImageFolders:
     """Batches of an ImageNet-like folder; the same for any number of workers, as every draw is a function of
     (seed, epoch, index)."""
 
-    def __init__(
-        self, dataset: DatasetConfig, root: Path, seed: int, device: torch.device, workers: int | None
-    ) -> None:
+    def __init__(self, dataset: DatasetConfig, root: Path, seed: int, device: torch.device, workers: int) -> None:
         self.train, self.test = open_folders(dataset, root)
         self.fingerprint = fingerprint(self.train, self.test)
         self.stop = StopRequest()
         self.share: Callable[[int], slice] = ALONE.share
-        self.dataset, self.seed, self.device = dataset, seed, device
-        self.workers = cores() if workers is None else workers
+        self.dataset, self.seed, self.device, self.workers = dataset, seed, device, workers
         self.mean = torch.tensor(dataset.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(dataset.std, device=device).view(3, 1, 1)
 

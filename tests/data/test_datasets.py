@@ -24,6 +24,7 @@ from mbn.data import datasets
 from mbn.data.download import download
 from mbn.data.in_memory import fingerprint
 from mbn.system.errors import UserError
+from mbn.system.processes import Processes
 
 CPU = torch.device("cpu")
 
@@ -80,6 +81,17 @@ def test_other_numbers_than_the_configured_are_refused_with_advice_that_works(tr
     assert advice == {key: right[key] for key in wrong}
     vars(config.dataset).update(advice)
     datasets.load_data(config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "processes", "workers"), [(None, 1, 8), (None, 2, 4), (None, 3, 2), (None, 16, 1), (5, 2, 5), (0, 2, 0)]
+)
+def test_the_processes_of_a_machine_share_its_cores_to_decode(tree, wanted, processes, workers, monkeypatch):
+    monkeypatch.setattr(datasets, "cores", lambda: 8)
+    monkeypatch.setattr(datasets, "from_environment", lambda: Processes(0, 32, 0, processes))
+    config = configured("imagenet", tree)
+    config.machine.workers = wanted
+    assert datasets.load_data(config, CPU).workers == workers
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 64), (64, 32)])

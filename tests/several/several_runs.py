@@ -7,6 +7,7 @@ import os
 import signal
 from unittest import mock
 
+import jpegs
 import running
 import torch
 import torch.distributed as dist
@@ -23,6 +24,15 @@ from mbn.training.iteration import Update
 
 # Six iterations an epoch, the last one of 187 images, which two and three processes do not share evenly.
 RUN = ("dataset=digits", "batch_size=250", "schedule.iterations=12", "machine.threads=1", "machine.device=cpu")
+
+
+def from_files(root, workers=0):
+    """A run on the images of `jpegs.make_tree`: 24, so that the last batch has four, and nine for tests."""
+    return (
+        *("dataset=imagenet", "model=resnet18", "dataset.image_size=65", *jpegs.NUMBERS, f"machine.data={root}"),
+        *("batch_size=5", "schedule.epochs=2", "norm=mbn", f"machine.workers={workers}"),
+        *("machine.threads=1", "machine.device=cpu"),
+    )
 
 
 class Wide(Small):
@@ -63,7 +73,7 @@ class Stops:
         Update.__call__ = call
 
 
-def command(results, *overrides, float64=True, dropout=0.0, before=lambda: None):
+def command(results, *overrides, run=RUN, float64=True, dropout=0.0, before=lambda: None):
     """Exit code, stdout and stderr of `train.py` in this process. before: called when all is in place."""
 
     def build(*, layers, classes, **_):
@@ -91,11 +101,11 @@ def command(results, *overrides, float64=True, dropout=0.0, before=lambda: None)
         before()
         try:
             torch.set_default_dtype(torch.float64 if float64 else dtype)
-            code = train.main([*RUN, f"machine.results={results}", *overrides])
+            code = train.main([*run, f"machine.results={results}", *overrides])
         finally:
             torch.set_default_dtype(dtype)
     return code, out.getvalue(), err.getvalue()
 
 
-def left(results, *overrides):
-    return running.Run(results, [*RUN, *overrides])
+def left(results, *overrides, run=RUN):
+    return running.Run(results, [*run, *overrides])

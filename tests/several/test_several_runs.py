@@ -4,11 +4,12 @@ import itertools
 import math
 from unittest import mock
 
+import jpegs
 import pytest
 import torch
 import torch.distributed as dist
 from running import TIMES, assert_same_run, without
-from several_runs import Stops, command, left
+from several_runs import RUN, Stops, command, from_files, left
 
 from mbn.records import provenance
 from mbn.system import processes as system_processes
@@ -35,13 +36,13 @@ CONTROLS = ("evaluate.precise=true", "evaluate.rules=true")
 def trained(processes, tmp_path):
     """A function that runs `train.py` in so many processes, and returns what it left and what the main one said."""
 
-    def call(size, *overrides, folder=None, code=0, **how):
+    def call(size, *overrides, folder=None, code=0, run=RUN, **how):
         results = tmp_path / (folder or str(size))
         results.mkdir(exist_ok=True)
-        ended = processes.run(size, command, str(results), *overrides, **how)
+        ended = processes.run(size, command, str(results), *overrides, run=run, **how)
         assert [one[0] for one in ended] == [code] * size, ended
         assert all((out, err) == ("", "") for _, out, err in ended[1:])  # only the main one prints
-        return left(results, *overrides), ended[0]
+        return left(results, *overrides, run=run), ended[0]
 
     return call
 
@@ -67,9 +68,18 @@ def assert_close(one, other, within, name="run"):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_two_and_three_processes_train_the_same(trained, method):
-    alone, _ = trained(1, *METHODS[method], *CONTROLS)
+    assert_all_train_the_same(trained, *METHODS[method])
+
+
+def test_images_from_files_train_the_same(trained, tmp_path):
+    """Each process decodes its share."""
+    assert_all_train_the_same(trained, run=from_files(jpegs.make_tree(tmp_path / "images")))
+
+
+def assert_all_train_the_same(trained, *overrides, run=RUN):
+    alone, _ = trained(1, *overrides, *CONTROLS, run=run)
     for size in (2, 3):
-        several, _ = trained(size, *METHODS[method], *CONTROLS)
+        several, _ = trained(size, *overrides, *CONTROLS, run=run)
         checkpoints = alone.checkpoint(), several.checkpoint()
         for key in ("model", "optimizer", "iteration", "length"):
             assert_close(checkpoints[0][key], checkpoints[1][key], 1e-9, key)

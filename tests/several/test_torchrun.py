@@ -11,13 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import jpegs
 import pytest
-from running import assert_same_run
-from several_runs import command, left
+from running import assert_same_bits, assert_same_run
+from several_runs import RUN, command, from_files, left
 
 from mbn.config import REPOSITORY
 
-RUNS = ("norm=mbn", "schedule.iterations=60", "machine.checkpoint_seconds=0.05")
+MORE = ("norm=mbn", "schedule.iterations=60", "machine.checkpoint_seconds=0.05")
 # Seconds in which all have to end after a signal; in which a whole run is over, on any machine.
 SOON, LONG = 30, 600
 
@@ -28,7 +29,7 @@ class Torchrun:
     signalled: which signal comes when, see torchrun_train.py.
     """
 
-    def __init__(self, results, size, signalled=""):
+    def __init__(self, results, size, signalled="", run=(*RUN, *MORE)):
         self.results, self.size = results, size
         for folder in ("pids", "policies"):
             (results / folder).mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ class Torchrun:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"),
-                    *(str(tests / "several" / "torchrun_train.py"), str(results), *RUNS),
+                    *(str(tests / "several" / "torchrun_train.py"), str(results), *run),
                 ],
                 stdout=log,
                 stderr=log,
@@ -142,25 +143,35 @@ def test_killed_processes_end_the_others_and_the_same_command_goes_on_with_the_s
     for rank in ("0", "1"):
         found = json.loads((results / "policies" / rank).read_text())
         assert (found["main"], set(found["gloo"])) == (os.SCHED_OTHER, {os.SCHED_BATCH})
-    assert_same_run(whole_run(processes, tmp_path), left(results, *RUNS))
+    assert_same_run(whole_run(processes, tmp_path, *MORE), left(results, *MORE))
 
 
-def whole_run(processes, folder):
+def whole_run(processes, folder, *overrides, run=RUN):
     results = folder / "whole"
     results.mkdir()
-    processes.run(2, command, str(results), *RUNS, float64=False)
-    return left(results, *RUNS)
+    processes.run(2, command, str(results), *overrides, run=run, float64=False)
+    return left(results, *overrides, run=run)
+
+
+@pytest.mark.timeout(1800)
+def test_processes_that_have_workers_decode_images_from_files(tmp_path, processes):
+    """As README's command for ImageNet does. The same bits as without workers."""
+    root, results = jpegs.make_tree(tmp_path / "images"), tmp_path / "workers"
+    with Torchrun(results, 2, run=from_files(root, workers=2)) as torchrun:
+        assert torchrun.ends(LONG) == 0, torchrun.log.read_text()
+    whole = whole_run(processes, tmp_path, run=from_files(root))
+    assert_same_bits(whole.checkpoint()["model"], left(results, run=from_files(root)).checkpoint()["model"])
 
 
 @pytest.mark.long("1", "Processes of a run under torchrun killed: the others end within 30 s; resumed to the same bits")
 @pytest.mark.timeout(3600)
 def test_kills_at_any_moment(tmp_path, processes, count, figure):
-    draw, whole, total = random.Random(0), whole_run(processes, tmp_path), count(30)
+    draw, whole, total = random.Random(0), whole_run(processes, tmp_path, *MORE), count(30)
     for i in range(total):
         results = tmp_path / str(i)
         with Torchrun(results, 2) as torchrun:
             kill(torchrun, draw.choice([0, 1, "launcher"]), draw.uniform(0, 9))
         with Torchrun(results, 2) as torchrun:
             assert torchrun.ends(LONG) == 0, torchrun.log.read_text()
-        assert_same_run(whole, left(results, *RUNS))
+        assert_same_run(whole, left(results, *MORE))
     figure(total, total)

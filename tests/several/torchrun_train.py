@@ -19,7 +19,6 @@ from mbn.system.processes import from_environment
 def main(results, *overrides):
     from_environment()  # as in train.py before torch is imported: it notes who the launcher is
     import running
-    import several_runs
 
     import models
     import train
@@ -48,7 +47,7 @@ def main(results, *overrides):
     run.SAVES_APART = 0.0
     original, Update.__call__ = Update.__call__, slowly
     (Path(results) / "pids" / rank).write_text(str(os.getpid()))
-    return train.main([*several_runs.RUN, f"machine.results={results}", *overrides])
+    return train.main([f"machine.results={results}", *overrides])
 
 
 def policies():
