@@ -48,6 +48,7 @@ def _fetch(address: str, part: Path, timeout: float) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416 and have:  # nothing is left to fetch: the checksum decides
             return
         raise

@@ -54,6 +54,8 @@ class Workers:
         self.threads: list[Thread] = []
         # Before multiprocessing's own end, which would wait for them.
         atexit.register(self.close)
+        if multiprocessing.get_start_method() == "forkserver":  # from Python 3.14 on
+            multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, and not by each process
         try:
             for _ in range(number):
                 self._start(make, pin)

@@ -114,7 +114,7 @@ def _members(source: Path) -> Iterator[Member]:
             yield path, path.stat().st_size, path.read_bytes
     elif source.is_file() and _is_tar(source):
         yield from _members_of_tar(source)
-    elif zipfile.is_zipfile(source):
+    elif zipfile.is_zipfile(source) or (source.is_file() and source.suffix == ".zip"):
         with zipfile.ZipFile(source) as archive:
             for entry in archive.infolist():
                 if not entry.is_dir():

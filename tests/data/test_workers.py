@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import jpegs
@@ -31,8 +32,19 @@ from mbn.system.signals import StoppedError, StopRequest
 # Python 3.12 and later warn of a fork in a process with threads, which torch's are.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
-    pytest.mark.skipif(sys.platform != "linux", reason="the functions below are inherited by a fork"),
+    pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc, and forks"),
 ]
+
+
+def start_by(method, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", partial(multiprocessing.get_context, method))
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes inherit functions that cannot be pickled, and what a test has replaced."""
+    start_by("fork", monkeypatch)
 
 
 def numbered(task):
@@ -52,8 +64,12 @@ def made(make, number=1, tasks=8, stop=None):
             wait_until(lambda: not multiprocessing.active_children())
 
 
-@pytest.mark.parametrize("number", [1, 3, 20])
-def test_batches_come_in_the_order_of_their_tasks(number):
+@pytest.mark.parametrize(
+    ("number", "method"), [(1, "fork"), (3, "fork"), (20, "fork"), (3, "forkserver"), (2, "spawn")], ids=str
+)
+def test_batches_come_in_the_order_of_their_tasks(number, method, monkeypatch):
+    """However processes are started: Linux's way until Python 3.13, from 3.14 on, and macOS's."""
+    start_by(method, monkeypatch)
     for task, (images, labels) in enumerate(made(numbered, number, 11)):
         assert images.shape == (2, 500_000)
         assert images.unique().tolist() == labels.unique().tolist() == [task]
@@ -97,13 +113,13 @@ def ends_by(number, sent):
 
 @pytest.mark.parametrize("sent", [0, 1000])
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGBUS"])
-def test_a_process_that_is_killed_is_one_sentence_that_names_the_signal(name, sent, capfd):
+def test_a_process_that_is_killed_is_one_sentence_that_names_the_signal(name, sent, forked, capfd):
     with pytest.raises(UserError, match=f"^a process that decodes images was ended by {name}, .*machine.workers.*\\.$"):
         made(ends_by(getattr(signal, name), sent))
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_process_that_exits_is_one_sentence():
+def test_a_process_that_exits_is_one_sentence(forked):
     with pytest.raises(UserError, match=r"^a process that decodes images ended, "):
         made(lambda _: os._exit(3))
 
@@ -153,13 +169,13 @@ def test_memory_that_cannot_be_pinned_ends_the_wait_at_once():
         next(running.batches([0], StopRequest(), "the disk"))
 
 
-def test_a_mistake_in_a_process_shows_where_it_is():
+def test_a_mistake_in_a_process_shows_where_it_is(forked):
     with pytest.raises(RuntimeError, match=r"(?s)in <lambda>.*ZeroDivisionError"):
         made(lambda _: 1 / 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_signal_ends_a_run_whose_images_do_not_come(workers, tree, tmp_path, monkeypatch, capfd):
+def test_a_signal_ends_a_run_whose_images_do_not_come(workers, tree, tmp_path, forked, monkeypatch, capfd):
     """With the same sentence and exit code as any other time; the checkpoint holds all that was trained."""
     batch, ours = Decoder.batch, os.getpid()
 
