@@ -27,7 +27,7 @@ def load_data(config: Config, device: torch.device) -> Data:
     if source.streamed:
         workers = config.machine.workers
         if workers is None:
-            workers = max(1, cores() // from_environment().local_size)
+            workers = from_environment().part_of(cores())
         return registered(source.path, REGISTRY)(dataset, folder, config.seed, device, workers)
     arrays: Arrays = registered(source.path, REGISTRY)(folder)
     check_numbers(

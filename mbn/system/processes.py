@@ -46,6 +46,10 @@ class Processes:
         first, last = (min(n, groups * rank // self.size * whole) for rank in (self.rank, self.rank + 1))
         return slice(first, last)
 
+    def part_of(self, cores: int) -> int:
+        """As many of a machine's cores as each of its processes may keep busy: one at least."""
+        return max(1, cores // self.local_size)
+
     def on_main(self, work: Callable[[], T]) -> T | None:
         """The main process does work. Returns its result there, None elsewhere. Errors: a UserError, in all of them."""
         return self._by_main(work, sends=False)

@@ -59,7 +59,7 @@ def choose_threads(wanted: int | None, earlier: int | None, processes: Processes
 
     It affects the last bits.
     """
-    return wanted or earlier or min(torch.get_num_threads(), max(1, cores() // processes.local_size))
+    return wanted or earlier or min(torch.get_num_threads(), processes.part_of(cores()))
 
 
 def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:

@@ -14,6 +14,11 @@ CLASSES = ("n01440764", "n02102040", "n03888257")
 TRAIN, VAL = 8, 3
 # What train.py must know about the tree.
 NUMBERS = ("dataset.classes=3", "dataset.train_images=24", "dataset.test_images=9")
+# Small images are enough for a run.
+RUN = (
+    *("dataset=imagenet", "model=resnet18", "dataset.image_size=65", *NUMBERS),
+    *("machine.threads=1", "machine.device=cpu"),
+)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 

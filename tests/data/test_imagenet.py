@@ -205,8 +205,7 @@ def test_a_damaged_image_is_an_error_that_names_its_file(copied, damage, workers
 
 def command(root, *overrides):
     return [
-        *("dataset=imagenet", "model=resnet18", "dataset.image_size=65", *jpegs.NUMBERS, "batch_size=8"),
-        *("schedule.epochs=1", "machine.threads=1", "machine.device=cpu", "machine.workers=0"),
+        *(*jpegs.RUN, "batch_size=8", "schedule.epochs=1", "machine.workers=0"),
         *(f"machine.data={root}", *overrides),
     ]
 

@@ -198,8 +198,7 @@ def test_a_signal_ends_a_run_whose_images_do_not_come(workers, tree, tmp_path, f
     monkeypatch.setattr(Decoder, "batch", slow)
     monkeypatch.setattr(signals, "PATIENCE", 0.01)
     overrides = [
-        *("dataset=imagenet", "model=resnet18", "dataset.image_size=65", *jpegs.NUMBERS, "batch_size=24"),
-        *("schedule.epochs=2", "machine.threads=1", "machine.device=cpu", "machine.mode=eager"),
+        *(*jpegs.RUN, "batch_size=24", "schedule.epochs=2", "machine.mode=eager"),
         *(f"machine.data={tree}", f"machine.workers={workers}"),
     ]
     assert train.main([*overrides, f"machine.results={tmp_path}"]) == 75

@@ -259,13 +259,10 @@ def test_torchvisions_weights_are_exported_and_evaluate_to_the_same(theirs, tree
 
 def test_a_checkpoint_of_ours_on_folders_gives_the_errors_of_its_record(tree, tmp_path, measure, monkeypatch):
     monkeypatch.setattr("models.build", build_small)
-    where = [f"machine.data={tree}", "machine.workers=0", "machine.device=cpu"]
-    arguments = [
-        *("dataset=imagenet", "model=resnet18", "norm=brn", "dataset.image_size=65", *jpegs.NUMBERS, "batch_size=8"),
-        *("schedule.epochs=1", "machine.threads=1", *where),
-    ]
+    where = [f"machine.data={tree}", "machine.workers=0"]
+    arguments = [*jpegs.RUN, "norm=brn", "batch_size=8", "schedule.epochs=1", *where]
     weights, result = trained(arguments, tmp_path)
-    same_as_record(measure(weights, *where), result)
+    same_as_record(measure(weights, *where, "machine.device=cpu"), result)
 
 
 # What is refused.

@@ -29,9 +29,8 @@ RUN = ("dataset=digits", "batch_size=250", "schedule.iterations=12", "machine.th
 def from_files(root, workers=0):
     """A run on the images of `jpegs.make_tree`: 24, so that the last batch has four, and nine for tests."""
     return (
-        *("dataset=imagenet", "model=resnet18", "dataset.image_size=65", *jpegs.NUMBERS, f"machine.data={root}"),
-        *("batch_size=5", "schedule.epochs=2", "norm=mbn", f"machine.workers={workers}"),
-        *("machine.threads=1", "machine.device=cpu"),
+        *(*jpegs.RUN, f"machine.data={root}", f"machine.workers={workers}"),
+        *("norm=mbn", "batch_size=5", "schedule.epochs=2"),
     )
 
 
