@@ -5,14 +5,13 @@ python scripts/plots.py
 python scripts/plots.py --scale 0.1 machine.results=/results
 """
 
-import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn.config.folders import results_to_read
-from mbn.system.command_line import Parser, entry_point
+from mbn.system.command_line import Parser, add_which_runs, entry_point
 from mbn.tables.cells import read_records
 from mbn.tables.export import update
 
@@ -25,11 +24,8 @@ def main(arguments: list[str]) -> None:
         "not written."
     )
     parser.add_argument("settings", nargs="*", metavar="machine.results=DIR", help="the folder that holds records/")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="runs at S times the paper's length")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
+    add_which_runs(parser)
     options = parser.parse_intermixed_args(arguments)
-    if not 0 < options.scale < math.inf or options.seeds < 1:
-        parser.error("--scale must be above 0 and --seeds at least 1")
     results = results_to_read(options.settings)
     from mbn.tables import figures  # matplotlib takes a while
 

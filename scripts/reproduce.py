@@ -21,7 +21,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ from mbn.launch.missing_runs import PlannedRun, runs, table_names
 from mbn.launch.table_status import status_text, table_status
 from mbn.records import provenance, record
 from mbn.records.import_records import gather
-from mbn.system.command_line import Parser, entry_point
+from mbn.system.command_line import MOST_SEEDS, Parser, entry_point, whole
 from mbn.system.durations import duration
 from mbn.system.errors import UserError
 from mbn.system.files import there
 
 # Settings that are not part of a run's identity.
 SETTINGS = ("machine.", "evaluate.")
+# Side by side, or for one run: more than any machine has cores or GPUs.
+MOST_PROCESSES = 10_000
 # What is measured at the end of each run on a CPU, where it takes a small part of the training's time.
 CONTROLS = ("rules", "precise")
 
@@ -78,8 +80,8 @@ def parser() -> Parser:
         help=f"{', '.join(grid.names())}, or all (except table3); key=value,value: only runs that have one of these",
     )
     seeds = p.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=_whole(1), default=5, metavar="N", help="seeds 0 to N-1 (default 5)")
-    seeds.add_argument("--seed", type=_whole(0, 2**32 - 1), metavar="S", help="this seed alone")
+    seeds.add_argument("--seeds", type=whole(1, MOST_SEEDS), default=5, metavar="N", help="seeds 0 to N-1 (default 5)")
+    seeds.add_argument("--seed", type=whole(0, 2**32 - 1), metavar="S", help="this seed alone")
     p.add_argument("--dry-run", action="store_true", help="print the commands that are missing, and train nothing")
     p.add_argument("--status", action="store_true", help="print what has run of these or all tables, and train nothing")
     p.add_argument("--scale", type=float, default=1.0, metavar="X", help="0.1: at a tenth of the length")
@@ -95,7 +97,10 @@ def parser() -> Parser:
     p.add_argument("--launcher", choices=("slurm",), help="submit the runs to a cluster through submitit")
     p.add_argument("--slurm", default="", metavar="OPTIONS", help="for sbatch: partition=gpu,time=8:00:00,gpus=1")
     p.add_argument(
-        "--gpus-per-run", type=_whole(1), metavar="N", help="with Slurm: N processes for each run, by torchrun"
+        "--gpus-per-run",
+        type=whole(1, MOST_PROCESSES),
+        metavar="N",
+        help="with Slurm: N processes for each run, by torchrun",
     )
     p.add_argument("--import", type=Path, dest="source", metavar="PATH", help="take records from a folder or archive")
     p.add_argument("--allow-dirty", action="store_true", help="also import records made with uncommitted code")
@@ -103,18 +108,8 @@ def parser() -> Parser:
     return p
 
 
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-            limits = f"from {least} on" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {text!r}")
-        return int(text)
-
-    return parse
-
-
 def _jobs(text: str) -> int | None:
-    return None if text == "auto" else _whole(1)(text)
+    return None if text == "auto" else whole(1, MOST_PROCESSES)(text)
 
 
 def _seconds(text: str) -> float:

@@ -8,7 +8,6 @@ python scripts/tables.py table4 table6 --seeds 3
 python scripts/tables.py --scale 0.1 machine.results=/results
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
-from mbn.system.command_line import Parser, entry_point
+from mbn.system.command_line import Parser, add_which_runs, entry_point
 from mbn.tables.cells import read_records, read_tables
 from mbn.tables.evidence import evidence_part, overview_part
 from mbn.tables.export import contents, update
@@ -39,11 +38,8 @@ def main(arguments: list[str]) -> None:
         metavar="table | machine.results=DIR",
         help="table1, table4-methods, ...; all by default; the folder that holds records/",
     )
-    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="runs at S times the paper's length")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
+    add_which_runs(parser)
     options = parser.parse_intermixed_args(arguments)
-    if not 0 < options.scale < math.inf or options.seeds < 1:
-        parser.error("--scale must be above 0 and --seeds at least 1")
     results = results_to_read([item for item in options.items if "=" in item])
     names = [item for item in options.items if "=" not in item]
     records = read_records(results)

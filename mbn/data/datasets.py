@@ -11,6 +11,7 @@ from mbn.config import DATASETS, Config, cores
 from mbn.data.download import download, md5
 from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_image_size, check_numbers
 from mbn.system.errors import UserError
+from mbn.system.files import turn
 from mbn.system.processes import from_environment
 from mbn.system.registered import registered
 
@@ -67,9 +68,7 @@ def load_cifar(name: str, folder: Path) -> Arrays:
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     base = folder / cifar.base_folder
     files = [*cifar.train_list, *cifar.test_list, [cifar.meta["filename"], cifar.meta["md5"]]]
-    missing = [file for file, _ in files if not (base / file).is_file()]
-    if missing:
-        _download_cifar(cifar, folder, base / missing[0])
+    _fetch_missing(cifar, folder, [base / file for file, _ in files])
     for file, checksum in files:
         if md5(base / file) != checksum:
             raise UserError(
@@ -83,17 +82,24 @@ def load_cifar(name: str, folder: Path) -> Arrays:
 cifar10, cifar100 = (partial(load_cifar, name) for name in ("cifar10", "cifar100"))
 
 
-def _download_cifar(cifar, folder: Path, missing: Path) -> None:
+def _fetch_missing(cifar, folder: Path, files: list[Path]) -> None:
+    """Download and unpack the archive if one of the files is not there."""
+    missing = [file for file in files if not file.is_file()]
+    if not missing:
+        return
     addresses = [mirror.format(cifar.filename) for mirror in MIRRORS]
     archive = folder / cifar.filename
     try:
-        if not (archive.is_file() and md5(archive) == cifar.tgz_md5):
-            download(addresses, archive, cifar.tgz_md5)
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+        with turn(folder / f"{cifar.filename}.lock", f"downloads {cifar.filename} into {folder}"):
+            if all(file.is_file() for file in files):  # another process did it meanwhile
+                return
+            if not (archive.is_file() and md5(archive) == cifar.tgz_md5):
+                download(addresses, archive, cifar.tgz_md5)
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
     except (UserError, OSError) as error:
         raise UserError(
-            f"{missing} is missing and could not be downloaded: {error}; put {cifar.filename} or the folder "
+            f"{missing[0]} is missing and could not be downloaded: {error}; put {cifar.filename} or the folder "
             f"{cifar.base_folder} from one of {' or '.join(addresses)} into {folder}, or set "
             "machine.data=FOLDER to where it is; `python train.py experiment=quickstart` needs no download."
         ) from None

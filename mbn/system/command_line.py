@@ -5,6 +5,7 @@ import codecs
 import contextlib
 import errno
 import functools
+import math
 import os
 import re
 import sys
@@ -17,6 +18,8 @@ from mbn.system.errors import UserError, lacks_memory, printable
 from mbn.system.files import cannot_use
 
 P = ParamSpec("P")
+# More than anybody trains, and few enough to be listed.
+MOST_SEEDS = 10_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +33,38 @@ class Parser(argparse.ArgumentParser):
                 f"there is no option --{name}: machine.{name}=DIR, without dashes, names the folder.", code=2
             )
         raise UserError(f"{message}; --help shows how it is used.", code=2)
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """For an option's type: a whole number within limits."""
+
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and text.isascii()) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def finite_above_0(text: str) -> float:
+    """For an option's type."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return number
+
+
+def add_which_runs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which runs a table or a figure shows."""
+    parser.add_argument(
+        "--scale", type=finite_above_0, default=1.0, metavar="S", help="runs at S times the paper's length"
+    )
+    parser.add_argument(
+        "--seeds", type=whole(1, MOST_SEEDS), default=5, metavar="N", help="seeds 0 to N - 1 (default 5)"
+    )
 
 
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:

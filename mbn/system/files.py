@@ -208,6 +208,28 @@ def lock(path: Path) -> Iterator[Lock]:
             _held.remove(file.fileno())
 
 
+@contextlib.contextmanager
+def turn(path: Path, others_do: str) -> Iterator[None]:
+    """Inside, no other process is inside for the same path. One that comes later waits, and says so.
+
+    path: a file that serves for this alone, and stays. others_do: what is waited for, as "downloads it".
+    Errors: OSError where path cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        waited = False
+        while True:
+            try:
+                _flocked(file, path, "LOCK_EX")
+                break
+            except BlockingIOError:
+                if not waited:
+                    print(f"waiting: another process {others_do}", file=sys.stderr)
+                waited = True
+                time.sleep(0.2)
+        yield
+
+
 def _opened(path: Path) -> IO[str]:
     """The file of a lock. One of another user that can only be read can be locked all the same."""
     try:
@@ -235,7 +257,7 @@ def _flocked(file: IO[str], path: Path, kind: str) -> bool:
         _warn_once(
             "lock",
             f"the file system of {path.parent} has no locks ({getattr(error, 'strerror', error)}): two processes that "
-            "train one run are not kept apart there.",
+            "train one run, or download one data set, are not kept apart there.",
         )
         return False
     return True

@@ -10,6 +10,8 @@ import shutil
 import socket
 import tarfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jpegs
@@ -359,6 +361,37 @@ def test_missing_cifar_is_downloaded_once_and_read(tmp_path, monkeypatch, serve,
     shutil.rmtree(tmp_path / "cifar-10-batches-py")
     datasets.load_cifar("cifar10", tmp_path)
     assert server.asked == [None]
+
+
+def test_one_of_two_processes_downloads_cifar_and_the_other_waits_for_it(
+    tmp_path, monkeypatch, capsys, serve, little_cifar
+):
+    server = serve({"cifar-10-python.tar.gz": little_cifar[1]})
+    monkeypatch.setattr(datasets, "MIRRORS", (server.address("{}"),))
+    begun, second_came, sleep = threading.Event(), threading.Event(), time.sleep
+
+    def wait(seconds):  # only the process that waits for the other one sleeps
+        second_came.set()
+        sleep(seconds)
+
+    def slowly(*arguments):
+        if begun.is_set():
+            second_came.set()
+        begun.set()
+        assert second_came.wait(60)
+        download(*arguments)
+
+    monkeypatch.setattr(datasets, "download", slowly)
+    monkeypatch.setattr(time, "sleep", wait)
+    with ThreadPoolExecutor(2) as pool:  # a file lock keeps threads apart as it does processes
+        first = pool.submit(datasets.load_cifar, "cifar10", tmp_path)
+        assert begun.wait(60)
+        second = pool.submit(datasets.load_cifar, "cifar10", tmp_path)
+        arrays = first.result(), second.result()
+    assert server.asked == [None]
+    assert fingerprint(arrays[0]) == fingerprint(arrays[1])
+    said = f"waiting: another process downloads cifar-10-python.tar.gz into {tmp_path}\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])

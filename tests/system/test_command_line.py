@@ -268,3 +268,17 @@ def test_data_and_records_that_cannot_be_read_are_one_sentence(tmp_path, capsys,
     err = capsys.readouterr().err
     assert err.startswith(f"error: cannot use {tmp_path}/file ({os.strerror(number)}): ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["tables", "plots"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[("--seeds", v) for v in ("0", "-1", "1.5", "٣", "10001", "")],
+        *[("--scale", v) for v in ("0", "nan", "inf", "x")],
+    ],
+)
+def test_which_runs_a_page_shows_is_within_limits(script, option, value, capsys):
+    assert load_script(script).main([f"{option}={value}"]) == 2
+    kind = "whole number from 1 to 10000" if option == "--seeds" else "number above 0"
+    assert f"argument {option}: must be a {kind}, not '{value}'" in capsys.readouterr().err
