@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
-from mbn.config import REPOSITORY, Config, cores, load
+from mbn.config import DATASETS, REPOSITORY, Config, cores, load
 from mbn.launch.estimate import Estimate
 from mbn.launch.missing_runs import PlannedRun, runs, table_names
 from mbn.launch.table_status import status_text, table_status
@@ -153,13 +153,12 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     # On a CPU it is faster to train one run on each core than one run after another on all cores. A cluster's job has
     # its processors to itself.
     jobs = 1 if options.launcher == "slurm" else options.jobs or (1 if accelerated(config) else cores())
-    if jobs > 1 and config.machine.threads is None:
-        config.machine.threads = max(1, cores() // jobs)
-        settings = [f"machine.threads={config.machine.threads}", *settings]
+    meant = runs(tables, chosen_seeds(options), filters, options.scale, options.grids)
+    if jobs > 1:
+        settings = [*share_cores(meant, jobs, config), *settings]
     if not accelerated(config) and options.launcher is None:
         settings = [*controls(settings, config), *settings]
     results = Path(config.machine.results)
-    meant = runs(tables, chosen_seeds(options), filters, options.scale, options.grids)
     missing = [run.on(config) for run in meant if not run.finished(results)]
     expected = Estimate.read(results).sentence(missing, min(jobs, len(missing)))
     if options.dry_run:
@@ -174,6 +173,16 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     if options.launcher == "slurm":
         return hand_over(missing, results, settings, options.slurm, options.gpus_per_run)
     return train(missing, results, jobs, settings, config, options)
+
+
+def share_cores(meant: list[PlannedRun], jobs: int, config: Config) -> list[str]:
+    """The settings by which runs side by side share the cores, except those that are set; sets them in config too."""
+    keys = ["threads"]
+    if any(DATASETS[run.config.dataset.name].streamed for run in meant):
+        keys.append("workers")
+    own = {key: max(1, cores() // jobs) for key in keys if getattr(config.machine, key) is None}
+    vars(config.machine).update(own)
+    return [f"machine.{key}={number}" for key, number in own.items()]
 
 
 def controls(settings: list[str], config: Config) -> list[str]:

@@ -23,9 +23,13 @@ SCRIPT = REPOSITORY / "scripts" / "reproduce.py"
 
 
 @pytest.fixture
-def here(capsys):
+def script():
+    return load_script("reproduce")
+
+
+@pytest.fixture
+def here(script, capsys):
     """A function that runs reproduce.py in this process; its exit code, output and errors."""
-    script = load_script("reproduce")
     return lambda *arguments: (script.main([str(a) for a in arguments]), *capsys.readouterr())
 
 
@@ -91,6 +95,24 @@ def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
 def test_controls_are_asked_for_on_a_cpu_unless_they_are_set(settings, asked, dry, tmp_path):
     (line,) = dry("table6", "norm.memory=10", "--seed", "0", *settings.split(), f"machine.results={tmp_path}")
     assert [word.removeprefix("evaluate.") for word in line if word.startswith("evaluate.")] == asked
+
+
+@pytest.mark.parametrize(
+    ("table", "jobs", "settings", "shares"),
+    [
+        ("table6", 3, "", ["threads=2"]),
+        ("table3", 3, "", ["threads=2", "workers=2"]),  # its images are files, which each run decodes
+        ("table3", 16, "", ["threads=1", "workers=1"]),
+        ("table3", 3, "machine.workers=5", ["threads=2", "workers=5"]),
+        ("table3", 3, "machine.workers=5 machine.threads=4", ["workers=5", "threads=4"]),
+        ("table3", 1, "", []),
+    ],
+)
+def test_runs_side_by_side_share_the_cores(table, jobs, settings, shares, dry, tmp_path, script, monkeypatch):
+    monkeypatch.setattr(script, "cores", lambda: 8)
+    line = dry(table, "--seed", "0", "--jobs", jobs, *settings.split(), f"machine.results={tmp_path}")[0]
+    own = [word.removeprefix("machine.") for word in line if word.startswith(("machine.threads", "machine.workers"))]
+    assert own == shares
 
 
 @pytest.mark.parametrize(
