@@ -14,16 +14,18 @@ from mbn.records.record import diverged
 from mbn.records.sense import RULES
 from mbn.system.durations import duration
 
-# Runs of fewer iterations tell little: testing, and perhaps compiling, took most of their time.
+# Runs of fewer iterations tell nothing: testing, and perhaps compiling, took most of their time.
 SHORTEST = 100
+# Runs of less than this share of a run's length tell little of it: they were perhaps not compiled.
+LONG = 0.1
 
 
 class Estimate:
-    """Seconds per iteration for each kind of run, and per image for each network, from the records of earlier runs."""
+    """Seconds of runs, judged by the records of earlier ones."""
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
-        self._iteration: dict[Any, list[float]] = defaultdict(list)
-        self._image: dict[Any, list[float]] = defaultdict(list)
+        # Of each kind of run and of each network: iterations, images and seconds of each earlier run.
+        self._known: dict[Any, list[tuple[int, int, float]]] = defaultdict(list)
         for one in records:
             # Tables and imports refuse a record that lacks one of these, or in which one cannot be true.
             with contextlib.suppress(AttributeError, KeyError, TypeError):
@@ -32,9 +34,8 @@ class Estimate:
                 numbers = ("iterations", "images", "seconds")
                 if not all(RULES[key].holds(one[key]) for key in numbers) or one["iterations"] < SHORTEST:
                     continue
-                of_iteration, of_image = one["seconds"] / one["iterations"], one["seconds"] / one["images"]
-                self._iteration[_kind(one["config"])].append(of_iteration)
-                self._image[_network(one["config"])].append(of_image)
+                for group in (_kind(one["config"]), _network(one["config"])):
+                    self._known[group].append((one["iterations"], one["images"], one["seconds"]))
 
     @classmethod
     def read(cls, results: Path) -> "Estimate":
@@ -46,12 +47,16 @@ class Estimate:
         return cls(records)
 
     def seconds(self, config: Config) -> float | None:
-        """Seconds of a whole run, judged by runs of its kind, else by its network's time per image, else None."""
-        plain = to_dict(config)
-        if _kind(plain) in self._iteration:
-            return statistics.median(self._iteration[_kind(plain)]) * iterations(config)
-        if _network(plain) in self._image:
-            return statistics.median(self._image[_network(plain)]) * iterations(config) * config.batch_size
+        """Seconds of a whole run, judged by long runs of its kind, else by its network's time per image in long runs,
+        else by short runs in the same way, else None.
+        """
+        plain, length = to_dict(config), iterations(config)
+        for least in (LONG * length, 0):
+            if alike := [seconds / n for n, _, seconds in self._known.get(_kind(plain), ()) if n >= least]:
+                return statistics.median(alike) * length
+            of_network = self._known.get(_network(plain), ())
+            if per_image := [seconds / images for n, images, seconds in of_network if n >= least]:
+                return statistics.median(per_image) * length * config.batch_size
         return None
 
     def sentence(self, missing: Sequence[PlannedRun], jobs: int) -> str:

@@ -97,5 +97,10 @@ def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(
     assert estimate.seconds(like.config) == pytest.approx(400)
     assert estimate.seconds(other.config) is None
     assert [duration(s) for s in (45.4, 720, 12000)] == ["45 s", "12 min", "3 h 20 min"]
+    # Those of 100 iterations tell little of 10,000, if there is a longer one of the network.
+    write("long", seconds=5000.0, iterations=5000, images=80_000, config=record.config_for_record(like.config))
+    long = load(["dataset=digits", "batch_size=8", "schedule.iterations=10000"])
+    assert estimate.seconds(long) == pytest.approx(2000)
+    assert Estimate.read(tmp_path).seconds(long) == pytest.approx(5000)
     sentence = estimate.sentence([known, like, other], jobs=2)
     assert all(part in sentence for part in ("3 runs", "10 min of training", "5 min with 2", "unknown for 1"))
