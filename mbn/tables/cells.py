@@ -246,9 +246,9 @@ def file_name(name: str, scale: float) -> str:
 
 
 def heading(name: str) -> str:
-    """Example: Table 4, methods."""
+    """Example: Table 4 extra (methods): a table that is not the paper's."""
     head, _, rest = name.partition("-")
-    return re.sub(r"(\d+)", r" \1", head).capitalize() + (f", {rest}" if rest else "")
+    return re.sub(r"(\d+)", r" \1", head).capitalize() + (f" extra ({rest})" if rest else "")
 
 
 def label(cell: Cell) -> str:

@@ -20,10 +20,11 @@ def overview_part(tables: dict[str, Table]) -> str:
         parts.append(power)
     if _has_runs(tables):
         parts += [
-            "![Every claim: the paper's difference, and ours with its 95 % interval](figures/claims.png)",
-            "A line is a claim at one place, or at all places together (filled diamond). What several tables compare "
-            "is drawn once. A cross: the paper's number is excluded, by the interval for one more run, which is wider "
-            "than the bar. An arrow: beyond the axis.",
+            "![Claims: the paper's difference, and ours with its 95 % interval](figures/claims-short.png)",
+            "Claims that have runs, and the rest of Table 4; [all claims](figures/claims.png). A line is a claim at "
+            "one place, or at all places together (diamond). What several tables compare is drawn once. A cross: the "
+            "paper's number is excluded, by the interval for one more run, which is wider than the bar. An arrow: "
+            "beyond the axis.",
         ]
     if levels := level_rows(tables.values(), of_table=True):
         parts += ["The paper's numbers against ours, test errors in percent:", pipes([LEVELS, *levels]), OF_LEVELS]
@@ -63,8 +64,8 @@ def evidence_part(tables: dict[str, Table], records: Records) -> str:
             "### Tables",
             *([picture] if _has_runs(tables) else []),
             pipes(_tables(tables)),
-            "Measured: numbers that have runs, diverged ones too, of those that the paper prints (of all, where it "
-            "prints none).",
+            "Measured: numbers of ours, of those that the paper prints (of all, where it prints none). Seeds and runs "
+            "count those that diverged, too.",
             "### Runs",
             pipes(_runs(tables, records)) if records else "None yet.",
             "Errors in percent; hours from the first iteration to the last, evaluation included.",
@@ -91,6 +92,7 @@ def _claims(of_paper: list[Place], every: list[Place]) -> list[list[str]]:
             (one,) = place.measured
             stated.add(one.compared)
             of += f": {one.alone('')}, {link(one.table, '')}"
+            of += "; the paper prints no number there" * (one.paper is None)
         p = f"{p_cell(place.holm)} (Holm)" if place.has_run else "-"
         rows.append([f"**{place.name}** (primary{of})", span or "-", *_ours(place), p, _verdict(place)])
     for place in every:
@@ -132,8 +134,10 @@ def _tables(tables: dict[str, Table]) -> list[list[str]]:
 def _share(entries: list[Entry]) -> str:
     wanted = [e for e in entries if e.cell.overrides is not None or e.paper is not None]
     quoted = sum(e.cell.overrides is None for e in wanted)
-    share = f"{sum(e.has_run for e in wanted)} / {len(wanted)}"
-    return share + (f" ({quoted} only quoted there)" if quoted else "")
+    diverge = sum(e.has_run and not e.values for e in wanted)
+    notes = [f"{diverge} diverge{'s' * (diverge == 1)}" * bool(diverge), f"{quoted} only quoted there" * bool(quoted)]
+    share = f"{sum(bool(e.values) for e in wanted)} / {len(wanted)}"
+    return share + (f" ({', '.join(filter(None, notes))})" if any(notes) else "")
 
 
 def _seeds(entries: list[Entry]) -> str:

@@ -84,7 +84,7 @@ def test_a_far_error_is_an_arrow_and_a_panel_shows_only_the_sizes_that_it_has(tm
     assert small.get_position().width < large.get_position().width / 2
     assert small.get_ylim() == large.get_ylim()
     assert 19.64 < small.get_ylim()[1] < 25
-    assert [text.get_text() for text in small.texts] == ["MBN-1 40.0", "GN 37.5"]
+    assert [text.get_text() for text in small.texts] == ["MBN-1 40.0 ↑", "GN 37.5 ↑"]
     first, second = (text.xy[1] for text in small.texts)
     assert 19.64 < second < first - 0.5  # below each other
     assert not large.texts
@@ -114,6 +114,18 @@ def test_gap_is_over_the_share_of_training(figures):
     assert y[-1] == pytest.approx(0.01)
 
 
+def test_gap_shows_batch_sizes_at_which_several_methods_have_run_if_there_are_any(results):
+    records, g = read_records(results), grid.read("table4-methods")
+    for column, batches in (("MBN-2", {"8"}), ("BN-1", {"8"}), ("BN-1", {"128"})):  # taken away one after the other
+        drawn = [p.get_title().rpartition(" ")[2] for p in drawing.draw(records)["gap-resnet56"].axes]
+        assert set(drawn) == {"8", "128"} if column == "MBN-2" else {"128"}
+        for seed in range(2):
+            for batch in batches:
+                records.pop(g.cell(batch, column).name(seed))
+    drawn = [p.get_title().rpartition(" ")[2] for p in drawing.draw(records)["gap-resnet56"].axes]
+    assert drawn == ["16", "128"] * 2  # of one method each
+
+
 def test_training_is_drawn_in_the_finest_steps_there_are(figures):
     loss, error, weights = figures["training-resnet56"].axes[:3]
     assert [p.get_title() for p in (loss, error, weights)] == ["training loss", "test error (%)", "norm of all weights"]
@@ -129,7 +141,7 @@ def test_training_is_drawn_in_the_finest_steps_there_are(figures):
 
 def test_below_is_the_part_after_the_last_change_at_its_own_scale(figures):
     for whole, late in zip(*(figures["training-resnet56"].axes[i : i + 3] for i in (0, 3)), strict=True):
-        assert late.get_title() == "the last 40 %"
+        assert late.get_title() == f"{whole.get_title()}, last 40 %"
         for label, line in lines(late).items():
             x, y = lines(whole)[label].get_data()
             assert [*zip(*line.get_data(), strict=True)] == [(a, b) for a, b in zip(x, y, strict=True) if a >= 60]

@@ -91,7 +91,7 @@ def test_a_line_has_the_papers_mark_and_our_mean_with_its_interval(every):
     both = line_of(panel, "MBN − BN, batch 8")
     verdict = found(every, "table4", "MBN - BN, batch 8")[0].verdict
     interval = tuple(round(end, 2) for end in verdict.number.interval())
-    assert at(panel, line_of(panel, "MBN − BN, batch 32")) == ([(-1.08, "D", False)], [])
+    assert at(panel, line_of(panel, "MBN − BN, batch 32")) == ([(-1.08, "s", False)], [])
     assert verdict.excluded
     assert at(panel, both) == ([(-4.27, "X", False), (-0.9, "o", True)], [interval])
     assert texts_at(panel, both) == ["MBN − BN, batch 8", "−4.27", "−0.90 [−1.26, −0.54], n = 3+3"]
@@ -139,7 +139,7 @@ def test_beside_an_arrow_there_is_no_number_where_the_papers_mark_may_be(tmp_pat
         toy_records.write(tmp_path, table4.cell("8", column), 0, error)
     (panel,) = forest(in_short(places(read_tables(read_records(tmp_path))))).axes
     y = line_of(panel, "MBN − BN, batch 8")
-    assert at(panel, y)[0] == [(-4.27, "D", False), (-LIMIT, "<", False)]
+    assert at(panel, y)[0] == [(-4.27, "s", False), (-LIMIT, "<", False)]
     assert texts_at(panel, y) == ["MBN − BN, batch 8", "−4.27", "−6.00, n = 1+1"]
 
 
@@ -151,7 +151,7 @@ def test_an_interval_beyond_the_axis_ends_in_an_arrow(tmp_path):
     (panel,) = forest(in_short(places(read_tables(read_records(tmp_path))))).axes
     marks, bars = at(panel, line_of(panel, "MBN − BN, batch 8"))
     assert bars == [(-LIMIT, LIMIT)]
-    assert {marker for _, marker, _ in marks} == {"D", "o", "<", ">"}
+    assert {marker for _, marker, _ in marks} == {"s", "o", "<", ">"}
 
 
 def test_where_the_claim_holds_is_shaded(every):

@@ -478,7 +478,7 @@ def test_cells_whose_runs_diverge_say_so(tmp_path):
     assert toy_records.table(table1, records, seeds=2).entry(cell, "test_error").text() == "diverges (2)"
     part = evidence_part(tables, records)
     assert "| diverges at iteration 5,678 | - | - | 5,678 of 78,200 |" in part
-    assert "| Methods on CIFAR-10 | 2 / 12 | 2 | 4 / 70 |" in part
+    assert "| Methods on CIFAR-10 | 1 / 12 (1 diverges) | 2 | 4 / 70 |" in part
     without, with_number = (f"| VGG on CIFAR-10, batch 128, seed {text} |" for text in ("0 | x | x", "1 | 7.00 | x"))
     assert part.index(with_number) < part.index(without)
     beside = markdown(tables["table1"]).partition("## Beside the test error")[2].partition("##")[0]

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.transforms import blended_transform_factory
@@ -87,7 +88,7 @@ def _place(panel: Axes, y: int, place: Place) -> None:
         panel.axhline(y, color="#DDDDDD", linewidth=0.7, zorder=1)
         _text(panel, HERE, y, _why(place), ha="right", color=PALE)
     if place.paper is not None:
-        marker = "X" if place.verdict.excluded else "D"
+        marker = "X" if place.verdict.excluded else "s"
         _mark(panel, y, place.paper, marker, GREY, filled=False, alone=not place.has_run)
         _text(panel, PAPER, y, signs(f"{place.paper:+.2f}"), ha="right", color=GREY)
     if found.mean is not None:
@@ -164,12 +165,25 @@ def signs(text: str) -> str:
 
 
 def _legend(figure: Figure) -> None:
-    shown = {
-        "here, decided": Line2D([], [], color=OURS, marker="o", markersize=4.5, linewidth=1.3),
-        "undecided": Line2D([], [], color=OURS, marker="o", markersize=4.5, markerfacecolor="white"),
-        "all places together": Line2D([], [], color=OURS, marker="D", markersize=4.5, linewidth=1.3),
-        "paper, excluded": Line2D([], [], color=GREY, marker="X", markersize=4.5, markerfacecolor="white", linewidth=0),
-        "paper": Line2D([], [], color=GREY, marker="D", markersize=4.5, markerfacecolor="white", linewidth=0),
+    def mark(marker: str, colour: str = OURS, filled: bool = True, line: float = 1.3) -> Line2D:
+        face = colour if filled else "white"
+        return Line2D([], [], color=colour, marker=marker, markersize=4.5, markerfacecolor=face, linewidth=line)
+
+    shown: dict[str, Any] = {
+        "here, decided": mark("o"),
+        "undecided": mark("o", filled=False),
+        "places together": (mark("D", line=0), mark("D", filled=False, line=0)),
+        "paper": mark("s", GREY, filled=False, line=0),
+        "paper, excluded": mark("X", GREY, filled=False, line=0),
         "the claim holds": Patch(color=HOLDS_HERE, linewidth=0),
     }
-    figure.legend(list(shown.values()), list(shown), loc="lower center", ncols=6, columnspacing=1.2, borderaxespad=0.3)
+    pairs = {tuple: HandlerTuple(ndivide=None)}
+    figure.legend(
+        list(shown.values()),
+        list(shown),
+        loc="lower center",
+        ncols=6,
+        columnspacing=1.2,
+        borderaxespad=0.3,
+        handler_map=pairs,
+    )

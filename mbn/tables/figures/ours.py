@@ -27,6 +27,7 @@ from mbn.tables.figures.style import (
 FAR = 1.5
 # Methods stand beside each other at one batch size, in a band so many octaves wide.
 BAND = 0.3
+SHARE = "share of training (%)"
 
 
 def batch_size(tables: Sequence[Table], paper: Table) -> Figure | None:
@@ -103,19 +104,19 @@ def _without_far_points(panels: Sequence[Axes], lines: Sequence[Lines]) -> None:
     for i, (panel, style, x, mean) in enumerate(far):
         beside = sum(panel is other and round(log2(x)) == round(log2(at)) for other, _, at, _ in far[:i])
         y = top - (0.5 + 0.7 * beside) * room
-        panel.plot([x], [y], marker="^", color=style["color"], markersize=6)
-        text = f"{style['label']} {mean:.1f}"
-        panel.annotate(text, (x, y), (-5, 0), textcoords="offset points", ha="right", va="center", fontsize=7)
+        text = f"{style['label']} {mean:.1f} ↑"
+        panel.annotate(text, (x, y), ha="right", va="center", fontsize=7, color=style["color"], weight="bold")
 
 
 def gap(table: Table) -> Figure | None:
     """The distance between training's and evaluation's statistics over training, at the smallest and largest batch.
 
     The means over layers and channels of |mu^ - mu_test| / sigma_test and of |log(sigma^ / sigma_test)|. The batch
-    sizes are those that have run.
+    sizes are those at which several methods have run, if there are any, else those at which one has.
     """
-    kinds = {"gap_mean": "gap of the mean (σ)", "gap_std": "gap of log σ"}
-    run = [row for row in table.grid.rows if any(points for _, points in over_training(table, row, "gap_mean"))]
+    kinds = {"gap_mean": "gap of means (in σ)", "gap_std": "gap of log σ"}
+    methods = {row: sum(bool(points) for _, points in over_training(table, row, "gap_mean")) for row in table.grid.rows}
+    run = [row for row, n in methods.items() if n >= min(2, max(methods.values())) and n]
     if not run:
         return None
     rows = list(dict.fromkeys((run[0], run[-1])))
@@ -124,14 +125,23 @@ def gap(table: Table) -> Figure | None:
     places = [(key, row) for key in kinds for row in rows]
     for panel, (key, row) in zip(panels, places, strict=True):
         plot(panel, over_training(table, row, key))
+        _changes(panel, table, row)
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         panel.yaxis.set_minor_locator(NullLocator())
         panel.set_title(f"{kinds[key]}: {table.grid.title.rpartition(', ')[2]}, batch {row}")
     for panel in panels[-2:]:
-        panel.set_xlabel("share of training (%)")
+        panel.set_xlabel(SHARE)
     return with_legend(figure, panels)
+
+
+def _changes(panel: Axes, table: Table, row: str) -> list[float]:
+    """Draw where the learning rate and lambda change, and return these shares of training."""
+    changes = [100 * share for share in table.grid.row(row)[0].config(0).schedule.milestones]
+    for change in changes:
+        panel.axvline(change, color=GREY, linestyle=":", linewidth=0.9, label="learning rate and λ change")
+    return changes
 
 
 def training(table: Table, row: str) -> Figure | None:
@@ -143,16 +153,14 @@ def training(table: Table, row: str) -> Figure | None:
     lines = {key: over_training(table, row, key) for key in keys}
     if not any(points for of_panel in lines.values() for _, points in of_panel):
         return None
-    changes = [100 * share for share in table.grid.row(row)[0].config(0).schedule.milestones]
-    figure, panels = make_panels(2 * len(keys), PAGE, 4.6, rows=2)
+    figure, panels = make_panels(2 * len(keys), PAGE, 4.8, rows=2)
     for whole, late, (key, name) in zip(panels[:3], panels[3:], keys.items(), strict=True):
         plot(whole, lines[key])
         limit(whole, lines[key], zero=key == "loss")
-        for change in changes:
-            whole.axvline(change, color=GREY, linestyle=":", linewidth=0.9, label="learning rate and λ change")
+        changes = _changes(whole, table, row)
         end = [(style, [(x, ys) for x, ys in points if x >= changes[-1]]) for style, points in lines[key]]
         plot(late, end)
         late.set_xlim(changes[-1] - 1, 101)
-        late.set(title=f"the last {100 - changes[-1]:g} %", xlabel="share of training (%)")
-        whole.set_title(name)
+        whole.set(title=name, xlabel=SHARE)
+        late.set(title=f"{name}, last {100 - changes[-1]:g} %", xlabel=SHARE)
     return with_legend(figure, panels, columns=3)

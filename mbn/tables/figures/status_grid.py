@@ -34,7 +34,13 @@ def status_grid(tables: Sequence[TableStatus]) -> Figure:
     panel.axis("off")
     whole = together(table.whole for table in tables)
     _write(panel, 0.5, 1, f"All tables, each run once: {_sentence(whole)}", weight="bold")
-    _write(panel, 0.5, 1 + TEXT, "The number in a cell: how many of its seeds have a record.", color=GREY)
+    _write(
+        panel,
+        0.5,
+        1 + TEXT,
+        "The number in a cell: how many of its seeds have a record, diverged ones too.",
+        color=GREY,
+    )
     _write(panel, 0.5, 1 + 2 * TEXT, TIME_LEFT, color=GREY)
     top = 4.0
     for shelf, height in zip(shelves, heights, strict=True):
