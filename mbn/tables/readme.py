@@ -122,7 +122,7 @@ def _rest(table: Table, places: list[str], others: bool) -> list[str]:
     if not places:
         return []
     if any(table.runs(cell) for place in places for cell in table.grid.row(place)):
-        return [f"Not compared yet: batch {_listed(places)}."]
+        return [f"Not compared there yet: batch {_listed(places)}."]
     return [
         "The paper's other batch sizes have not run." if others else f"No run of {link(table, '')} has a record yet."
     ]

@@ -315,7 +315,7 @@ REST = "The paper's other batch sizes have not run."
     ("errors", "said"),
     [
         ({}, ["No run of Table 4 has a record yet."]),
-        ({("8", "BN"): [7.0], ("16", "MBN"): [6.0]}, ["Not compared yet: batch 8, 16, 32, 64 and 128."]),
+        ({("8", "BN"): [7.0], ("16", "MBN"): [6.0]}, ["Not compared there yet: batch 8, 16, 32, 64 and 128."]),
         (
             LOWER_AT_8,
             [
@@ -345,7 +345,7 @@ REST = "The paper's other batch sizes have not run."
             [
                 "**At batch 8 MBN has a lower test error than BN so far, but too few seeds have run to be sure.**",
                 NUMBERS.format("6.50", "1 seed", "7.00", "1 seed", "", ""),
-                "Not compared yet: batch 16, 32, 64 and 128.",
+                "Not compared there yet: batch 16, 32, 64 and 128.",
             ],
         ),
         (
