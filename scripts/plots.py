@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, add_which_runs, entry_point
-from mbn.tables.cells import read_records
-from mbn.tables.export import update
+from mbn.tables.cells import file_name, read_records
+from mbn.tables.export import say_not_made, update
 
 
 @entry_point
@@ -30,11 +30,12 @@ def main(arguments: list[str]) -> None:
     from mbn.tables import figures  # matplotlib takes a while
 
     drawn = figures.draw(read_records(results), options.scale, options.seeds)
-    pictures = figures.pictures(drawn, options.scale)
+    pictures = figures.pictures(drawn, options.scale, options.seeds)
     update({results / "figures" / name: content for name, content in pictures.items()})
     for name, figure in drawn.items():
         if figure is None:
-            print(f"{name}: not drawn: no record has data for it")
+            picture = results / "figures" / f"{file_name(name, options.scale, options.seeds)}.png"
+            say_not_made(name, "not drawn: no record has data for it", picture)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, add_which_runs, entry_point
-from mbn.tables.cells import read_records, read_tables
+from mbn.tables.cells import file_name, read_records, read_tables
 from mbn.tables.evidence import evidence_part, overview_part
-from mbn.tables.export import contents, update
+from mbn.tables.export import contents, say_not_made, update
 from mbn.tables.readme import readme_part, replace_part
 
 RESULTS = REPOSITORY / "results"
@@ -45,16 +45,17 @@ def main(arguments: list[str]) -> None:
     records = read_records(results)
     every = not names or "all" in names
     chosen = read_tables(records, None if every else names, options.seeds, options.scale)
-    content = contents(chosen, with_csv=every)
+    content = contents(chosen, every)
     files = {results / "tables" / name: text.encode() for name, text in content.items()}
-    if every and options.scale == 1 and results.resolve() == RESULTS.resolve():
+    if every and next(iter(chosen.values())).usual and results.resolve() == RESULTS.resolve():
         evidence = replace_part(EVIDENCE.read_text(encoding="utf-8"), overview_part(chosen), "overview", str(EVIDENCE))
         files[EVIDENCE] = replace_part(evidence, evidence_part(chosen, records), name=str(EVIDENCE)).encode()
         files[README] = replace_part(README.read_text(encoding="utf-8"), readme_part(chosen), name=str(README)).encode()
     update(files)
     for name, table in chosen.items():
         if not table.has_runs:
-            print(f"{name}: not written: none of its runs has a record")
+            page = results / "tables" / f"{file_name(name, table.scale, table.seeds)}.md"
+            say_not_made(name, "not written: none of its runs has a record", page)
 
 
 if __name__ == "__main__":

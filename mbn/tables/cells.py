@@ -125,6 +125,11 @@ class Table:
     def scale(self) -> float:
         return self.all_runs.scale
 
+    @property
+    def usual(self) -> bool:
+        """Whether it shows runs of full length and of the planned seeds, of which the two READMEs tell."""
+        return self.scale == 1 and self.seeds == SEEDS
+
     def runs(self, cell: Cell) -> Runs:
         """The records of a cell, by seed."""
         return self.all_runs.of(cell)
@@ -240,9 +245,10 @@ def read_tables(
     return {name: Table(one, all_runs) for name, one in chosen.items()}
 
 
-def file_name(name: str, scale: float) -> str:
-    """Tables of shortened runs are files of their own."""
-    return name if scale == 1 else f"{name}-scale{scale:g}"
+def file_name(name: str, scale: float, seeds: int) -> str:
+    """Tables of shortened runs, and of other seeds than the planned ones, are files of their own."""
+    exact = f"{scale:g}" if float(f"{scale:g}") == scale else repr(scale)
+    return name + (f"-scale{exact}" if scale != 1 else "") + (f"-seeds{seeds}" if seeds != SEEDS else "")
 
 
 def heading(name: str) -> str:

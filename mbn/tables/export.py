@@ -21,7 +21,7 @@ def latex(table: Table) -> str:
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_escape(caption)}}}",
-        rf"\label{{tab:{file_name(g.name, table.scale)}}}",
+        rf"\label{{tab:{file_name(g.name, table.scale, table.seeds)}}}",
         rf"\begin{{tabular}}{{l{'r' * len(heads(table))}}}",
         r"\toprule",
         " & ".join(["", *map(_escape, heads(table))]).strip() + r" \\",
@@ -81,17 +81,20 @@ def _plain(number: float | None) -> str:
     return "" if number is None else f"{number:.6g}"
 
 
-def contents(tables: dict[str, Table], with_csv: bool) -> dict[str, str]:
-    """The content of each file of results/tables, by its name; none for a table without any run."""
-    run = {file_name(name, table.scale): table for name, table in tables.items() if table.has_runs}
-    content = {}
+def contents(tables: dict[str, Table], every: bool) -> dict[str, str]:
+    """The content of each file of results/tables, by its name; none for a table without any run.
+
+    every: these are all tables, so that the file of all cells and the page of other rules are written, too.
+    """
+    run = {name: table for name, table in tables.items() if table.has_runs}
+    content: dict[str, str] = {}
     for name, table in run.items():
-        content[f"{name}.md"] = markdown(table)
-        content[f"{name}.tex"] = latex(table)
-    if with_csv and run:
-        scale = next(iter(run.values())).scale
-        content[f"{file_name('cells', scale)}.csv"] = cells_csv(list(tables.values()))
-        if scale == 1 and (page := rules_page(tables)):
+        file = file_name(name, table.scale, table.seeds)
+        content |= {f"{file}.md": markdown(table), f"{file}.tex": latex(table)}
+    if every and run:
+        first = next(iter(run.values()))
+        content[f"{file_name('cells', first.scale, first.seeds)}.csv"] = cells_csv(list(tables.values()))
+        if first.usual and (page := rules_page(tables)):
             content["rules.md"] = page
     return content
 
@@ -105,3 +108,9 @@ def update(files: dict[Path, bytes]) -> None:
             print(f"wrote {path}")
     if old:
         print(f"unchanged: {len(old)} file{'s' * (len(old) > 1)}")
+
+
+def say_not_made(name: str, why: str, path: Path) -> None:
+    """Print that a page or a figure is not made. path: where an earlier one may lie, which stays."""
+    left = f"; {path} is of records that are gone: delete it" if path.exists() else ""
+    print(f"{name}: {why}{left}")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import toy_records
+from running import load_script
 from scipy import stats
 
 from mbn import grid
@@ -211,18 +212,20 @@ def test_scale_and_seeds_choose_the_runs(records, table4):
     assert "| 16 | 7.10 ± 0.10 (3) |" in page
     assert "| 8 | 8.27 ± 0.15 (3) |" in page
     assert "55.5" not in markdown(table4)
-    short = contents(read_tables(records, scale=0.1), with_csv=True)
+    short = contents(read_tables(records, scale=0.1), every=True)
     assert {"table4-scale0.1.md", "table4-scale0.1.tex", "cells-scale0.1.csv"} < set(short)
     page = short["table4-scale0.1.md"]
     assert "**Not the paper's protocol: every run has 0.1 of its length.**" in page
     assert "| 8 | 55.50 (1 of 5) | 19.64 | - | 15.37 |" in page
     assert "| paper, full length |" in page
     assert " schedule.scale=0.1 seed=0 " in page
+    few = contents(read_tables(records, seeds=2, scale=0.1), every=True)
+    assert {"table4-scale0.1-seeds2.md", "cells-scale0.1-seeds2.csv"} < set(few)
 
 
 def test_a_table_without_runs_is_not_written(records):
-    assert set(contents(read_tables(records, ["table4", "table6"]), with_csv=False)) == {"table4.md", "table4.tex"}
-    assert contents(read_tables(records, scale=0.5), with_csv=True) == {}
+    assert set(contents(read_tables(records, ["table4", "table6"]), every=False)) == {"table4.md", "table4.tex"}
+    assert contents(read_tables(records, scale=0.5), every=True) == {}
 
 
 def command(results, *names):
@@ -251,7 +254,10 @@ def test_the_command_writes_files_and_deletes_none(results, table4):
     old.write_text("of a run that is gone")
     done = command(results, "table6", "table4")
     assert done.returncode == 0, done.stderr
-    assert "table6: not written" in done.stdout
+    assert (
+        f"table6: not written: none of its runs has a record; {old} is of records that are gone: delete it\n"
+        in done.stdout
+    )
     assert {p.name for p in old.parent.iterdir()} == {"table4.md", "table4.tex", "table6.md"}
     expected = markdown(toy_records.table(table4.grid, read_records(results)))
     assert (results / "tables" / "table4.md").read_text() == expected
@@ -260,6 +266,22 @@ def test_the_command_writes_files_and_deletes_none(results, table4):
     (results / "tables" / "table4.tex").write_text("of other records")
     again = command(results, "table4").stdout.splitlines()
     assert again == [f"wrote {results / 'tables' / 'table4.tex'}", "unchanged: 1 file"]
+
+
+@pytest.mark.parametrize(("options", "changes"), [([], True), (["--seeds", "3"], False), (["--scale", "0.1"], False)])
+def test_the_two_readmes_tell_of_whole_runs_and_the_planned_seeds_only(
+    results, options, changes, tmp_path, monkeypatch
+):
+    shutil.copytree(results / "records", tmp_path / "results" / "records")
+    script = load_script("tables")
+    for name in ("README", "EVIDENCE"):
+        page = tmp_path / f"{name}.md"
+        page.write_text("".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n" for mark in ("overview", "results")))
+        monkeypatch.setattr(script, name, page)
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
+    assert script.main([*options, f"machine.results={tmp_path / 'results'}"]) == 0
+    assert [len((tmp_path / f"{name}.md").read_text()) > 200 for name in ("README", "EVIDENCE")] == [changes] * 2
+    assert (tmp_path / "results" / "tables" / "table4.md").exists() == changes
 
 
 def test_an_unknown_table_is_one_sentence():
@@ -488,7 +510,7 @@ def test_cells_whose_runs_diverge_say_so(tmp_path):
     for seed in range(2):
         del records[mixed.name(seed)]
     assert "## Beside the test error" not in markdown(toy_records.table(table1, records))
-    assert contents(tables, with_csv=True).keys() > {"table1.md", "cells.csv"}
+    assert contents(tables, every=True).keys() > {"table1.md", "cells.csv"}
 
 
 def test_the_page_of_other_rules_has_every_run_and_the_means_of_cells(tmp_path):
@@ -504,13 +526,13 @@ def test_the_page_of_other_rules_has_every_run_and_the_means_of_cells(tmp_path):
     assert rules_page(read_tables(records)) == ""
     for (column, seed, _), measured in rules.items():
         records[g.cell("8", column).name(seed)]["controls"] = {"rules": measured}
-    page = contents(read_tables(records), with_csv=True)["rules.md"]
+    page = contents(read_tables(records), every=True)["rules.md"]
     head = "as in the tables | test batch of 8 | newest entry as the batch | test batch of 8, memory held |"
     assert f"|  | runs | {head}" in page
     assert "| Table 4: 8, BN | 2 | 8.10 | 9.25 | - | - |\n| Table 4: 8, MBN | 1 | 7.00 | - | 7.10 | 7.30 |" in page
     name = g.cell("8", "BN").name(1)
     assert f"| [Table 4: 8, BN](../records/{name}.json), seed 1 | 8.20 | 9.50 | - | - |" in page
-    assert "rules.md" not in contents(read_tables(records, ["table4"]), with_csv=False)
+    assert "rules.md" not in contents(read_tables(records, ["table4"]), every=False)
 
 
 def test_committed_tables_follow_from_committed_records():
@@ -519,9 +541,9 @@ def test_committed_tables_follow_from_committed_records():
     committed = {p.name: p.read_text() for p in (results / "tables").iterdir()}
     records = read_records(results)
     every = read_tables(records)
-    expected = contents(every, with_csv=True)
+    expected = contents(every, every=True)
     for scale in sorted({m[1] for name in committed if (m := re.search(r"-scale([\d.]+)\.(?:md|tex|csv)$", name))}):
-        expected |= contents(read_tables(records, scale=float(scale)), with_csv=True)
+        expected |= contents(read_tables(records, scale=float(scale)), every=True)
     assert committed.keys() == expected.keys(), "run scripts/tables.py, and delete the others"
     for name, content in expected.items():
         assert committed[name] == content, f"{name}: run scripts/tables.py"

@@ -10,10 +10,11 @@ from mbn.tables.figures import ours, paper
 from mbn.tables.figures.forest import forest
 from mbn.tables.figures.status_grid import status_grid
 from mbn.tables.figures.style import STYLE
+from mbn.tables.over_seeds import SEEDS
 from mbn.tables.places import in_short, places, primary
 
 
-def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figure | None]:
+def draw(records: Records, scale: float = 1.0, seeds: int = SEEDS) -> dict[str, Figure | None]:
     """Every figure by its name; None where no record has data for it."""
     tables = read_tables(records, seeds=seeds, scale=scale)
     claims, first, any_runs = places(tables), primary(tables), any(table.has_runs for table in tables.values())
@@ -33,7 +34,7 @@ def draw(records: Records, scale: float = 1.0, seeds: int = 5) -> dict[str, Figu
         }
 
 
-def pictures(figures: dict[str, Figure | None], scale: float = 1.0) -> dict[str, bytes]:
+def pictures(figures: dict[str, Figure | None], scale: float = 1.0, seeds: int = SEEDS) -> dict[str, bytes]:
     """PNG and SVG of each figure that there is, by the file's name. The same figure gives the same bytes."""
     content = {}
     with matplotlib.rc_context(STYLE):
@@ -48,5 +49,5 @@ def pictures(figures: dict[str, Figure | None], scale: float = 1.0) -> dict[str,
             for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
                 file = io.BytesIO()
                 figure.savefig(file, format=kind, metadata=metadata)
-                content[f"{file_name(name, scale)}.{kind}"] = file.getvalue()
+                content[f"{file_name(name, scale, seeds)}.{kind}"] = file.getvalue()
     return content
