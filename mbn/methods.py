@@ -103,29 +103,31 @@ class Method:
 
 # Colours that colour-blind readers can tell apart: Okabe and Ito 2008.
 METHODS: dict[str, Method] = {
-    "bn": Method("BN", "mbn.network_layers:bn", "#D55E00", "s", BN),
+    "bn": Method(label="BN", layers="mbn.network_layers:bn", colour="#D55E00", marker="s", settings=BN),
     "brn": Method(
-        "BRN",
-        "mbn.network_layers:brn",
-        "#009E73",
-        "^",
-        BRN,
+        label="BRN",
+        layers="mbn.network_layers:brn",
+        colour="#009E73",
+        marker="^",
+        settings=BRN,
         change=Change("mbn.training.schedule:renorm_values", "mbn.norm.renorm:set_renorm"),
     ),
     "mbn": Method(
-        "MBN",
-        "mbn.network_layers:mbn",
-        "#0072B2",
-        "o",
-        MBN,
+        label="MBN",
+        layers="mbn.network_layers:mbn",
+        colour="#0072B2",
+        marker="o",
+        settings=MBN,
         change=Change("mbn.training.schedule:lambda_values", "mbn.norm.memorized:set_lambda", logged="lambda"),
     ),
-    "gn": Method("GN", "mbn.network_layers:gn", "#CC79A7", "D", GN, statistics=False),
+    "gn": Method(
+        label="GN", layers="mbn.network_layers:gn", colour="#CC79A7", marker="D", settings=GN, statistics=False
+    ),
     "normprop": Method(
-        "NormProp",
-        "mbn.network_layers:normprop",
-        "#E69F00",
-        "v",
+        label="NormProp",
+        layers="mbn.network_layers:normprop",
+        colour="#E69F00",
+        marker="v",
         statistics=False,
         not_residual="has no rule for the sum of a residual block and its shortcut (the paper says that it cannot be "
         "applied there)",

@@ -87,7 +87,7 @@ class LN(Norm):
         "mbn/methods.py",
         '    "bn": Method(',
         f"""    "ln": Method(
-        "LN", "mbn.network_layers:ln", "{COLOUR}", "x", LN, statistics=False,
+        label="LN", layers="mbn.network_layers:ln", colour="{COLOUR}", marker="x", settings=LN, statistics=False,
         change=Change("mbn.network_layers:ln_values", "mbn.network_layers:set_ln", logged="eps"),
     ),
 """,

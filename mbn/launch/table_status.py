@@ -12,7 +12,7 @@ TIME_LEFT = "Time left: one run at a time, at the records' speed; unknown: no fi
 
 
 @dataclass(frozen=True)
-class Runs:
+class RunCounts:
     """Some runs by name. missing: those without a record, and the seconds that each would take; None: unknown."""
 
     wanted: frozenset[str]
@@ -46,18 +46,18 @@ class TableStatus:
     """A table and the runs of each of its cells; none where nothing is run."""
 
     grid: Grid
-    cells: dict[Cell, Runs]
+    cells: dict[Cell, RunCounts]
 
     @property
-    def whole(self) -> Runs:
+    def whole(self) -> RunCounts:
         return together(self.cells.values())
 
 
-def together(parts: Iterable[Runs]) -> Runs:
+def together(parts: Iterable[RunCounts]) -> RunCounts:
     """All these runs, each once."""
     parts = list(parts)
     missing = {name: seconds for part in parts for name, seconds in part.missing.items()}
-    return Runs(frozenset().union(*(part.wanted for part in parts)), missing)
+    return RunCounts(frozenset().union(*(part.wanted for part in parts)), missing)
 
 
 def table_status(
@@ -65,11 +65,11 @@ def table_status(
 ) -> TableStatus:
     """finished: whether the run of that name has a record."""
 
-    def of(cell: Cell) -> Runs:
+    def of(cell: Cell) -> RunCounts:
         wanted = {} if cell.overrides is None else {cell.name(seed, scale): seed for seed in seeds}
         missing = {name: seed for name, seed in wanted.items() if not finished(name)}
         seconds = {name: estimate.seconds(cell.config(seed, scale)) for name, seed in missing.items()}
-        return Runs(frozenset(wanted), seconds)
+        return RunCounts(frozenset(wanted), seconds)
 
     return TableStatus(grid, {cell: of(cell) for cell in grid.cells})
 
@@ -86,11 +86,11 @@ def status_text(tables: Sequence[TableStatus]) -> str:
     return "\n".join([*(line.rstrip() for line in shown), "", CELLS, TIME_LEFT])
 
 
-def _counts(runs: Runs) -> list[str]:
+def _counts(runs: RunCounts) -> list[str]:
     return [f"{runs.done:3} of {len(runs.wanted):3}", runs.left()]
 
 
-def _sign(runs: Runs) -> str:
+def _sign(runs: RunCounts) -> str:
     """One character. A plus is ten or more."""
     if not runs.wanted:
         return "-"

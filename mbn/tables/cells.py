@@ -20,7 +20,7 @@ BATCH_SIZES = ("table4-resnet20", "table4-methods")
 
 Records = dict[str, Record]
 # The records of a cell, by seed.
-Runs = dict[int, Record]
+RecordsBySeed = dict[int, Record]
 NUMBERED = {"resnet": "ResNet", "cifar": "CIFAR"}
 
 
@@ -48,7 +48,7 @@ class AllRuns:
     scale: float = 1.0
     _spreads: dict[tuple[str, Taken], Spread] = field(default_factory=dict, repr=False)
 
-    def of(self, cell: Cell) -> Runs:
+    def of(self, cell: Cell) -> RecordsBySeed:
         """The records of a cell, by seed."""
         if cell.overrides is None:
             return {}
@@ -130,7 +130,7 @@ class Table:
         """Whether it shows runs of full length and of the planned seeds, of which the two READMEs tell."""
         return self.scale == 1 and self.seeds == SEEDS
 
-    def runs(self, cell: Cell) -> Runs:
+    def runs(self, cell: Cell) -> RecordsBySeed:
         """The records of a cell, by seed."""
         return self.all_runs.of(cell)
 
@@ -284,7 +284,10 @@ def heads(table: Table) -> list[str]:
 
 
 def lines(table: Table, plus_minus: str, better: str, worse: str) -> list[list[str]]:
-    """Of each row the label and the texts below `heads`. better, worse: forms, with %s, where one is so than BN."""
+    """For each row its label, and then one text for each of `heads`.
+
+    better, worse: formats such as `**%s**` for a number that is better or worse than BN's.
+    """
     forms = {"better": better, "worse": worse, "": "%s"}
     found = []
     for row in table.grid.rows:

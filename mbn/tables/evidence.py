@@ -2,6 +2,7 @@
 
 from mbn.grid import Equal
 from mbn.launch.table_status import together as whole
+from mbn.records.provenance import described
 from mbn.records.record import diverged
 from mbn.tables.by_seed import OF_SEEDS, by_seed
 from mbn.tables.cells import Entry, Records, Table, cells_of_runs
@@ -80,7 +81,7 @@ def _has_runs(tables: dict[str, Table]) -> bool:
 def _claims(of_paper: list[Place], every: list[Place]) -> list[list[str]]:
     """The primary claims, and after them the others that have runs: what the paper prints, and what the runs say.
 
-    A primary claim with one place that has an interval is this place: it does not stand there again.
+    Where only one place of a primary claim has an interval, the claim's row shows it, and it has no row of its own.
     """
     rows = [["claim", "paper", "ours [95 %]", "n", "p", "verdict"]]
     stated = set()
@@ -163,7 +164,7 @@ def _runs(tables: dict[str, Table], records: Records) -> list[list[str]]:
                 f"{one['seconds'] / 3600:.2f}",
                 one["device"] + threads,
                 one["mode"],
-                (one["commit"] or "unknown")[:7] + " and changes" * bool(one["dirty"]),
+                described(one),
                 one["date"][:10],
             ]
         )

@@ -17,7 +17,7 @@ EQUIVALENCE = 0.9
 POWER = 0.8
 # So many seeds of each cell are run, whatever they show.
 SEEDS = 5
-# Errors are counts of images: differences of decimals that are equal except for rounding.
+# Errors are counts of images: smaller differences are only rounding.
 ROUNDING = 1e-9
 
 
@@ -150,7 +150,7 @@ def together(contrasts: Sequence[Contrast]) -> tuple[Contrast, list[float]]:
 
 @dataclass(frozen=True)
 class OneMore:
-    """The same number d from one more run of each cell alone.
+    """What one more run of each cell would give for the same number d.
 
     low and high are the ends of its 95 % interval, d ± t sqrt(sum over groups of sd_g² sum c_j² (1 + 1/n_j)); of one
     cell this is mean ± t sd sqrt(1 + 1/n). p is the probability that it lies as far from d as the number in question.

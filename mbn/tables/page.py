@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 
 from mbn.grid import METRICS, Cell
-from mbn.launch.table_status import Runs, roughly
+from mbn.launch.table_status import RunCounts, roughly
 from mbn.tables import claims
 from mbn.tables.cells import Table, heading, heads, label, lines, network
 from mbn.tables.measures import BESIDE, Measure
@@ -179,7 +179,7 @@ def _cost(table: Table) -> str:
     return text + (f"; {dirty} with uncommitted changes." if dirty else ".")
 
 
-def missing(runs: Runs) -> str:
+def missing(runs: RunCounts) -> str:
     """Example: Missing: 33 of 50 runs, about 154 h (one at a time, at the speed of the records)."""
     if not runs.missing:
         return "Nothing is missing."

@@ -13,8 +13,7 @@ from mbn.tables.over_seeds import CONFIDENCE, Contrast, holm
 class Place:
     """One place of a claim, such as batch size 8 of Table 4's, or all its places together.
 
-    Of a primary claim, which has a name, it is all places of all tables: these are its parts, and holm is the corrected
-    p.
+    For a primary claim `name` is set, `parts` are its places in all tables, and `holm` is p after Holm's correction.
     """
 
     table: Table
@@ -98,10 +97,6 @@ class Place:
         _, comma, network = self.table.grid.title.rpartition(", ")
         where = self.where if not comma or not network.startswith(self.where) else ""
         return ", ".join(part for part in (text, where, network if comma else "") if part)
-
-    @property
-    def label_alone(self) -> str:
-        return self.alone(self.number)
 
 
 def places(tables: dict[str, Table]) -> list[Place]:

@@ -3,6 +3,7 @@
 import builtins
 import copy
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -293,9 +294,17 @@ def test_a_data_set_has_its_own_schedule_or_the_papers(dataset, epochs):
     assert (schedule.default_epochs, schedule.lr) == (epochs, [0.1, 0.01, 0.001])
 
 
-@pytest.mark.parametrize("override", ["norm=bn", "dataset=cifar10", "model=nin", "norm.gradient=paper", "forwards=1"])
-def test_the_quickstart_can_be_overridden(override):
-    load(["experiment=quickstart", override])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("norm", "bn"), ("dataset", "cifar10"), ("model", "nin"), ("norm.gradient", "batch"), ("forwards", 1)],
+)
+def test_the_quickstart_can_be_overridden(key, value):
+    def of(config):
+        found = functools.reduce(getattr, key.split("."), config)
+        return getattr(found, "name", found)
+
+    assert of(load(["experiment=quickstart"])) != value
+    assert of(load(["experiment=quickstart", f"{key}={value}"])) == value
 
 
 @pytest.mark.parametrize("group", loading.REGISTRIES)

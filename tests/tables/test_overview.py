@@ -54,7 +54,7 @@ def test_the_same_runs_are_compared_once_except_where_the_paper_prints_them_twic
 
 
 def test_a_label_alone_names_the_network_once(every):
-    alone = {place.label_alone for place in every}
+    alone = {place.alone(place.number) for place in every}
     assert {
         "MBN - BN, batch 8, ResNet-56 on CIFAR-10",
         "MBN-2 - GN (untuned), batch 8, ResNet-20 on CIFAR-10",

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mbn.launch.table_status import TIME_LEFT, Runs, TableStatus, together
+from mbn.launch.table_status import TIME_LEFT, RunCounts, TableStatus, together
 from mbn.tables.cells import heading
 from mbn.tables.figures.style import GREY, PAGE, PALE
 
@@ -79,7 +79,7 @@ def _table(panel: Axes, left: float, top: float, table: TableStatus) -> None:
             _cell(panel, x0 + j, y0 + i, table.cells[cell])
 
 
-def _cell(panel: Axes, x: float, y: float, runs: Runs) -> None:
+def _cell(panel: Axes, x: float, y: float, runs: RunCounts) -> None:
     """The darker, the more seeds have run."""
     if not runs.wanted:
         _write(panel, x + 0.5, y + 0.5, "–", ha="center", color=PALE)
@@ -91,7 +91,7 @@ def _cell(panel: Axes, x: float, y: float, runs: Runs) -> None:
         _write(panel, x + 0.5, y + 0.52, str(runs.done), ha="center", color="white" if share > 0.5 else "black")
 
 
-def _sentence(runs: Runs) -> str:
+def _sentence(runs: RunCounts) -> str:
     """Example: 7 of 50 runs; left: 639 h."""
     return f"{runs.done} of {len(runs.wanted)} runs; left: {runs.left()}"
 
