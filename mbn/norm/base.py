@@ -91,6 +91,9 @@ class BatchStatisticsNorm(nn.Module):
     second_versions: tuple[tuple[int, int], ...] = ()
     # Batches that wait for the end of the second forward. More than one if the layer was called more than once.
     noted: tuple[Note, ...] = ()
+    # Mean and biased variance (C,) and number (1,) of all values that training forwards have normalised, changed in
+    # place; None where nobody asks. Not by a hook: compiled code and a direct call of forward run none.
+    tally: tuple[Tensor, Tensor, Tensor] | None = None
     # True while an `AllMemories` enters the batches of this layer and others at once.
     deferred = False
     # True between `freeze` and `unfreeze`: the layer stays in eval mode.
@@ -141,7 +144,7 @@ class BatchStatisticsNorm(nn.Module):
         self.forwards = forwards
         self.phase = "first"
         # What forwards write is there from the start: for new attributes torch 2.11 compiles again.
-        self.noted, self.deferred, self._waiting, self._forgotten = (), False, False, False
+        self.noted, self.deferred, self._waiting, self._forgotten, self.tally = (), False, False, False, None
         self.sync = True if sync is None and process_group is not None else sync
         self._process_group = _Shared(process_group)
         like = {"device": device, "dtype": dtype}
@@ -235,6 +238,8 @@ class BatchStatisticsNorm(nn.Module):
         remember = self.phase == ("first", "second")[self.forwards - 1]
         if self.phase == "first" and self.forwards == 2:
             self._note_first_forward()
+        if self.tally is not None:
+            self._add_to_tally(x, *self.tally)
         if self.group_size is not None:
             return self._train_in_groups(x, remember)
         joint = self.joint_batch(x)
@@ -321,6 +326,18 @@ class BatchStatisticsNorm(nn.Module):
         """mu, s2 and n by which a training forward would normalise x: of this process's batch, or of the joint one."""
         joint = self.joint_batch(x)
         return (*batch_moments(x), values_per_channel(x)) if joint is None else (joint.mu, joint.s2, joint.n)
+
+    @torch.no_grad()
+    def _add_to_tally(self, x: Tensor, mean: Tensor, variance: Tensor, n: Tensor) -> None:
+        """Take the values of x into their mean, variance and number (Chan et al. 1979), in place."""
+        if x.numel() == 0 and self.joint_group() is None:
+            return
+        new_mean, new_variance, new_n = self.moments(x)
+        n += new_n
+        share = new_n / n
+        distance = new_mean - mean
+        mean += share * distance
+        variance.mul_(1 - share).add_(share * new_variance).add_(share * (1 - share) * distance.square())
 
     @torch.no_grad()
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -487,7 +504,7 @@ class BatchStatisticsNorm(nn.Module):
         super().__setstate__(state)
         # A copy enters its batches on its own, and not in a second forward that someone else has begun.
         self.deferred = False
-        self.phase, self.noted = "first", ()
+        self.phase, self.noted, self.tally = "first", (), None
         self._forget_forwards()
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ from layer_kinds import inputs, kinds, make, network, one_or_two, remember, snap
 from torch import nn
 from torch.testing import assert_close
 
-from mbn import MemorizedBatchNorm2d, freeze, second_forward, set_precise_statistics
+from mbn import MemorizedBatchNorm1d, MemorizedBatchNorm2d, freeze, second_forward, set_precise_statistics
 from mbn.norm.base import norm_layers
 
 PRECISE = {"running_mean", "running_var", "running_std"}
@@ -68,6 +68,68 @@ def test_frozen_layers_and_modes_stay_and_a_forward_can_be_given():
     assert not seen[0].requires_grad
 
 
+class Called(nn.Module):
+    """Calls its layer past the hooks, as networks do that call a layer's forward."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer.forward(x)
+
+
+@kinds
+@pytest.mark.parametrize("way", ["compiled", "compiled before", "forward called"])
+def test_no_way_of_calling_a_layer_goes_past_it(kind, way):
+    """Compiled code, also that of training, does not run hooks that were added after."""
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(3, 3), make(kind, dims=2)).double()
+    for t in range(2):
+        remember(net[1], inputs(4, 3, at=t))
+    twin, batches = copy.deepcopy(net), [inputs(n, 3, at=t) for t, n in enumerate((4, 5, 6))]
+    if way == "forward called":
+        wrapped = nn.Sequential(net[0], Called(net[1]))
+    else:
+        wrapped = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
+    if way == "compiled before":
+        for model in (wrapped, twin):
+            model(batches[0]).sum().backward()
+            if net[1].forwards == 2:
+                second_forward(model, batches[0])
+    for _ in range(2):
+        for model in (wrapped, twin):
+            set_precise_statistics(model, batches)
+        assert_close(net.state_dict(), twin.state_dict(), atol=1e-12, rtol=1e-12)
+        batches = batches[::-1]
+
+
+def test_new_batches_do_not_let_a_compiled_network_be_compiled_again():
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(3, 3), MemorizedBatchNorm1d(3))
+    model, batches = torch.compile(net, backend="aot_eager", fullgraph=True), [torch.randn(4, 3) for _ in range(3)]
+    set_precise_statistics(model, batches[:1])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            set_precise_statistics(model, batches)
+
+
+@kinds
+def test_a_layer_that_the_batches_do_not_reach_keeps_what_it_has(kind):
+    """A head that is used in training only, or a forward that covers a part."""
+    net = nn.Sequential(make(kind), make(kind))
+    for layer in net:
+        remember(layer, inputs(4, 3, 2, 2))
+    before = [snapshot(layer) for layer in net]
+    set_precise_statistics(net, [inputs(4, 3, 2, 2)], forward=net[0])
+    assert [unchanged(*pair) for pair in zip(before, net, strict=True)] == [False, True]
+    with pytest.raises(ValueError, match="no layer saw a value"):
+        set_precise_statistics(net, [inputs(0, 3, 2, 2)])
+    assert unchanged(before[1], net[1])
+    with pytest.raises(ValueError, match="no layer saw a value"):
+        set_precise_statistics(net, [inputs(4, 3, 2, 2)], forward=lambda x: x)
+
+
 def test_an_error_leaves_everything_as_it_was():
     net = network("mbn paper")
     before = snapshot(net)
@@ -77,3 +139,4 @@ def test_an_error_leaves_everything_as_it_was():
         set_precise_statistics(nn.Sequential(nn.Identity(), net[1], net[2]), [inputs(4, 4, 5, 5), inputs(4, 2, 5, 5)])
     assert unchanged(before, net)
     assert net.training
+    assert all(layer.tally is None for layer in norm_layers(net))
