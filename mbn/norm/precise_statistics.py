@@ -33,17 +33,19 @@ def set_precise_statistics(
         roll: let the memories and averages go along with the batches, the weights being fixed, and put them back at the
             end. False holds them, which is wrong where the batches are not those at the end of training.
 
-    Dropout is off. Frozen layers (`freeze`) are left alone. With sync=True the statistics are those of all processes.
+    Layers in eval mode beside others in training mode, and frozen ones (`freeze`), are left alone; where all are in eval
+    mode, as in a trained network, all take part. Every other module is in eval mode meanwhile: no dropout draws, and
+    an nn.BatchNorm normalises by its averages and does not move them. With sync=True the statistics are those of all processes.
 
     Errors: ValueError where batches is empty, or no layer saw a value of it.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     """
-    layers = [layer for layer in norm_layers(module) if not layer.frozen]
     empty = True
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept(module))
         take = stack.enter_context(as_in_training(module, roll, forward))
+        layers = [layer for layer in norm_layers(module) if layer.training]
         tallies = stack.enter_context(_tallied(layers))
         for batch in batches:
             empty = False

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layer_kinds import inputs, kinds, make, network, one_or_two, remember, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
+from torchvision.ops import StochasticDepth
 
 from mbn import MemorizedBatchNorm1d, MemorizedBatchNorm2d, freeze, second_forward, set_precise_statistics
 from mbn.norm.base import norm_layers
@@ -128,6 +130,59 @@ def test_a_layer_that_the_batches_do_not_reach_keeps_what_it_has(kind):
     assert unchanged(before[1], net[1])
     with pytest.raises(ValueError, match="no layer saw a value"):
         set_precise_statistics(net, [inputs(4, 3, 2, 2)], forward=lambda x: x)
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x[None], x[None], x[None])[0][0]
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x[None])[0][0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Dropout(0.5),
+        Functional(),
+        Attention(4, 2, dropout=0.5, batch_first=True),
+        Recurrent(4, 4, 2, dropout=0.5, batch_first=True),
+        StochasticDepth(0.5, "row"),
+        nn.BatchNorm1d(4),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_all_other_modules_are_in_eval_mode(other, training):
+    """No dropout of whatever kind draws, and torch's batch norm moves nothing and uses what it has."""
+    net = nn.Sequential(other, MemorizedBatchNorm1d(4)).train(training)
+    x, before, generator = torch.randn(8, 4), snapshot(other), torch.get_rng_state()
+    set_precise_statistics(net, [x, x])
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert unchanged(before, other)
+    assert_close(net[1].running_mean, other.eval()(x).mean(0).detach())
+    assert net[1].training == training
+
+
+@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize(
+    ("modes", "taken"), [((True, False), [True, False]), ((True, True), [True, True]), ((False, False), [True, True])]
+)
+def test_layers_in_eval_mode_are_left_alone_unless_all_are(modes, taken, root):
+    """All are in a network that was trained, also where a wrapper (AveragedModel) has a mode of its own."""
+    net = nn.Sequential(*(MemorizedBatchNorm2d(3).train(mode) for mode in modes))
+    net.training = root
+    before = [snapshot(layer) for layer in net]
+    set_precise_statistics(net, [torch.randn(4, 3, 2, 2)])
+    assert [not unchanged(*pair) for pair in zip(before, net, strict=True)] == taken
+    assert (net.training, *(layer.training for layer in net)) == (root, *modes)
 
 
 def test_an_error_leaves_everything_as_it_was():
