@@ -529,10 +529,10 @@ def several_processes() -> bool:
 
 
 def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
-    """Whether a BatchNorm's running statistics come from data."""
+    """Whether a BatchNorm's running statistics come from data. The counter alone does not say so: files may lack it."""
     if mean.is_meta or not bool((mean.isfinite() & var.isfinite()).all()):
         return False
-    return bool(tracked > 0) if tracked is not None else bool(((mean != 0) | (var != 1)).any())
+    return (tracked is not None and bool(tracked > 0)) or bool(((mean != 0) | (var != 1)).any())
 
 
 def _shortest(value: float, dtype: torch.dtype) -> float:
