@@ -105,6 +105,9 @@ class BatchStatisticsNorm(nn.Module):
     # Whether there was a training forward since the last second forward, and whether it looks forgotten.
     _waiting = False
     _forgotten = False
+    _second_run = False
+    # Whether training forwards normalise by what is remembered, so that it matters when a batch is.
+    uses_what_it_remembers = True
     # The images of a batch that are normalised together; None for all.
     group_size: int | None = None
     # Of a converted layer: the old one without its tensors, for the way back.
@@ -238,6 +241,9 @@ class BatchStatisticsNorm(nn.Module):
         remember = self.phase == ("first", "second")[self.forwards - 1]
         if self.phase == "first" and self.forwards == 2:
             self._note_first_forward()
+        if remember and self.phase == "first" and self.uses_what_it_remembers and in_backward():
+            _warn_repeated()
+            remember = False
         if self.tally is not None:
             self._add_to_tally(x, *self.tally)
         if self.group_size is not None:
@@ -528,6 +534,11 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def in_backward() -> bool:
+    """Whether autograd is at work in this thread: a forward is then one that activation checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
     """Whether a BatchNorm's running statistics come from data. The counter alone does not say so: files may lack it."""
     if mean.is_meta or not bool((mean.isfinite() & var.isfinite()).all()):
@@ -547,6 +558,16 @@ def _warn_forgotten() -> None:
     warnings.warn(
         "eval() follows training forwards that remembered nothing (forwards=2), so evaluation uses statistics from "
         "before them: call second_forward(model, inputs) after each optimizer.step()",
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _warn_repeated() -> None:
+    """Warn only once in a process, as above."""
+    warnings.warn(
+        "a forward was repeated in the backward pass (activation checkpointing), where layers with forwards=1 meet a "
+        "memory that holds the batch already: gradients are wrong; use convert(..., forwards=2) and second_forward",
         stacklevel=4,
     )
 

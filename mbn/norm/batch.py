@@ -42,6 +42,7 @@ class _BatchNorm(BatchStatisticsNorm):
 
     statistics = ("running_mean", "running_var")
     settings = ("momentum", "forwards", "group_size")
+    uses_what_it_remembers = False
 
     running_var: Tensor
     num_batches_tracked: Tensor

@@ -24,10 +24,10 @@ layers = pytest.mark.parametrize("layer", [BatchNorm1d, BatchRenorm1d, Memorized
 @pytest.fixture
 def no_warning_yet():
     """A process that has not warned yet, for the tests after this one too."""
-    for once in (base._warn_forgotten, home._warn_too_early):
+    for once in (base._warn_forgotten, base._warn_repeated, home._warn_too_early):
         once.cache_clear()
     yield
-    for once in (base._warn_forgotten, home._warn_too_early):
+    for once in (base._warn_forgotten, base._warn_repeated, home._warn_too_early):
         once.cache_clear()
 
 
@@ -208,6 +208,20 @@ def test_activation_checkpointing_changes_nothing(kind, reentrant):
             second_forward(model, x)
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
+        assert unchanged(snapshot(net), twin)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["mbn paper", "brn"])
+def test_a_repeated_forward_that_remembers_does_so_once_and_warns_once(kind, reentrant, no_warning_yet):
+    """With forwards=1 it meets a memory that holds its batch already: its gradients are not those of the first one."""
+    net = network(kind, forwards=1)
+    twin = copy.deepcopy(net)
+    for t in range(2):
+        x = inputs(4, 3, 5, 5, at=t).requires_grad_()
+        net(x).square().sum().backward()
+        messages = said(lambda: checkpoint(twin, x, use_reentrant=reentrant).square().sum().backward())  # noqa: B023
+        assert [("forwards=2" in message, "gradients" in message) for message in messages] == [(True, True)] * (t == 0)
         assert unchanged(snapshot(net), twin)
 
 
