@@ -102,7 +102,8 @@ class BatchStatisticsNorm(nn.Module):
     needed_gradients: tuple[bool, ...] = ()
     # torch sets it in the copies that nn.DataParallel makes for one forward.
     _is_replica = False
-    # Whether there was a training forward since the last second forward, and whether it looks forgotten.
+    # Whether there was a training forward since the last second forward, whether there were several or a compiled one,
+    # and whether there ever was a second forward.
     _waiting = False
     _forgotten = False
     _second_run = False
@@ -147,7 +148,8 @@ class BatchStatisticsNorm(nn.Module):
         self.forwards = forwards
         self.phase = "first"
         # What forwards write is there from the start: for new attributes torch 2.11 compiles again.
-        self.noted, self.deferred, self._waiting, self._forgotten, self.tally = (), False, False, False, None
+        self.noted, self.deferred, self.tally = (), False, None
+        self._waiting, self._forgotten, self._second_run = False, False, False
         self.sync = True if sync is None and process_group is not None else sync
         self._process_group = _Shared(process_group)
         like = {"device": device, "dtype": dtype}
@@ -380,11 +382,12 @@ class BatchStatisticsNorm(nn.Module):
     def second_forward_was_run(self) -> None:
         """Called after each second forward, whether it used the layer or not."""
         self._waiting = self._forgotten = False
+        self._second_run = True
 
     def _forget_forwards(self) -> None:
         """Of this state there was no training forward yet: no second forward is missing."""
         self.forward_versions, self.second_versions = (), ()
-        self._waiting = self._forgotten = False
+        self._waiting = self._forgotten = self._second_run = False
 
     def joint_group(self) -> Any:
         """The processes over which training takes this layer's statistics; None for this one alone."""
@@ -439,7 +442,8 @@ class BatchStatisticsNorm(nn.Module):
             self._tell_of_processes()  # which compiled code cannot
         if not mode and self._waiting | self._forgotten:
             stepped = bool(self.forward_versions) and self.versions() != self.forward_versions
-            if self._forgotten or stepped:
+            # Several forwards alone say it only where there never was a second one: a generator may have some between.
+            if stepped or (self._forgotten and not self._second_run):
                 _warn_forgotten()
             self._waiting = self._forgotten = False
         return super().train(mode)

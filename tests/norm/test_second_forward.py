@@ -312,6 +312,27 @@ def test_no_warning_without_a_forgotten_second_forward(layer, case, no_warning_y
     assert warned(model) == []
 
 
+@layers
+@pytest.mark.parametrize("how", ["no_grad", "detached", "compiled"])
+def test_forwards_for_another_network_after_a_second_forward_are_not_forgotten(layer, how, no_warning_yet):
+    """A generator's, in several steps of its critic: no weight of it changes."""
+    torch._dynamo.reset()
+    model, x = layer(3, forwards=2), torch.randn(4, 3)
+    forward = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    for _ in range(3):
+        forward(x).sum().backward()
+        renew(model)
+        second_forward(model, x)
+        for _ in range(2):
+            with torch.no_grad() if how == "no_grad" else contextlib.nullcontext():
+                forward(x)
+    assert warned(model) == []
+    for _ in range(2):
+        model(x).sum().backward()
+        renew(model)
+    assert len(warned(model)) == 1
+
+
 def test_a_warning_made_an_error_is_raised_again_next_time(no_warning_yet):
     model = MemorizedBatchNorm1d(3)
     for _ in range(2):
