@@ -37,6 +37,7 @@ def as_in_training(
     them back); the modes of module are put back at the end. forward: called with each input in place of module.
     """
     modes = [(child, child.training) for child in module.modules()]
+    unfrozen = [(layer, layer.unfrozen_mode) for layer in norm_layers(module)]
     try:
         if not any(layer.training for layer in norm_layers(module)):
             module.train()
@@ -55,3 +56,5 @@ def as_in_training(
     finally:
         for child, mode in modes:
             child.training = mode
+        for layer, mode in unfrozen:
+            layer.unfrozen_mode = mode

@@ -98,6 +98,8 @@ class BatchStatisticsNorm(nn.Module):
     deferred = False
     # True between `freeze` and `unfreeze`: the layer stays in eval mode.
     frozen = False
+    # The mode that a frozen layer would be in without `freeze`.
+    unfrozen_mode = True
     # Whether gamma and beta needed gradients before `freeze`.
     needed_gradients: tuple[bool, ...] = ()
     # torch sets it in the copies that nn.DataParallel makes for one forward.
@@ -437,7 +439,8 @@ class BatchStatisticsNorm(nn.Module):
         )
 
     def train(self, mode: bool = True):
-        mode = mode and not self.frozen
+        if self.frozen:
+            self.unfrozen_mode, mode = mode, False
         if mode:
             self._tell_of_processes()  # which compiled code cannot
         if not mode and self._waiting | self._forgotten:

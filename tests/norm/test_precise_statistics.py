@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision.ops import StochasticDepth
 
-from mbn import MemorizedBatchNorm1d, MemorizedBatchNorm2d, freeze, second_forward, set_precise_statistics
+from mbn import MemorizedBatchNorm1d, MemorizedBatchNorm2d, freeze, second_forward, set_precise_statistics, unfreeze
 from mbn.norm.base import norm_layers
 
 PRECISE = {"running_mean", "running_var", "running_std"}
@@ -68,6 +68,8 @@ def test_frozen_layers_and_modes_stay_and_a_forward_can_be_given():
     assert not net.training
     assert not any(layer.training for layer in norm_layers(net))
     assert not seen[0].requires_grad
+    unfreeze(net[1])
+    assert not net[1].training
 
 
 class Called(nn.Module):
