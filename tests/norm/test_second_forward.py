@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mbn.norm.base as base
 import mbn.norm.second_forward as home
-from mbn import BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d, convert, held, second_forward
+from mbn import BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d, convert, freeze, held, second_forward
 from mbn.norm.base import BatchStatisticsNorm, norm_layers
 from mbn.norm.memories import AllMemories
 
@@ -132,6 +132,18 @@ def test_second_forward_refuses_eval_mode_and_a_model_without_a_layer_of_two_for
         second_forward(model, torch.randn(4, 3))
     assert ". " not in str(caught.value)
     assert unchanged(before, model)
+
+
+def test_second_forward_refuses_a_network_of_which_only_the_wrapper_is_in_training_mode():
+    net, x = network("mbn paper", forwards=2).eval(), inputs(4, 3, 5, 5)
+    wrapper = nn.Sequential(net)
+    with pytest.raises(RuntimeError, match=r"are in eval mode: call train\(\) on the module that holds them") as caught:
+        second_forward(wrapper, x)
+    assert ". " not in str(caught.value)
+    freeze(net)
+    before = snapshot(net)
+    second_forward(wrapper, x)
+    assert unchanged(before, net)
 
 
 @layers
