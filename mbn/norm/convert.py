@@ -95,7 +95,8 @@ def convert(
     The new layers hold the very same parameters (an optimiser made before still works). They take over running
     statistics (see pretrained_batches), eps, device, dtype, train mode, forward and backward hooks, child modules, and
     attributes that were set on the old ones; "bn" also takes over the momentum. A layer that the network also holds in
-    a list, tuple, dict or set of its own is exchanged there too.
+    a list, tuple, dict or set of its own is exchanged there too; what else holds it (a deque, a frozenset, a partial, a
+    bound method) keeps the old one.
 
     A subclass of BatchNorm with a forward of its own (timm's BatchNormAct2d, a BatchNorm with a ReLU) becomes a layer
     of ours that applies the same activation or dropout after it has normalised. What it applies is found by comparing

@@ -21,9 +21,10 @@ def set_precise_statistics(
 ) -> None:
     """Replace the test statistics of our layers inside module by those of their inputs over batches.
 
-    A layer that no batch reaches keeps what it has. Every value counts the same, in whichever batch it is. For evaluation after training, above all with batches too
-    small for the memory to hold many images; `torch.optim.swa_utils.update_bn` does the same for nn.BatchNorm. To train
-    on afterwards use a copy for this: MemorizedBatchNorm would take the new statistics for its memory's pool.
+    A layer that no batch reaches keeps what it has. Every value counts the same, in whichever batch it is. For
+    evaluation after training, above all with batches too small for the memory to hold many images;
+    `torch.optim.swa_utils.update_bn` does the same for nn.BatchNorm. To train on afterwards use a copy for this:
+    MemorizedBatchNorm would take the new statistics for its memory's pool.
 
     Arguments:
         module: a network. Its mode, its gradients and what its layers remember stay as they are.
@@ -33,9 +34,10 @@ def set_precise_statistics(
         roll: let the memories and averages go along with the batches, the weights being fixed, and put them back at the
             end. False holds them, which is wrong where the batches are not those at the end of training.
 
-    Layers in eval mode beside others in training mode, and frozen ones (`freeze`), are left alone; where all are in eval
-    mode, as in a trained network, all take part. Every other module is in eval mode meanwhile: no dropout draws, and
-    an nn.BatchNorm normalises by its averages and does not move them. With sync=True the statistics are those of all processes.
+    Our layers that are in eval mode beside others in training mode, and frozen ones (`freeze`), are left alone; where
+    all are in eval mode, as in a trained network, all that are not frozen take part. Every other module is in eval mode
+    meanwhile: no dropout draws, and an nn.BatchNorm normalises by its averages and does not move them. With sync=True
+    the statistics are those of all processes.
 
     Errors: ValueError where batches is empty, or no layer saw a value of it.
 

@@ -57,7 +57,9 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     since the training forward, but some changed between the last second_forward and this training forward. So it warns
     from the second iteration on, and is silent where nothing changes at all (a learning rate of 0, a step that a
     GradScaler skips, parameters that the optimizer does not have). It knows of changes by autograd's version counters:
-    it sees nothing of compiled forwards, and of optimizers that go past these counters, as those with fused=True do.
+    it sees nothing of compiled forwards, nor the steps of optimizers that go past these counters, as those with
+    fused=True do. With these it warns falsely where something else writes parameters between the iterations, as
+    averaged weights do that are swapped in and out for evaluation.
 
     Errors: RuntimeError where module or all its layers with forwards=2 are in eval mode (and none is frozen), or where
     it has none.
