@@ -28,28 +28,33 @@ def kept(module: nn.Module) -> Iterator[None]:
 def as_in_training(
     module: nn.Module, roll: bool, forward: Callable[[Any], Any] | None = None
 ) -> Iterator[Callable[[Any], Any]]:
-    """A context that gives a function of an input: module's forward in training mode, dropout off, no gradients.
+    """A context that gives a function of an input: module's forward with our layers in training mode, no gradients.
+
+    Every other module is in eval mode, so that no dropout draws. Of our layers those that are in training mode take
+    part, and where none is (a network that was trained) all that module.train() reaches: not those that are frozen.
 
     roll: whether the memories and averages take each batch in, as in training. They stay as they then are (`kept` puts
-    them back); the modes of module are put back at the end. forward: called with each input in place of module. Frozen
-    layers stay as they are.
+    them back); the modes of module are put back at the end. forward: called with each input in place of module.
     """
-    layers = [layer for layer in norm_layers(module) if not layer.frozen]
-    of_two = [layer for layer in layers if layer.forwards == 2]
     modes = [(child, child.training) for child in module.modules()]
-    module.train()
-    for child in module.modules():
-        if isinstance(child, nn.modules.dropout._DropoutNd):
-            child.training = False
-
-    def take(x: Any) -> Any:
-        with torch.no_grad(), phase(of_two, "second") if roll else held(module):
-            y = (forward or module)(x)
-        enter_noted(layers)
-        return y
-
+    unfrozen = [(layer, layer.unfrozen_mode) for layer in norm_layers(module)]
     try:
+        if not any(layer.training for layer in norm_layers(module)):
+            module.train()
+        layers = [layer for layer in norm_layers(module) if layer.training]
+        of_two = [layer for layer in layers if layer.forwards == 2]
+        for child in module.modules():
+            child.training = child in layers
+
+        def take(x: Any) -> Any:
+            with torch.no_grad(), phase(of_two, "second") if roll else held(module):
+                y = (forward or module)(x)
+            enter_noted(layers)
+            return y
+
         yield take
     finally:
         for child, mode in modes:
             child.training = mode
+        for layer, mode in unfrozen:
+            layer.unfrozen_mode = mode

@@ -91,17 +91,26 @@ class BatchStatisticsNorm(nn.Module):
     second_versions: tuple[tuple[int, int], ...] = ()
     # Batches that wait for the end of the second forward. More than one if the layer was called more than once.
     noted: tuple[Note, ...] = ()
+    # Mean and biased variance (C,) and number (1,) of all values that training forwards have normalised, changed in
+    # place; None where nobody asks. Not by a hook: compiled code and a direct call of forward run none.
+    tally: tuple[Tensor, Tensor, Tensor] | None = None
     # True while an `AllMemories` enters the batches of this layer and others at once.
     deferred = False
     # True between `freeze` and `unfreeze`: the layer stays in eval mode.
     frozen = False
+    # The mode that a frozen layer would be in without `freeze`.
+    unfrozen_mode = True
     # Whether gamma and beta needed gradients before `freeze`.
     needed_gradients: tuple[bool, ...] = ()
     # torch sets it in the copies that nn.DataParallel makes for one forward.
     _is_replica = False
-    # Whether there was a training forward since the last second forward, and whether it looks forgotten.
+    # Whether there was a training forward since the last second forward, whether there were several or a compiled one,
+    # and whether there ever was a second forward.
     _waiting = False
     _forgotten = False
+    _second_run = False
+    # Whether training forwards normalise by what is remembered, so that it matters when a batch is.
+    uses_what_it_remembers = True
     # The images of a batch that are normalised together; None for all.
     group_size: int | None = None
     # Of a converted layer: the old one without its tensors, for the way back.
@@ -141,7 +150,8 @@ class BatchStatisticsNorm(nn.Module):
         self.forwards = forwards
         self.phase = "first"
         # What forwards write is there from the start: for new attributes torch 2.11 compiles again.
-        self.noted, self.deferred, self._waiting, self._forgotten = (), False, False, False
+        self.noted, self.deferred, self.tally = (), False, None
+        self._waiting, self._forgotten, self._second_run = False, False, False
         self.sync = True if sync is None and process_group is not None else sync
         self._process_group = _Shared(process_group)
         like = {"device": device, "dtype": dtype}
@@ -235,6 +245,11 @@ class BatchStatisticsNorm(nn.Module):
         remember = self.phase == ("first", "second")[self.forwards - 1]
         if self.phase == "first" and self.forwards == 2:
             self._note_first_forward()
+        if remember and self.phase == "first" and self.uses_what_it_remembers and in_backward():
+            _warn_repeated()
+            remember = False
+        if self.tally is not None:
+            self._add_to_tally(x, *self.tally)
         if self.group_size is not None:
             return self._train_in_groups(x, remember)
         joint = self.joint_batch(x)
@@ -323,6 +338,18 @@ class BatchStatisticsNorm(nn.Module):
         return (*batch_moments(x), values_per_channel(x)) if joint is None else (joint.mu, joint.s2, joint.n)
 
     @torch.no_grad()
+    def _add_to_tally(self, x: Tensor, mean: Tensor, variance: Tensor, n: Tensor) -> None:
+        """Take the values of x into their mean, variance and number (Chan et al. 1979), in place."""
+        if x.numel() == 0 and self.joint_group() is None:
+            return
+        new_mean, new_variance, new_n = self.moments(x)
+        n += new_n
+        share = new_n / n
+        distance = new_mean - mean
+        mean += share * distance
+        variance.mul_(1 - share).add_(share * new_variance).add_(share * (1 - share) * distance.square())
+
+    @torch.no_grad()
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and sqrt(variance + eps) (C,) that would normalise x in training now. Changes nothing.
 
@@ -357,11 +384,12 @@ class BatchStatisticsNorm(nn.Module):
     def second_forward_was_run(self) -> None:
         """Called after each second forward, whether it used the layer or not."""
         self._waiting = self._forgotten = False
+        self._second_run = True
 
     def _forget_forwards(self) -> None:
         """Of this state there was no training forward yet: no second forward is missing."""
         self.forward_versions, self.second_versions = (), ()
-        self._waiting = self._forgotten = False
+        self._waiting = self._forgotten = self._second_run = False
 
     def joint_group(self) -> Any:
         """The processes over which training takes this layer's statistics; None for this one alone."""
@@ -411,12 +439,14 @@ class BatchStatisticsNorm(nn.Module):
         )
 
     def train(self, mode: bool = True):
-        mode = mode and not self.frozen
+        if self.frozen:
+            self.unfrozen_mode, mode = mode, False
         if mode:
             self._tell_of_processes()  # which compiled code cannot
         if not mode and self._waiting | self._forgotten:
             stepped = bool(self.forward_versions) and self.versions() != self.forward_versions
-            if self._forgotten or stepped:
+            # Several forwards alone say it only where there never was a second one: a generator may have some between.
+            if stepped or (self._forgotten and not self._second_run):
                 _warn_forgotten()
             self._waiting = self._forgotten = False
         return super().train(mode)
@@ -487,7 +517,7 @@ class BatchStatisticsNorm(nn.Module):
         super().__setstate__(state)
         # A copy enters its batches on its own, and not in a second forward that someone else has begun.
         self.deferred = False
-        self.phase, self.noted = "first", ()
+        self.phase, self.noted, self.tally = "first", (), None
         self._forget_forwards()
 
     def extra_repr(self) -> str:
@@ -511,11 +541,16 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def in_backward() -> bool:
+    """Whether autograd is at work in this thread: a forward is then one that activation checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
-    """Whether a BatchNorm's running statistics come from data."""
+    """Whether a BatchNorm's running statistics come from data. The counter alone does not say so: files may lack it."""
     if mean.is_meta or not bool((mean.isfinite() & var.isfinite()).all()):
         return False
-    return bool(tracked > 0) if tracked is not None else bool(((mean != 0) | (var != 1)).any())
+    return (tracked is not None and bool(tracked > 0)) or bool(((mean != 0) | (var != 1)).any())
 
 
 def _shortest(value: float, dtype: torch.dtype) -> float:
@@ -530,6 +565,16 @@ def _warn_forgotten() -> None:
     warnings.warn(
         "eval() follows training forwards that remembered nothing (forwards=2), so evaluation uses statistics from "
         "before them: call second_forward(model, inputs) after each optimizer.step()",
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _warn_repeated() -> None:
+    """Warn only once in a process, as above."""
+    warnings.warn(
+        "a forward was repeated in the backward pass (activation checkpointing), where layers with forwards=1 meet a "
+        "memory that holds the batch already: gradients are wrong; use convert(..., forwards=2) and second_forward",
         stacklevel=4,
     )
 

@@ -23,7 +23,7 @@ class _BatchNorm(BatchStatisticsNorm):
     Arguments:
         num_features: C, the number of channels.
         eps: added to the variance, above 0.
-        momentum: the share of the newest batch in the moving averages, in (0, 1]; None for the mean of all batches.
+        momentum: the share of the newest batch in the moving averages, in [0, 1]; None for the mean of all batches.
         forwards: 1 or 2.
         group_size: None, or N: mu_B and s2_B are those of each group of N images. The averages move towards the mean
             over the groups of their means and unbiased variances, weighted by their number of images.
@@ -42,6 +42,7 @@ class _BatchNorm(BatchStatisticsNorm):
 
     statistics = ("running_mean", "running_var")
     settings = ("momentum", "forwards", "group_size")
+    uses_what_it_remembers = False
 
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -62,7 +63,7 @@ class _BatchNorm(BatchStatisticsNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine, bias, forwards, group_size, sync, process_group, device, dtype)
-        check_number("momentum", momentum, lambda: momentum is None or 0 < momentum <= 1, "in (0, 1] or None")
+        check_number("momentum", momentum, lambda: momentum is None or 0 <= momentum <= 1, "in [0, 1] or None")
         self.momentum = momentum
         self.register_buffer("running_var", torch.ones(num_features, **self._like))
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))

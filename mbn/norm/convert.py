@@ -95,7 +95,8 @@ def convert(
     The new layers hold the very same parameters (an optimiser made before still works). They take over running
     statistics (see pretrained_batches), eps, device, dtype, train mode, forward and backward hooks, child modules, and
     attributes that were set on the old ones; "bn" also takes over the momentum. A layer that the network also holds in
-    a list, tuple, dict or set of its own is exchanged there too.
+    a list, tuple, dict or set of its own is exchanged there too; what else holds it (a deque, a frozenset, a partial, a
+    bound method) keeps the old one.
 
     A subclass of BatchNorm with a forward of its own (timm's BatchNormAct2d, a BatchNorm with a ReLU) becomes a layer
     of ours that applies the same activation or dropout after it has normalised. What it applies is found by comparing
@@ -126,9 +127,9 @@ def convert(
     Errors: ValueError for an unknown norm, and for a layer of ours in module that is of another norm or has another
     value of a setting that is given. TypeError for a setting the layer does not have (the message lists those it has),
     and, by its name, for a layer that cannot be converted: it is lazy; a SyncBatchNorm without sync=True; has no
-    running statistics; is parametrized or pruned; has a forward that was set on this one object, hooks on its state
-    dict, or parameters and buffers that BatchNorm has not; is of a class whose forward is not understood. After an
-    error nothing has been changed.
+    running statistics; has a momentum outside [0, 1] that "bn" would take over; is parametrized or pruned; has a
+    forward that was set on this one object, hooks on its state dict, or parameters and buffers that BatchNorm has not;
+    is of a class whose forward is not understood. After an error nothing has been changed.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert needs a module, such as Network(), and not {module!r}")

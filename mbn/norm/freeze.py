@@ -21,17 +21,19 @@ def freeze(module: nn.Module) -> None:
     for layer in layers:
         if not layer.frozen:
             own = (layer.weight, layer.bias)
+            mode = layer.training
             layer.frozen, layer.needed_gradients = True, tuple(p is not None and p.requires_grad for p in own)
             layer.train(False)
+            layer.unfrozen_mode = mode
             _require_gradients(layer, (False, False))
 
 
 def unfreeze(module: nn.Module) -> None:
-    """Undo `freeze`: the layers are in module's mode again, and gamma and beta need gradients if they did before."""
+    """Undo `freeze`: mode and need of gradients are what they would be without it."""
     for layer in norm_layers(module):
         if layer.frozen:
             layer.frozen = False
-            layer.train(module.training if module is not layer else True)
+            layer.train(layer.unfrozen_mode)
             _require_gradients(layer, layer.needed_gradients)
 
 

@@ -48,7 +48,9 @@ def to_ours(
     if follows is None:
         raise refuse(f"does more than batch norm, and what it does is not known: {otherwise}")
 
-    if issubclass(ours, _BatchNorm):
+    if issubclass(ours, _BatchNorm) and "momentum" not in settings:
+        if old.momentum is not None and not 0 <= old.momentum <= 1:
+            raise refuse(f"has momentum={old.momentum!r}, which must be in [0, 1] or None: set it before")
         settings = {"momentum": old.momentum, **settings}
     mean = old.running_mean
     new = ours(

@@ -29,12 +29,32 @@ class UnitConv2d(nn.Conv2d):
     Source: Arpit et al., "Normalization Propagation", ICML 2016.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False, **kwargs):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        bias=False,
+        *,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ):
         if bias:
             raise ValueError("a unit-norm convolution has its own shift: bias must be False")
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False, **kwargs)
-        self.gain = nn.Parameter(torch.full((out_channels,), 1 / JACOBIAN))
-        self.shift = nn.Parameter(torch.zeros(out_channels))
+        like = {"device": device, "dtype": dtype}
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False, **like, **kwargs)
+        self.gain = nn.Parameter(torch.full((out_channels,), 1 / JACOBIAN, **like))
+        self.shift = nn.Parameter(torch.zeros(out_channels, **like))
+
+    def reset_parameters(self) -> None:
+        """Back to the start: weight as nn.Conv2d's, gamma 1/1.21, beta 0."""
+        super().reset_parameters()
+        if "gain" in self._parameters:  # not in nn.Conv2d's __init__
+            nn.init.constant_(self.gain, 1 / JACOBIAN)
+            nn.init.zeros_(self.shift)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.unit_weight(), self.shift)

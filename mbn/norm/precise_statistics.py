@@ -1,7 +1,7 @@
 """Test statistics taken again with the final weights, over as many images as one likes (PreciseBN)."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ def set_precise_statistics(
     forward: Callable[[Any], object] | None = None,
     roll: bool = True,
 ) -> None:
-    """Replace the test statistics of all our layers inside module by those of their inputs over batches.
+    """Replace the test statistics of our layers inside module by those of their inputs over batches.
 
-    Every value counts the same, in whichever batch it is. For evaluation after training, above all with batches too
-    small for the memory to hold many images; `torch.optim.swa_utils.update_bn` does the same for nn.BatchNorm. To train
-    on afterwards use a copy for this: MemorizedBatchNorm would take the new statistics for its memory's pool.
+    A layer that no batch reaches keeps what it has. Every value counts the same, in whichever batch it is. For
+    evaluation after training, above all with batches too small for the memory to hold many images;
+    `torch.optim.swa_utils.update_bn` does the same for nn.BatchNorm. To train on afterwards use a copy for this:
+    MemorizedBatchNorm would take the new statistics for its memory's pool.
 
     Arguments:
         module: a network. Its mode, its gradients and what its layers remember stay as they are.
@@ -33,44 +34,46 @@ def set_precise_statistics(
         roll: let the memories and averages go along with the batches, the weights being fixed, and put them back at the
             end. False holds them, which is wrong where the batches are not those at the end of training.
 
-    Dropout is off. Frozen layers (`freeze`) are left alone. With sync=True the statistics are those of all processes.
+    Our layers that are in eval mode beside others in training mode, and frozen ones (`freeze`), are left alone; where
+    all are in eval mode, as in a trained network, all that are not frozen take part. Every other module is in eval mode
+    meanwhile: no dropout draws, and an nn.BatchNorm normalises by its averages and does not move them. With sync=True
+    the statistics are those of all processes.
 
-    Errors: ValueError where batches is empty.
+    Errors: ValueError where batches is empty, or no layer saw a value of it.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     """
-    layers = [layer for layer in norm_layers(module) if not layer.frozen]
-    moments = [_Moments(layer) for layer in layers]
     empty = True
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept(module))
         take = stack.enter_context(as_in_training(module, roll, forward))
-        for layer, own in zip(layers, moments, strict=True):
-            stack.enter_context(layer.register_forward_hook(own.note))
+        layers = [layer for layer in norm_layers(module) if layer.training]
+        tallies = stack.enter_context(_tallied(layers))
         for batch in batches:
             empty = False
             take(batch[0] if isinstance(batch, tuple | list) else batch)
     if empty:
         raise ValueError("set_precise_statistics was given no batch: give it batches of training inputs")
-    for layer, own in zip(layers, moments, strict=True):
-        layer.set_test_statistics(own.mean, own.variance)
+    seen = [(layer, mean, variance) for layer, (mean, variance, n) in zip(layers, tallies, strict=True) if n > 0]
+    if layers and not seen:
+        raise ValueError(
+            "set_precise_statistics: no layer saw a value: give it batches, or a forward, that reach module's layers"
+        )
+    for layer, mean, variance in seen:
+        layer.set_test_statistics(mean, variance)
 
 
-class _Moments:
-    """Running mean and biased variance of all values seen, (C,) in float64 (Chan et al. 1979), changed in place."""
-
-    def __init__(self, layer: BatchStatisticsNorm) -> None:
+@contextlib.contextmanager
+def _tallied(layers: list[BatchStatisticsNorm]) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """A context in which layers take the values that they normalise into these means, variances and numbers."""
+    tallies = []
+    for layer in layers:
         wide = torch.float32 if layer.running_mean.device.type == "mps" else torch.float64  # which mps lacks
-        self.mean = torch.zeros_like(layer.running_mean, dtype=wide)
-        self.variance, self.n = self.mean.clone(), self.mean.new_zeros(1)
-
-    def note(self, layer: BatchStatisticsNorm, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        """Take in the values that were normalised: a forward hook."""
-        if inputs[0].numel() == 0 and layer.joint_group() is None:
-            return
-        mean, variance, n = layer.moments(inputs[0])
-        self.n += n
-        share = n / self.n
-        distance = mean - self.mean
-        self.mean += share * distance
-        self.variance.mul_(1 - share).add_(share * variance).add_(share * (1 - share) * distance.square())
+        mean = torch.zeros_like(layer.running_mean, dtype=wide)
+        layer.tally = (mean, mean.clone(), mean.new_zeros(1))
+        tallies.append(layer.tally)
+    try:
+        yield tallies
+    finally:
+        for layer in layers:
+            layer.tally = None

@@ -159,10 +159,13 @@ class _BatchRenorm(BatchStatisticsNorm):
         if variance is not None:
             wide = variance.to(statistics_dtype(variance.dtype))
             state_dict[prefix + "running_std"] = (wide + self.eps).sqrt()
-            if mean is not None and prefix + "num_batches_tracked" not in state_dict:  # older BatchNorms have none
+            key = prefix + "num_batches_tracked"
+            tracked = state_dict.get(key)  # older BatchNorms have none
+            trained = mean is not None and is_trained(mean, variance, tracked)
+            if trained or (mean is not None and tracked is None):
                 # If it were 0, the first update would overwrite their averages.
-                tracked = torch.tensor(int(is_trained(mean, variance, None)), device=mean.device)
-                state_dict[prefix + "num_batches_tracked"] = tracked
+                tracked = torch.tensor(0, device=mean.device) if tracked is None else tracked
+                state_dict[key] = tracked.clamp(min=int(trained))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -57,17 +57,26 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     since the training forward, but some changed between the last second_forward and this training forward. So it warns
     from the second iteration on, and is silent where nothing changes at all (a learning rate of 0, a step that a
     GradScaler skips, parameters that the optimizer does not have). It knows of changes by autograd's version counters:
-    it sees nothing of compiled forwards, and of optimizers that go past these counters, as those with fused=True do.
+    it sees nothing of compiled forwards, nor the steps of optimizers that go past these counters, as those with
+    fused=True do. With these it warns falsely where something else writes parameters between the iterations, as
+    averaged weights do that are swapped in and out for evaluation.
 
-    Errors: RuntimeError where module is in eval mode, or has no layer with forwards=2.
+    Errors: RuntimeError where module or all its layers with forwards=2 are in eval mode (and none is frozen), or where
+    it has none.
 
     Source: Guo et al., AAAI 2018, Algorithm 1, lines 10 to 12.
     """
     if not module.training:
         raise RuntimeError("second_forward needs the module in training mode: call module.train() first")
     layers = norm_layers(module)
-    if not any(layer.forwards == 2 for layer in layers):
+    of_two = [layer for layer in layers if layer.forwards == 2]
+    if not of_two:
         raise RuntimeError(_no_layer_of_two_forwards(layers))
+    if not any(layer.training or layer.frozen for layer in of_two):
+        raise RuntimeError(
+            "second_forward: all layers with forwards=2 are in eval mode: call train() on the module that holds them "
+            "first, or freeze(module) if they are to stay as they are"
+        )
     if not torch.compiler.is_compiling():
         _check_order(layers)
     torch.clear_autocast_cache()  # it may hold the weights from before the step

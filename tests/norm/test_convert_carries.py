@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
-from mbn import convert, norm_layers, to_batch_norm
+from mbn import convert, norm_layers, second_forward, to_batch_norm
 from mbn.norm.convert import NORMS
 
 norms = pytest.mark.parametrize("norm", NORMS)
@@ -336,3 +336,23 @@ def test_a_module_that_fsdp_has_sharded_is_refused_both_ways(name):
     assert type(model[0][0]) is nn.BatchNorm2d
     with pytest.raises(RuntimeError, match=r"load its full state dict .* into the same network without FSDP"):
         to_batch_norm(sharded(convert(nn.BatchNorm2d(3))))
+
+
+def test_a_momentum_of_0_holds_the_averages_as_in_torch():
+    old = nn.BatchNorm2d(3, momentum=0.0)
+    for forwards in (1, 2):
+        layer, x = convert(copy.deepcopy(old), "bn", forwards=forwards), torch.randn(4, 3, 2, 2)
+        old(x)
+        if forwards == 2:
+            second_forward(layer, x)
+        else:
+            layer(x)
+        assert_close([layer.running_mean, layer.running_var], [old.running_mean, old.running_var], atol=0, rtol=0)
+        assert to_batch_norm(layer).momentum == 0
+
+
+def test_a_momentum_that_is_no_share_is_refused_by_the_layers_name():
+    net = nn.Sequential(nn.BatchNorm2d(3, momentum=1.5))
+    with pytest.raises(TypeError, match=r"layer 0, a BatchNorm2d, .* momentum=1.5, which must be in \[0, 1\] or None"):
+        convert(net, "bn")
+    assert convert(net, "bn", momentum=0.5)[0].momentum == 0.5

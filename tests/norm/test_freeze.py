@@ -51,6 +51,19 @@ def test_unfrozen_layers_are_as_before(kind):
     assert not any(layer.training for layer in norm_layers(net))
 
 
+@pytest.mark.parametrize("part", [lambda net: net[1], lambda net: net], ids=["a layer", "its network"])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("after", [None, True, False])
+def test_unfrozen_layers_are_in_the_mode_that_they_would_be_in_without_freeze(part, before, after):
+    net = network("mbn paper").train(before)
+    freeze(part(net))
+    if after is not None:
+        net.train(after)
+    for copied in (copy.deepcopy(net), net):
+        unfreeze(part(copied))
+        assert {module.training for module in copied.modules()} == {before if after is None else after}
+
+
 def test_a_network_without_our_layers_warns_at_every_call():
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"freeze found none of our layers: call convert\(model\)") as caught:

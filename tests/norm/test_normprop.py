@@ -81,6 +81,24 @@ def test_gain_starts_at_1_over_1_21_and_shift_at_0():
     assert set(layer.state_dict()) == {"weight", "gain", "shift"}
 
 
+@pytest.mark.parametrize("settings", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_device_and_dtype_are_those_of_all_parameters(settings):
+    layer = UnitConv2d(3, 4, 2, **settings)
+    assert {(p.dtype, p.device) for p in layer.parameters()} == {(layer.weight.dtype, layer.weight.device)}
+    assert layer.weight.is_meta or layer(torch.randn(1, 3, 2, 2, **settings)).dtype == torch.float64
+
+
+def test_reset_parameters_puts_gain_and_shift_back_too():
+    layer = conv()
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    assert_close(layer.state_dict(), UnitConv2d(3, 4, 2, dtype=torch.float64).state_dict())
+    emptied = torch.nn.utils.skip_init(UnitConv2d, 3, 4, 2)  # asks the signature for a device
+    emptied.reset_parameters()
+    assert torch.equal(emptied.gain, torch.full((4,), 1 / 1.21))
+
+
 def test_a_bias_is_refused():
     with pytest.raises(ValueError, match="bias must be False"):
         UnitConv2d(3, 4, 2, bias=True)

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layer_kinds import inputs, kinds, make, network, one_or_two, remember, snapshot, unchanged
 from torch import nn
 from torch.testing import assert_close
+from torchvision.ops import StochasticDepth
 
-from mbn import MemorizedBatchNorm2d, freeze, second_forward, set_precise_statistics
+from mbn import MemorizedBatchNorm1d, MemorizedBatchNorm2d, freeze, second_forward, set_precise_statistics, unfreeze
 from mbn.norm.base import norm_layers
 
 PRECISE = {"running_mean", "running_var", "running_std"}
@@ -66,6 +68,123 @@ def test_frozen_layers_and_modes_stay_and_a_forward_can_be_given():
     assert not net.training
     assert not any(layer.training for layer in norm_layers(net))
     assert not seen[0].requires_grad
+    unfreeze(net[1])
+    assert not net[1].training
+
+
+class Called(nn.Module):
+    """Calls its layer past the hooks, as networks do that call a layer's forward."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer.forward(x)
+
+
+@kinds
+@pytest.mark.parametrize("way", ["compiled", "compiled before", "forward called"])
+def test_no_way_of_calling_a_layer_goes_past_it(kind, way):
+    """Compiled code, also that of training, does not run hooks that were added after."""
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(3, 3), make(kind, dims=2)).double()
+    for t in range(2):
+        remember(net[1], inputs(4, 3, at=t))
+    twin, batches = copy.deepcopy(net), [inputs(n, 3, at=t) for t, n in enumerate((4, 5, 6))]
+    if way == "forward called":
+        wrapped = nn.Sequential(net[0], Called(net[1]))
+    else:
+        wrapped = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
+    if way == "compiled before":
+        for model in (wrapped, twin):
+            model(batches[0]).sum().backward()
+            if net[1].forwards == 2:
+                second_forward(model, batches[0])
+    for _ in range(2):
+        for model in (wrapped, twin):
+            set_precise_statistics(model, batches)
+        assert_close(net.state_dict(), twin.state_dict(), atol=1e-12, rtol=1e-12)
+        batches = batches[::-1]
+
+
+def test_new_batches_do_not_let_a_compiled_network_be_compiled_again():
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(3, 3), MemorizedBatchNorm1d(3))
+    model, batches = torch.compile(net, backend="aot_eager", fullgraph=True), [torch.randn(4, 3) for _ in range(3)]
+    set_precise_statistics(model, batches[:1])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            set_precise_statistics(model, batches)
+
+
+@kinds
+def test_a_layer_that_the_batches_do_not_reach_keeps_what_it_has(kind):
+    """A head that is used in training only, or a forward that covers a part."""
+    net = nn.Sequential(make(kind), make(kind))
+    for layer in net:
+        remember(layer, inputs(4, 3, 2, 2))
+    before = [snapshot(layer) for layer in net]
+    set_precise_statistics(net, [inputs(4, 3, 2, 2)], forward=net[0])
+    assert [unchanged(*pair) for pair in zip(before, net, strict=True)] == [False, True]
+    with pytest.raises(ValueError, match="no layer saw a value"):
+        set_precise_statistics(net, [inputs(0, 3, 2, 2)])
+    assert unchanged(before[1], net[1])
+    with pytest.raises(ValueError, match="no layer saw a value"):
+        set_precise_statistics(net, [inputs(4, 3, 2, 2)], forward=lambda x: x)
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x[None], x[None], x[None])[0][0]
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x[None])[0][0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Dropout(0.5),
+        Functional(),
+        Attention(4, 2, dropout=0.5, batch_first=True),
+        Recurrent(4, 4, 2, dropout=0.5, batch_first=True),
+        StochasticDepth(0.5, "row"),
+        nn.BatchNorm1d(4),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_all_other_modules_are_in_eval_mode(other, training):
+    """No dropout of whatever kind draws, and torch's batch norm moves nothing and uses what it has."""
+    net = nn.Sequential(other, MemorizedBatchNorm1d(4)).train(training)
+    x, before, generator = torch.randn(8, 4), snapshot(other), torch.get_rng_state()
+    set_precise_statistics(net, [x, x])
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert unchanged(before, other)
+    assert_close(net[1].running_mean, other.eval()(x).mean(0).detach())
+    assert net[1].training == training
+
+
+@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize(
+    ("modes", "taken"), [((True, False), [True, False]), ((True, True), [True, True]), ((False, False), [True, True])]
+)
+def test_layers_in_eval_mode_are_left_alone_unless_all_are(modes, taken, root):
+    """All are in a network that was trained, also where a wrapper (AveragedModel) has a mode of its own."""
+    net = nn.Sequential(*(MemorizedBatchNorm2d(3).train(mode) for mode in modes))
+    net.training = root
+    before = [snapshot(layer) for layer in net]
+    set_precise_statistics(net, [torch.randn(4, 3, 2, 2)])
+    assert [not unchanged(*pair) for pair in zip(before, net, strict=True)] == taken
+    assert (net.training, *(layer.training for layer in net)) == (root, *modes)
 
 
 def test_an_error_leaves_everything_as_it_was():
@@ -77,3 +196,4 @@ def test_an_error_leaves_everything_as_it_was():
         set_precise_statistics(nn.Sequential(nn.Identity(), net[1], net[2]), [inputs(4, 4, 5, 5), inputs(4, 2, 5, 5)])
     assert unchanged(before, net)
     assert net.training
+    assert all(layer.tally is None for layer in norm_layers(net))

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from layer_kinds import affine_of, close, inputs, make, reference_of, renew
+from layer_kinds import affine_of, close, inputs, make, reference_of, remember, renew
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.testing import assert_close
@@ -16,6 +16,7 @@ from mbn.norm.memories import AllMemories
 from mbn.norm.second_forward import phase
 
 TRAINED = torch.tensor(100)
+STANDARD = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)  # mean 0 and variance 1
 
 
 def batch_norm_state(x, tracked=TRAINED):
@@ -83,9 +84,11 @@ def test_until_then_they_wait_and_evaluation_uses_them():
         (TRAINED, inputs(12, 3, 2, 2), 10, -10),
         (TRAINED, inputs(12, 3, 2, 2), 2.5, -2.5),
         (TRAINED, inputs(12, 3, 2, 2), 0, 0),
-        (torch.tensor(0), inputs(12, 3, 2, 2), 10, 0),
+        (torch.tensor(0), inputs(12, 3, 2, 2), 10, -10),
         (None, inputs(12, 3, 2, 2), 10, -10),
-        (None, torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1), 10, 0),  # mean 0 and variance 1
+        (None, STANDARD, 10, 0),
+        (torch.tensor(0), STANDARD, 10, 0),
+        (TRAINED, STANDARD, 10, -10),
         (TRAINED, torch.full((2, 3, 1, 1), torch.inf), 10, 0),
     ],
 )
@@ -95,6 +98,32 @@ def test_only_a_trained_batch_norms_statistics_are_brought(tracked, old, B, coun
     assert layer.memory_count[0] == layer.memory_weight == count
     layer.forget()
     assert layer.memory_count[0] == layer.memory_weight == 0
+
+
+@pytest.mark.parametrize("norm", ["mbn", "brn"])
+def test_statistics_of_a_batch_norm_that_has_counted_no_batch_are_not_overwritten(norm):
+    """Those of a FrozenBatchNorm2d, or of a file without a counter that was loaded into a BatchNorm."""
+    old, x = nn.BatchNorm2d(3), inputs(4, 3, 2, 2, dtype=torch.float32)
+    state = batch_norm_state(inputs(12, 3, 2, 2, at=2), None)
+    old.load_state_dict(state)
+    assert old.num_batches_tracked == 0
+    layer = convert(old, norm)
+    remember(layer, x)
+    mean, own = x.mean((0, 2, 3)), state["running_mean"].float()
+    share = 1 / (1 + 10 * 0.9) if norm == "mbn" else layer.momentum
+    assert_close(layer.running_mean, own + share * (mean - own))
+
+
+@pytest.mark.parametrize("how", ["fresh", "reset", "reset_parameters"])
+def test_the_first_batch_replaces_the_statistics_of_a_batch_norm_without_any(how):
+    old, x = nn.BatchNorm2d(3), inputs(4, 3, 2, 2, dtype=torch.float32)
+    if how != "fresh":
+        old(x + 1)
+        old.reset_running_stats() if how == "reset" else old.reset_parameters()
+    for norm in ("mbn", "brn"):
+        layer = convert(copy.deepcopy(old), norm)
+        remember(layer, x)
+        assert_close(layer.running_mean, x.mean((0, 2, 3)))
 
 
 def test_convert_brings_them_and_a_network_that_was_not_trained_has_none():

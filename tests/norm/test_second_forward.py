@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mbn.norm.base as base
 import mbn.norm.second_forward as home
-from mbn import BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d, convert, held, second_forward
+from mbn import BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d, convert, freeze, held, second_forward
 from mbn.norm.base import BatchStatisticsNorm, norm_layers
 from mbn.norm.memories import AllMemories
 
@@ -24,10 +24,10 @@ layers = pytest.mark.parametrize("layer", [BatchNorm1d, BatchRenorm1d, Memorized
 @pytest.fixture
 def no_warning_yet():
     """A process that has not warned yet, for the tests after this one too."""
-    for once in (base._warn_forgotten, home._warn_too_early):
+    for once in (base._warn_forgotten, base._warn_repeated, home._warn_too_early):
         once.cache_clear()
     yield
-    for once in (base._warn_forgotten, home._warn_too_early):
+    for once in (base._warn_forgotten, base._warn_repeated, home._warn_too_early):
         once.cache_clear()
 
 
@@ -134,6 +134,18 @@ def test_second_forward_refuses_eval_mode_and_a_model_without_a_layer_of_two_for
     assert unchanged(before, model)
 
 
+def test_second_forward_refuses_a_network_of_which_only_the_wrapper_is_in_training_mode():
+    net, x = network("mbn paper", forwards=2).eval(), inputs(4, 3, 5, 5)
+    wrapper = nn.Sequential(net)
+    with pytest.raises(RuntimeError, match=r"are in eval mode: call train\(\) on the module that holds them") as caught:
+        second_forward(wrapper, x)
+    assert ". " not in str(caught.value)
+    freeze(net)
+    before = snapshot(net)
+    second_forward(wrapper, x)
+    assert unchanged(before, net)
+
+
 @layers
 def test_after_a_failed_second_forward_the_next_forward_is_a_first_one(layer):
     model = nn.Sequential(layer(3, forwards=2), nn.Linear(5, 5))
@@ -208,6 +220,20 @@ def test_activation_checkpointing_changes_nothing(kind, reentrant):
             second_forward(model, x)
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
+        assert unchanged(snapshot(net), twin)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["mbn paper", "brn"])
+def test_a_repeated_forward_that_remembers_does_so_once_and_warns_once(kind, reentrant, no_warning_yet):
+    """With forwards=1 it meets a memory that holds its batch already: its gradients are not those of the first one."""
+    net = network(kind, forwards=1)
+    twin = copy.deepcopy(net)
+    for t in range(2):
+        x = inputs(4, 3, 5, 5, at=t).requires_grad_()
+        net(x).square().sum().backward()
+        messages = said(lambda: checkpoint(twin, x, use_reentrant=reentrant).square().sum().backward())  # noqa: B023
+        assert [("forwards=2" in message, "gradients" in message) for message in messages] == [(True, True)] * (t == 0)
         assert unchanged(snapshot(net), twin)
 
 
@@ -296,6 +322,27 @@ def test_no_warning_without_a_forgotten_second_forward(layer, case, no_warning_y
     assert warned(model) == []
     model.train()
     assert warned(model) == []
+
+
+@layers
+@pytest.mark.parametrize("how", ["no_grad", "detached", "compiled"])
+def test_forwards_for_another_network_after_a_second_forward_are_not_forgotten(layer, how, no_warning_yet):
+    """A generator's, in several steps of its critic: no weight of it changes."""
+    torch._dynamo.reset()
+    model, x = layer(3, forwards=2), torch.randn(4, 3)
+    forward = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    for _ in range(3):
+        forward(x).sum().backward()
+        renew(model)
+        second_forward(model, x)
+        for _ in range(2):
+            with torch.no_grad() if how == "no_grad" else contextlib.nullcontext():
+                forward(x)
+    assert warned(model) == []
+    for _ in range(2):
+        model(x).sum().backward()
+        renew(model)
+    assert len(warned(model)) == 1
 
 
 def test_a_warning_made_an_error_is_raised_again_next_time(no_warning_yet):
