@@ -133,7 +133,7 @@ def in_lines(measured: dict[str, Any]) -> list[str]:
 
 def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> None:
     from mbn.data.datasets import load_data
-    from mbn.measure.test_error import batch_size_for, evaluate
+    from mbn.measure.evaluation import batch_size_for, evaluate
     from mbn.training.execution import choose_device
     from mbn.training.iteration import autocast
 

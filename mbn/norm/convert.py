@@ -9,11 +9,11 @@ from torch import nn
 
 from .base import BatchStatisticsNorm
 from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .carry import move_hooks
-from .exchange import exchange
-from .layer_for_layer import TORCH, check_for_torch, to_ours, to_torchs
+from .convert_attributes import move_hooks
+from .convert_layer import TORCH, check_for_torch, to_ours, to_torchs
 from .memorized import MemorizedBatchNorm1d, MemorizedBatchNorm2d, MemorizedBatchNorm3d
 from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .replace_modules import replace_modules
 
 # For each norm: the layers that replace BatchNorm1d, 2d and 3d.
 NORMS: dict[str, tuple[type[BatchStatisticsNorm], ...]] = {
@@ -176,7 +176,7 @@ def _check_replace(replace: Replace) -> None:
 
 def _put(module: nn.Module, instead: dict[nn.Module, nn.Module], parents: list[nn.Module]) -> nn.Module:
     """Put new layers in place of old ones in parents, with the old ones' hooks; return what module is then."""
-    exchange(parents, instead)
+    replace_modules(parents, instead)
     for old, new in instead.items():
         if new is not old:
             move_hooks(old, new)

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from mbn.config import Config, iterations, iterations_per_epoch
 from mbn.data.in_memory import Batch, Data
+from mbn.measure.evaluation import batch_size_for, evaluate
+from mbn.measure.other_rules import LAST, Rules, rules
 from mbn.measure.precise_bn import take_precise_statistics
-from mbn.measure.test_error import batch_size_for, evaluate
-from mbn.measure.test_rules import LAST, Rules, rules
 from mbn.methods import METHODS
 from mbn.norm.as_in_training import kept
 from mbn.system.cuda_graph import unrecorded

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mbn.data.in_memory import Data
+from mbn.measure.evaluation import Evaluation, batch_size_for, evaluate
 from mbn.measure.statistics_gap import Statistics, epoch_statistics, named_relus, training_statistics
-from mbn.measure.test_error import Evaluation, batch_size_for, evaluate
 from mbn.methods import METHODS, group_of
 from mbn.system.cuda_graph import unrecorded
 from mbn.system.signals import StopRequest

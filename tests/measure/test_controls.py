@@ -9,7 +9,7 @@ from running import Tiny, load_script, without
 
 import models
 from mbn.data.datasets import load_data
-from mbn.measure.test_rules import averages_with_momentum, statistics_of_the_test_batch
+from mbn.measure.other_rules import averages_with_momentum, statistics_of_the_test_batch
 from mbn.network_layers import from_config
 from mbn.records import controls
 from mbn.system.signals import StopRequest
@@ -58,7 +58,7 @@ def test_rules_have_the_last_batches_of_training_and_test_batches_in_file_order(
         given.append(list(train))
         return averages_with_momentum(model, momentum, given[-1], *more)
 
-    monkeypatch.setattr("mbn.measure.test_rules.averages_with_momentum", spy)
+    monkeypatch.setattr("mbn.measure.other_rules.averages_with_momentum", spy)
     monkeypatch.setattr("mbn.training.controls.LAST", 3)
     here("norm=bn", *ASKED)
     found, (model, data) = left("norm=bn").record()["controls"]["rules"], network(left("norm=bn"))

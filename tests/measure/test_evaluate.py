@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import train
 from mbn import config
 from mbn.config import REPOSITORY
-from mbn.measure.test_error import batch_size_for, evaluate
+from mbn.measure.evaluation import batch_size_for, evaluate
 from mbn.records import record
 from mbn.training import checkpoint_file
 
@@ -413,7 +413,7 @@ def test_an_export_has_the_mode_of_other_files(digits, tmp_path, measure):
     assert exported.stat().st_mode == other.stat().st_mode
 
 
-# mbn.measure.test_error itself.
+# mbn.measure.evaluation itself.
 
 
 def test_loss_and_errors_by_hand():

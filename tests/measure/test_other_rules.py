@@ -9,8 +9,8 @@ from test_gap import LAYERS, every_norm, images, trained
 from torch.testing import assert_close
 
 from mbn import MemorizedBatchNorm2d, second_forward
-from mbn.measure.test_error import evaluate
-from mbn.measure.test_rules import (
+from mbn.measure.evaluation import evaluate
+from mbn.measure.other_rules import (
     averages_with_momentum,
     newest_entry_as_the_batch,
     rules,

@@ -16,7 +16,7 @@ from layer_kinds import set_changing
 from test_iteration import METHODS, batch, prepare, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mbn.measure.test_error import evaluate
+from mbn.measure.evaluation import evaluate
 from mbn.network_layers import bn, brn, gn, mbn, normprop
 from mbn.norm import memorized
 from mbn.norm.base import norm_layers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import BatchNorm2d
-from .carry import HOOKS, carry_parameters
+from .convert_attributes import HOOKS, carry_parameters
 
 # The classes that normalise and do no more.
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

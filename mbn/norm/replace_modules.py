@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 
-def exchange(parents: Iterable[nn.Module], new: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(parents: Iterable[nn.Module], new: Mapping[nn.Module, nn.Module]) -> None:
     """Put the values of new in place of its keys, wherever one of the parents holds them.
 
     A parent may hold a module as a child, as an attribute that is not registered, and in lists, tuples, dicts and sets,

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mbn.measure.test_error import evaluate
+from mbn.measure.evaluation import evaluate
 from mbn.norm.as_in_training import as_in_training, kept
 from mbn.norm.base import norm_layers
 from mbn.norm.batch import _BatchNorm

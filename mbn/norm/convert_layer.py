@@ -6,8 +6,8 @@ from torch import nn
 
 from .base import BatchStatisticsNorm
 from .batch import _BatchNorm
-from .carry import cannot_carry, carry_parameters, more_attributes
-from .follow import ACTIVATION, what_follows
+from .convert_activation import ACTIVATION, what_follows
+from .convert_attributes import cannot_carry, carry_parameters, more_attributes
 from .functional import statistics_dtype
 from .memorized import _MemorizedBatchNorm
 
