@@ -35,6 +35,7 @@ The same command again goes on with an unfinished run, and shows the result of a
 
 RESULTS = """results, in machine.results:
   records/NAME.json     the result of a run: what tables and figures are made from
+                        (in other_records/ for data sets that no table has)
   runs/NAME/            its checkpoints, metrics.jsonl, and TensorBoard's file:
                         tensorboard --logdir {runs}
 

@@ -29,8 +29,9 @@ def _three(wanted: str, least: float) -> Rule:
     )
 
 
-# The schema. A default here is the value of a setting that is absent. Identities hold only what differs from the
-# defaults, so that every record keeps its name when a new setting is added whose default changes nothing.
+# The schema. Its defaults are not what a run uses when nothing is typed: configs/*.yaml says that. A default is for a
+# setting that an older record does not have. Never change one: a run's name is made from what differs from them, so
+# that every record keeps its name when a new setting is added whose default changes nothing.
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Machine:
         "auto (CUDA, else CPU), cpu, cuda, cuda:1, mps",
         Rule("auto, cpu, cuda, cuda:N or mps", lambda device: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device))),
     )
-    threads: int | None = setting(None, "CPU threads; null: torch's choice, or as the run began", at_least(1, 4096))
+    threads: int | None = setting(None, "CPU threads; null: as torch chooses, or as the run began", at_least(1, 4096))
     together: int = setting(1, "runs of a sweep (-m) trained at a time in this process, for a GPU", at_least(1, 4096))
     again: bool = setting(False, "true trains a finished run again")
     mode: str = setting("auto", f"{', '.join(MODES)}; auto: graphs on CUDA, long runs compiled", among(*MODES))
@@ -114,7 +115,7 @@ class Machine:
     tf32: bool = setting(True, "on a GPU: products of float32 with 10-bit mantissas")
     workers: int | None = setting(
         None,
-        "processes that decode ImageNet's images; null: as many as the machine's cores; 0: the run itself",
+        "processes that decode ImageNet's images; null: as many as it has cores; 0: the run itself",
         at_least(0, 4096),
     )
     checkpoint_seconds: float = setting(

@@ -24,7 +24,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 SIZES = (8, 128)
 # Of BN's moving averages, beside the run's own.
 MOMENTA = (0.9, 1.0)
-# So many batches, the last ones of training, make these averages.
+# How many of the last training batches these averages are made from.
 LAST = 100
 
 

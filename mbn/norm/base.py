@@ -157,7 +157,7 @@ class BatchStatisticsNorm(nn.Module):
         like = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.ones(num_features, **like)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features, **like)) if affine and bias else None
-        # Of all that the layer remembers.
+        # Device and dtype of the buffers.
         self._like: dict[str, Any] = {"device": device, "dtype": statistics_dtype(dtype or torch.get_default_dtype())}
         self.register_buffer("running_mean", torch.zeros(num_features, **self._like))
 
@@ -321,7 +321,7 @@ class BatchStatisticsNorm(nn.Module):
 
     @property
     def waits(self) -> bool:
-        """Whether a batch that this forward remembers is only noted now: what is remembered stays until later.
+        """Whether this forward only notes its batch, which `enter_noted` or an `AllMemories` enters later.
 
         A replica of nn.DataParallel is gone after its forward; the first one writes into the layer's own buffers.
         """
@@ -387,7 +387,7 @@ class BatchStatisticsNorm(nn.Module):
         self._second_run = True
 
     def _forget_forwards(self) -> None:
-        """Of this state there was no training forward yet: no second forward is missing."""
+        """Take the layer for a new one: no second forward is missing."""
         self.forward_versions, self.second_versions = (), ()
         self._waiting = self._forgotten = self._second_run = False
 

@@ -18,7 +18,7 @@ def replace_modules(parents: Iterable[nn.Module], new: Mapping[nn.Module, nn.Mod
 
 
 def _within(held: Any, new: Mapping[nn.Module, nn.Module], seen: set[int]) -> Any:
-    """What stands for held: the new module for an old one, and a container with its items exchanged."""
+    """The new module for an old one; a container with its old modules replaced; held itself for all else."""
     if isinstance(held, nn.Module):
         return new.get(held, held)
     if not isinstance(held, (list, tuple, dict, set)) or id(held) in seen:
