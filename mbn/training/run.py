@@ -129,19 +129,11 @@ def add_controls(
     """
     results, name = Path(config.machine.results), run_name(config)
     folder, path = results / "runs" / name, record.path_of(results, name)
-    result = record.read(path)
     with lock(folder / "lock") as held, _memory_is_enough(config):
+        result = record.read(path)
         run = Run(config, build, folder, held.check)
-        if run.state.iteration != run.state.length:
-            raise UserError(
-                f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise and "
-                "evaluate.rules measure: machine.again=true trains it again."
-            )
-        if result["journal"] is None or result["journal"] != run.journal_hash:
-            raise UserError(
-                f"{path} was not made from {run.checkpoint_path} (another journal): measure where it was trained, or "
-                "move it away and run the command again to write the record of this checkpoint."
-            )
+        ended = run.state.iteration == run.state.length
+        controls.check_end(result, path, run.checkpoint_path, ended, run.journal_hash)
         with own_stream(run.state.device), _signals(stop) as signals:
             run.data.stop = signals
             new = run.measure(wanted, signals, result["test_error"])
