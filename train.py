@@ -150,7 +150,11 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
         if not results.exists():
             print(f"{results} is a new folder: the results go there.", flush=True)
-        result = train(config, build, stop, load)
+        trained = train(config, build, stop, load)
+        if trained is None:  # another process has finished it since
+            run(config, stop, load)
+            return
+        result = trained
         print(record.in_a_sentence(result))
     print(f"record: {path}\ncurves: tensorboard --logdir {shlex.quote(str(results / 'runs'))}")
 

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mbn.config import DATASETS, REPOSITORY, Config, checked, compose, groups, parse, run_name
+from mbn.config import DATASETS, REPOSITORY, Config, check_run, checked, compose, groups, parse, run_name
 from mbn.system.errors import ConfigError, UserError
 from mbn.system.setting_fields import fitted
 from mbn.system.yaml_file import read_yaml
@@ -41,7 +41,7 @@ class Cell:
     def command(self, seed: int, scale: float = 1.0, extra: tuple[str, ...] = ()) -> list[str]:
         """The overrides of one run of this cell; extra ones (machine and evaluate settings) come last."""
         assert self.overrides is not None
-        scaled = [f"schedule.scale={scale:g}"] if scale != 1 else []
+        scaled = [f"schedule.scale={scale!r}"] if scale != 1 else []
         return [*self.overrides, *scaled, f"seed={seed}", *extra]
 
     def config(self, seed: int, scale: float = 1.0) -> Config:
@@ -49,10 +49,10 @@ class Cell:
         assert self.overrides is not None
         # Sorted: the same overrides in another order are the same run (no key stands twice in a cell).
         try:
-            config = _composed(tuple(sorted(self.overrides)))
+            config = _scaled(tuple(sorted(self.overrides)), scale)
         except ConfigError as error:
             raise ConfigError(f"{self.grid}, row {self.row}, column {self.column}: {error}") from None
-        return replace(config, seed=seed, schedule=replace(config.schedule, scale=scale))
+        return replace(config, seed=seed)
 
     def name(self, seed: int, scale: float = 1.0) -> str:
         return run_name(self.config(seed, scale))
@@ -62,6 +62,16 @@ class Cell:
         assert self.overrides is not None
         kept = [o for o in self.overrides if not o.startswith(("norm=", "norm.", "forwards="))]
         return Cell(self.grid, self.row, self.column, (*kept, "norm=bn"), {})
+
+
+@cache
+def _scaled(overrides: tuple[str, ...], scale: float) -> Config:
+    """What `load` gives with schedule.scale too."""
+    config = _composed(overrides)
+    if scale != config.schedule.scale:
+        config = replace(config, schedule=replace(config.schedule, scale=scale))
+        check_run(config)
+    return config
 
 
 @cache

@@ -14,15 +14,29 @@ import math
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import config as configuration
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
-from mbn.system.files import write_atomically
+from mbn.system.files import lock, write_atomically
+
+
+class Weights(NamedTuple):
+    """What a file holds: a state_dict, and of a file of ours the configuration (identity) of its run.
+
+    ended: False for a checkpoint from within a run. journal: SHA-256 of the journal of that training, where it is
+    known: older exports do not say.
+    """
+
+    state: dict[str, Any]
+    described: dict[str, Any] | None = None
+    ended: bool = True
+    journal: str | None = None
 
 
 @entry_point
@@ -72,52 +86,86 @@ def main(arguments: list[str]) -> None:
 
 def rules(path: Path, overrides: list[str], write: bool) -> None:
     """Print the controls of a file of ours; write: also put them into the record of its run."""
-    import torch
-
-    from mbn.records import controls, provenance, record
-    from mbn.training.conditions import conditions
+    from mbn.records import provenance, record
 
     if write:
         provenance.ask()
-    trained = of_its_run(path, overrides)
-    config, device = trained.config, trained.device
-    home = record.path_of(Path(config.machine.results), configuration.run_name(config))
-    result = record.read(home) if write else None
-    if result is not None and record.diverged(result):
-        raise UserError(f"{home} says that this run diverged, so that it has no final weights to measure.")
-    error = trained.test_error()
-    if result is not None:
-        controls.check_near(error, result["test_error"], path)
-    measured = trained.controls(controls.possible(config))
-    print(f"{path}\n  {error:6.2f} % test error")
-    print("\n".join(f"  {line}" for line in in_lines(measured)))
-    if result is not None:
-        by = conditions(config.machine, device, torch.get_num_threads(), "eager", trained.data.fingerprint)
-        record.rewrite(home, controls=controls.completed(result["controls"], measured, by))
-        print(f"wrote {home}")
+    weights, trained = of_its_run(path, overrides)
+    if not write:
+        measured(path, trained)
+        return
+    results, name = Path(trained.config.machine.results), configuration.run_name(trained.config)
+    home = record.path_of(results, name)
+    record.read(home)  # before its folder gets a lock
+    with lock(results / "runs" / name / "lock") as held:
+        add_to_record(home, path, weights, trained, held.check)
+    print(f"wrote {home}")
 
 
-def of_its_run(path: Path, overrides: list[str]) -> Any:
-    """The network that a file of ours holds, with the configuration of its run. Errors: UserError."""
+def add_to_record(home: Path, path: Path, weights: Weights, trained: Any, check_lock: Callable[[], None]) -> None:
+    """Measure a file's controls and put them into the record of its run. Errors: UserError unless it is its record."""
     import torch
 
+    from mbn.records import controls, record
+    from mbn.training.conditions import conditions
+
+    result = record.read(home)
+    if record.diverged(result):
+        raise UserError(f"{home} says that this run diverged, so that it has no final weights to measure.")
+    if weights.journal is not None:
+        controls.check_end(result, home, path, weights.ended, weights.journal)
+    new = measured(path, trained, result["test_error"])
+    machine = trained.config.machine
+    by = conditions(machine, trained.device, torch.get_num_threads(), "eager", trained.data.fingerprint)
+    check_lock()
+    record.rewrite(home, controls=controls.completed(result["controls"], new, by))
+
+
+def measured(path: Path, trained: Any, expected: float | None = None) -> dict[str, Any]:
+    """The controls of a file of ours, printed. expected: the test error that it must have. Errors: UserError."""
+    from mbn.records import controls
+
+    error = trained.test_error()
+    if expected is not None:
+        controls.check_near(error, expected, path)
+    found = trained.controls(controls.possible(trained.config))
+    print(f"{path}\n  {error:6.2f} % test error")
+    print("\n".join(f"  {line}" for line in in_lines(found)))
+    return found
+
+
+def of_its_run(path: Path, overrides: list[str]) -> tuple[Weights, Any]:
+    """A file of ours, and its network with the configuration of its run. Errors: UserError."""
     from mbn.data.datasets import load_data
     from mbn.system.signals import StopRequest
     from mbn.training.controls import Trained
-    from mbn.training.execution import choose_device, choose_threads, set_arithmetic
 
-    others = [override for override in overrides if not override.lstrip("+").startswith(("machine.", "evaluate."))]
-    if others:
+    if others := without_groups(overrides, "machine", "evaluate"):
         raise UserError(f"--rules measures the run that {path} describes: leave out {' '.join(others)}.", code=2)
-    state, described = read_weights(path)
-    if described is None:
+    weights = read_weights(path)
+    if weights.described is None:
         raise UserError(f"{path} names no run: --rules is for files that train.py or --export wrote.")
-    here = configuration.to_dict(configuration.load(overrides))
-    config = configuration.from_dict({**described, "machine": here["machine"], "evaluate": here["evaluate"]})
-    device = choose_device(config.machine.device, None)
-    torch.set_num_threads(choose_threads(config.machine.threads, None))
-    set_arithmetic(device, config.machine.tf32, config.machine.deterministic)
-    return Trained(config, network(config, state, path, device), load_data(config, device), device, StopRequest())
+    config = with_overrides(weights.described, overrides)
+    device = prepared(config)
+    model = network(config, weights.state, path, device)
+    return weights, Trained(config, model, load_data(config, device), device, StopRequest())
+
+
+def without_groups(overrides: list[str], *groups: str) -> list[str]:
+    """The overrides of other groups of settings than these."""
+    return [o for o in overrides if o.lstrip("+").partition("=")[0].partition(".")[0] not in groups]
+
+
+def prepared(config: configuration.Config) -> Any:
+    """The device, with torch's threads and arithmetic set as training sets them. Errors: UserError."""
+    import torch
+
+    from mbn.training import execution
+
+    device = execution.choose_device(config.machine.device, None)
+    torch.set_num_threads(execution.choose_threads(config.machine.threads, None))
+    execution.set_arithmetic(device, config.machine.tf32, config.machine.deterministic)
+    return device
 
 
 def in_lines(measured: dict[str, Any]) -> list[str]:
@@ -134,7 +182,6 @@ def in_lines(measured: dict[str, Any]) -> list[str]:
 def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> None:
     from mbn.data.datasets import load_data
     from mbn.measure.evaluation import batch_size_for, evaluate
-    from mbn.training.execution import choose_device
     from mbn.training.iteration import autocast
 
     if any(override.lstrip("+").startswith(("evaluate.precise=", "evaluate.rules=")) for override in overrides):
@@ -146,12 +193,18 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
         raise UserError(f"{export} looks like a setting: name the file after --export.", code=2)
     if export is not None:
         check_export(export, path)
-    state, described = read_weights(path)
-    lines = command_line(described, overrides) if described else overrides
-    # The batch size is training's, and evaluation may have fewer training images.
-    config = configuration.load([*lines, "batch_size=1"])
-    device = choose_device(config.machine.device, None)
-    model = network(config, state, path, device)
+    weights = read_weights(path)
+    # No training batch is needed, and there may be fewer training images here.
+    if weights.described is None:
+        config = configuration.load([*overrides, "batch_size=1"])
+    else:
+        others = without_groups(overrides, "machine", "evaluate", "dataset")
+        if export is not None and others:
+            raise UserError(f"--export names the run that {path} describes: leave out {' '.join(others)}.", code=2)
+        few = weights.described["norm"].get("group") or 1
+        config = with_overrides(weights.described | {"batch_size": few}, overrides)
+    device = prepared(config)
+    model = network(config, weights.state, path, device)
     data = load_data(config, device)
     batches = (data.plain_train_batches if train else data.test_batches)(batch_size_for(config, device))
     with autocast(device, config.precision):
@@ -169,12 +222,13 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     if export is not None:
         from safetensors.torch import save
 
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         again = " over the export before it" if export.exists() else ""
         identity = configuration.identity(config)
-        if described:  # the run in which it was trained, with the data set that was tested
-            identity = {**described, "dataset": identity["dataset"]}
-        write_atomically(export, save(weights, {"config": json.dumps(identity)}))
+        if weights.described:  # the run in which it was trained, with the data set that was tested
+            identity = {**weights.described, "dataset": identity["dataset"]}
+        journal = {"journal": weights.journal} if weights.journal else {}
+        write_atomically(export, save(tensors, {"config": json.dumps(identity), **journal}))
         print(f"wrote {export}{again}")
 
 
@@ -230,8 +284,8 @@ def is_exported(path: Path) -> bool:
     return True
 
 
-def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A file's state_dict, and the configuration of its run where it is one of ours. Runs no code from the file."""
+def read_weights(path: Path) -> Weights:
+    """What a file holds. Runs no code from it. Errors: UserError."""
     import torch
 
     from mbn.training import checkpoint_file
@@ -256,30 +310,31 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             before = checkpoint_file.previous(path)
             use = f"use {before}, or " if before.exists() else ""
             raise UserError(f"{error}: {use}train again.") from None
-        described = read_config(content["config"], path)
-        content = content["model"]
+        state, ended = content["model"], content.get("iteration") == content.get("length")
+        weights = Weights(state, read_config(content["config"], path), ended, content.get("journal", ""))
     else:
-        described = None
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
-    if not is_state(content):
+        weights = Weights(content)
+    if not is_state(weights.state):
         raise none
-    return without_prefix(content), described
+    return weights._replace(state=without_prefix(weights.state))
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def read_safetensors(path: Path) -> Weights:
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            described = (file.metadata() or {}).get("config")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): make it readable.") from None
     except Exception as error:  # of a wrong file, or of numbers that torch does not have
         raise UserError(f"{path} is not a file of weights ({textwrap.shorten(str(error), 200)}).") from None
-    return without_prefix(tensors), None if described is None else read_config(described, path)
+    described = read_config(metadata["config"], path) if "config" in metadata else None
+    return Weights(without_prefix(tensors), described, journal=metadata.get("journal"))
 
 
 def is_state(content: Any) -> bool:
@@ -312,19 +367,19 @@ def read_config(text: Any, path: Path) -> dict[str, Any]:
     raise UserError(f"{path} has a configuration that no run has ({why}): use a file that train.py or --export wrote.")
 
 
-def command_line(described: dict[str, Any], overrides: list[str]) -> list[str]:
-    """The overrides that describe a network; the user's own replace those with the same key."""
-    groups = [f"{group}={described[group]['name']}" for group in ("dataset", "model", "norm")]
-    leaves = [
-        f"{group}.{key}={json.dumps(value)}"
-        for group in ("dataset", "model", "norm")
-        for key, value in described[group].items()
-        if key != "name"
-    ]
-    top = [f"{key}={described[key]}" for key in ("forwards", "precision", "batch_size", "seed")]
-    named = {override.partition("=")[0] for override in overrides}
-    ours = [o for o in (*groups, *leaves, *top) if not {o.partition("=")[0], o.split(".")[0].split("=")[0]} & named]
-    return [*ours, *overrides]
+def with_overrides(described: dict[str, Any], overrides: list[str]) -> configuration.Config:
+    """The configuration of the run that a file describes, with the user's own settings in place of its. Errors:
+    ConfigError."""
+    keys = [override.key_or_group for override in configuration.parse(overrides)]
+    groups = [f"{group}={described[group]['name']}" for group in ("dataset", "model", "norm") if group not in keys]
+    own = configuration.resolved(configuration.compose([*groups, *overrides]))
+    plain = described | {"machine": own["machine"], "evaluate": own["evaluate"]}
+    for key in keys:
+        group, _, name = key.partition(".")
+        if group not in own:
+            raise UserError(f"{key}= is for training: leave it out.", code=2)
+        plain[group] = plain[group] | {name: own[group][name]} if name else own[group]
+    return configuration.from_dict(plain)
 
 
 if __name__ == "__main__":

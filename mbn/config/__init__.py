@@ -1,5 +1,6 @@
 """The configuration of a run. Does not import torch."""
 
+from mbn.config.loading import check_run as check_run
 from mbn.config.loading import checked as checked
 from mbn.config.loading import compose as compose
 from mbn.config.loading import from_dict as from_dict

@@ -214,10 +214,15 @@ def from_dict(plain: dict[str, Any]) -> Config:
 def _filled(plain: dict[str, Any], convert: Callable[[Any], Any]) -> Config:
     schema = _schema_of(plain)
     _fill(schema, plain, schema, "", convert)
-    check(schema)
-    if iterations(schema) >= 2**31:
-        raise ConfigError(f"this run would have {shown(iterations(schema))} iterations: set a smaller schedule.scale.")
+    check_run(schema)
     return schema
+
+
+def check_run(config: Config) -> None:
+    """Raise ConfigError for the first impossible value, and for a run that would never end."""
+    check(config)
+    if iterations(config) >= 2**31:
+        raise ConfigError(f"this run would have {shown(iterations(config))} iterations: set a smaller schedule.scale.")
 
 
 def _fill(part: Any, plain: dict[str, Any], schema: Config, prefix: str, convert: Callable[[Any], Any]) -> None:

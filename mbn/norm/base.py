@@ -353,10 +353,13 @@ class BatchStatisticsNorm(nn.Module):
     def training_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and sqrt(variance + eps) (C,) that would normalise x in training now. Changes nothing.
 
-        With group_size they have a row for each group.
+        With group_size they have a row for each group, and none for an empty x.
         """
         if self.group_size is None:
             return self.normalizing(*self.moments(x))
+        if x.numel() == 0:
+            none = self.running_mean.new_zeros(0, self.num_features, dtype=statistics_dtype(x.dtype))
+            return none, none
         rows = []
         for part, groups in self._groups(x):
             mu, s2 = (each.view(groups, -1) for each in batch_moments(side_by_side(part, groups)))

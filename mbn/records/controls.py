@@ -51,3 +51,20 @@ def check_near(measured: float, expected: float, weights: Path) -> None:
             f"{weights} has a test error of {measured:.2f} % here, and its record says {expected:.2f} %: measure where "
             "it was trained, with the same data."
         )
+
+
+def check_end(record: dict[str, Any], path: Path, weights: Path, ended: bool, journal: str | None) -> None:
+    """Check that weights are those at the end of the training that a record is of. Errors: UserError.
+
+    path: the record's. ended: whether they are of the end of a training. journal: SHA-256 of its journal.
+    """
+    if not ended:
+        raise UserError(
+            f"{weights} does not hold the end of the run, from which evaluate.precise and evaluate.rules measure: use "
+            "the run's last checkpoint; without it machine.again=true trains it again."
+        )
+    if record["journal"] is None or record["journal"] != journal:
+        raise UserError(
+            f"{path} was not made from {weights} (another journal): measure where it was trained, or move it away and "
+            "run the training's command again to write the record of its checkpoint."
+        )

@@ -69,9 +69,12 @@ def _sums(rows: Iterable[Row]) -> list[Totals]:
 
 
 def _means(start: Totals, end: Totals) -> Totals:
-    """The images seen at the end, and the mean loss and error of those since the start."""
+    """The images seen at the end, and the mean loss and error of those since the start.
+
+    A sum of losses so large that the rounding of it hides those after it may fall: their mean is then 0.
+    """
     n = end[0] - start[0]
-    return end[0], (end[1] - start[1]) / n, (end[2] - start[2]) / n
+    return end[0], max((end[1] - start[1]) / n, 0.0), (end[2] - start[2]) / n
 
 
 def _thinned(items: list[Any]) -> list[Any]:

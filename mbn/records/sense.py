@@ -4,6 +4,7 @@ import datetime
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,13 +21,14 @@ TEST_ERRORS = ("test_error", "test_error_best", "test_error_top5", "test_error_p
 RESULTS = (*TEST_ERRORS, "train_error", "test_loss", "train_loss")
 # Fields that may be null: not measured, or not known; in most runs, that they diverged.
 NULLABLE = ("test_error_precise", "commit", "dirty", "code", "parts", "journal", "diverged_at", "controls")
-# No field counts so far. Python's whole numbers have no largest one, and floats made of them do.
+# No field counts so far, in things or in seconds.
 MOST = 1e15
 # By so much the sums and differences of floats may miss a limit.
 NEARLY = 1e-6
 
 
-def _is_number(value: Any, least: float = 0, most: float = MOST) -> bool:
+def _is_number(value: Any, least: float = 0, most: float = sys.float_info.max) -> bool:
+    """Losses, gaps and norms may be of any size. Python's whole numbers have no largest one, and floats do."""
     return type(value) in (int, float) and least <= value <= most  # a bool is no number, and NaN is in no range
 
 
@@ -59,6 +61,7 @@ def _hexadecimal(wanted: str, pattern: str) -> Rule:
 
 PERCENT = Rule("a number from 0 to 100", lambda value: _is_number(value, 0, 100))
 AT_LEAST_0 = Rule("a number, at least 0", _is_number)
+TIME = Rule("a number, at least 0", lambda value: _is_number(value, 0, MOST))
 COUNT = Rule("a whole number, at least 1", lambda value: _is_whole(value, 1))
 TEXT = Rule("a text without control characters", _is_text)
 TEXTS = Rule(
@@ -73,7 +76,8 @@ COMMIT_NAME = _hexadecimal("the hexadecimal digits of a commit, 7 to 40 of them"
 RULES = {
     "name": TEXT,
     **dict.fromkeys((*TEST_ERRORS, "train_error"), PERCENT),
-    **dict.fromkeys(("test_loss", "train_loss", "seconds", "images_per_second"), AT_LEAST_0),
+    **dict.fromkeys(("test_loss", "train_loss"), AT_LEAST_0),
+    **dict.fromkeys(("seconds", "images_per_second"), TIME),
     **dict.fromkeys(("iterations", "images", "parameters", "threads"), COUNT),
     "diverged_at": Rule("a whole number, at least 0", lambda value: _is_whole(value, 0)),
     "device": TEXT,

@@ -34,20 +34,19 @@ def statistics_of(state: State, images: Tensor) -> Statistics:
         return found
     relus = {name: found.pop(name) for name in named_relus(state.model) if name in found}
     if group_of(state.config.norm) is not None:
-        found = _of_all_groups(state, found if len(images) else {}, list(found))
+        found = _of_all_groups(state, found)
     return found | _dead_everywhere(state, relus)
 
 
-def _of_all_groups(state: State, own: Statistics, names: list[str]) -> Statistics:
-    """The rows of all processes together; own: those of this one."""
-    on_cpu = {name: (mu.cpu(), sigma.cpu()) for name, (mu, sigma) in own.items()}
-    every = [of_one for of_one in state.processes.everyones(on_cpu) if of_one]
+def _of_all_groups(state: State, own: Statistics) -> Statistics:
+    """The rows of all processes together; own: those of this one, which may have none."""
+    every = state.processes.everyones({name: (mu.cpu(), sigma.cpu()) for name, (mu, sigma) in own.items()})
     return {
         name: (
             torch.cat([of_one[name][0] for of_one in every]).to(state.device),
             torch.cat([of_one[name][1] for of_one in every]).to(state.device),
         )
-        for name in names
+        for name in own
     }
 
 

@@ -16,7 +16,7 @@ from mbn.config import Config, run_name, to_dict, to_yaml
 from mbn.data.datasets import load_data
 from mbn.data.in_memory import Data
 from mbn.measure.first_nonfinite import first_nonfinite
-from mbn.methods import METHODS, group_of
+from mbn.methods import MBN, METHODS, group_of
 from mbn.network_layers import Layers, from_config
 from mbn.norm.base import norm_layers
 from mbn.records import controls, provenance, record
@@ -58,8 +58,10 @@ OpenData = Callable[[Config, torch.device], Data]
 
 def train(
     config: Config, build: Build, stop: StopRequest | None = None, open_data: OpenData | None = None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train the run that config describes, from its last checkpoint if there is one, and return its record.
+
+    None where another process has finished it until this one could lock it, unless machine.again asks for it again.
 
     build: makes the network from its layers. stop: says when to stop; None means on this process's signals. open_data:
     opens the data set. Runs in threads need both: a thread cannot answer signals, and threads share their images.
@@ -74,6 +76,8 @@ def train(
     join(processes, config.machine.device)
     with _memory_is_enough(config), contextlib.ExitStack() as stack:
         held = processes.on_main(lambda: stack.enter_context(lock(folder / "lock")))
+        if not config.machine.again and processes.from_main(record.path_of(results, name).exists):
+            return None
         with one_at_a_time:  # seeds and generators belong to the process
             run = Run(config, build, folder, held.check if held else _nothing, open_data, processes)
         if processes.main:
@@ -112,6 +116,7 @@ def _memory_is_enough(config: Config) -> Iterator[None]:
         if not lacks_memory(error):
             raise
         few = ", machine.together" if config.machine.together > 1 else ""
+        few += ", norm.memory" if getattr(config.norm, "memory", 0) > MBN.memory else ""
         raise UserError(
             f"the device's memory is not enough: try a smaller batch_size than {config.batch_size}{few}, or "
             "evaluate.batch_size; the same command goes on from the last checkpoint."
@@ -129,19 +134,11 @@ def add_controls(
     """
     results, name = Path(config.machine.results), run_name(config)
     folder, path = results / "runs" / name, record.path_of(results, name)
-    result = record.read(path)
     with lock(folder / "lock") as held, _memory_is_enough(config):
+        result = record.read(path)
         run = Run(config, build, folder, held.check)
-        if run.state.iteration != run.state.length:
-            raise UserError(
-                f"{run.checkpoint_path} does not hold the end of the run, from which evaluate.precise and "
-                "evaluate.rules measure: machine.again=true trains it again."
-            )
-        if result["journal"] is None or result["journal"] != run.journal_hash:
-            raise UserError(
-                f"{path} was not made from {run.checkpoint_path} (another journal): measure where it was trained, or "
-                "move it away and run the command again to write the record of this checkpoint."
-            )
+        ended = run.state.iteration == run.state.length
+        controls.check_end(result, path, run.checkpoint_path, ended, run.journal_hash)
         with own_stream(run.state.device), _signals(stop) as signals:
             run.data.stop = signals
             new = run.measure(wanted, signals, result["test_error"])

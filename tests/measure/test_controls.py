@@ -1,17 +1,21 @@
 """What a run measures of its final weights beside the plain test error, at its end, later, or from a file."""
 
 import itertools
+import json
 
 import pytest
 import running
 import torch
 from running import Tiny, load_script, without
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import models
 from mbn.data.datasets import load_data
 from mbn.measure.other_rules import averages_with_momentum, statistics_of_the_test_batch
 from mbn.network_layers import from_config
 from mbn.records import controls
+from mbn.system.files import lock
 from mbn.system.signals import StopRequest
 from mbn.training.controls import Trained
 
@@ -149,3 +153,103 @@ def test_what_cannot_be_measured_or_written_is_one_sentence(here, left, script, 
     code, _, err = script(path, "--rules", "--record")
     assert (code, left().record_path.read_bytes()) == (1, before)
     assert "and its record says" in err
+
+
+def export(script, weights, path):
+    assert script(weights, "--export", path)[0] == 0
+    return path
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("form", [".pt", ".safetensors"])
+def test_only_the_end_of_the_training_that_a_record_is_of_is_measured_for_it(form, here, left, script, tmp_path):
+    """Also where the test error is near enough: that of the checkpoint before, and of another training of the run."""
+    here("machine.checkpoint_seconds=1e-9")
+    earlier = left().folder / "checkpoint.previous.pt"
+    assert running.checkpoint_file.read(earlier)["iteration"] == 7
+    other = left().folder / "other.pt"
+    running.checkpoint_file.save(left().checkpoint() | {"journal": "0" * 64}, other)
+    before = left().record_path.read_bytes()
+    for weights, said in ((earlier, "does not hold the end of the run"), (other, "another journal")):
+        if form == ".safetensors":
+            weights, said = export(script, weights, tmp_path / f"{weights.stem}{form}"), "another journal"
+        code, out, err = script(weights, "--rules", "--record")
+        assert (code, out, left().record_path.read_bytes()) == (1, "", before)
+        assert str(weights) in err
+        assert said in err
+
+
+def test_an_export_from_before_it_named_its_journal_is_measured_as_before(here, left, script, tmp_path):
+    here()
+    path = export(script, left().checkpoint_path, tmp_path / "new.safetensors")
+    described = metadata(path)
+    assert described.pop("journal") == left().record()["journal"]
+    save_file(load_file(path), tmp_path / "old.safetensors", described)
+    assert script(tmp_path / "old.safetensors", "--rules", "--record")[0] == 0
+    assert left().record()["controls"] is not None
+
+
+def test_an_export_of_an_export_names_the_same_journal(here, left, script, tmp_path):
+    here()
+    first = export(script, left().checkpoint_path, tmp_path / "first.safetensors")
+    second = export(script, first, tmp_path / "second.safetensors")
+    assert metadata(second) == metadata(first)
+    assert "journal" in metadata(first)
+
+
+def test_a_run_that_is_being_trained_gets_no_controls(here, left, script):
+    here()
+    before = left().record_path.read_bytes()
+    with lock(left().folder / "lock"):
+        code, out, err = script(left().checkpoint_path, "--rules", "--record")
+    assert (code, out) == (76, "")
+    assert "is being trained" in err
+    assert left().record_path.read_bytes() == before
+
+
+# scripts/evaluate.py without it.
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("norm=bn", "norm.group=2"),
+        ("schedule.milestones=[0.5]", "norm.lam=[0.1,0.9]", "schedule.lr=[0.1,0.01]"),
+        ("schedule.lr=[0.1]", "schedule.milestones=[0.2,0.4,0.6]", "norm.lam=[0.1,0.2,0.3,0.4]"),
+    ],
+)
+def test_a_checkpoint_of_any_settings_is_tested_and_exported(more, here, left, script, tmp_path):
+    assert here(*more).code == 0
+    exported = tmp_path / "weights.safetensors"
+    for arguments in ((left(*more).checkpoint_path, "--export", exported), (exported,), (exported, "norm.eps=1e-4")):
+        code, out, err = script(*arguments)
+        assert (code, err) == (0, "")
+        assert f"top-1 error {left(*more).record()['test_error']:.2f} %" in out or "norm.eps=1e-4" in arguments
+
+
+@pytest.mark.parametrize(
+    "override", ["norm.eps=0.5", "norm=brn", "model=resnet56", "precision=bf16", "batch_size=8", "++norm.eps=0.5"]
+)
+def test_an_export_describes_the_run_that_trained_its_weights_and_no_other(override, here, left, script, tmp_path):
+    here("norm=bn")
+    exported = tmp_path / "weights.safetensors"
+    code, out, err = script(left("norm=bn").checkpoint_path, "--export", exported, override)
+    assert (code, out, exported.exists()) == (2, "", False)
+    assert err.endswith(f"leave out {override}.\n")
+    assert script(left("norm=bn").checkpoint_path, "--export", exported, "dataset.mean=[0.5,0.5,0.5]")[0] == 0
+    assert json.loads(metadata(exported)["config"])["dataset"]["mean"] == [0.5] * 3
+
+
+@pytest.mark.parametrize("more", [(), ("--rules",)])
+def test_threads_and_arithmetic_are_those_that_training_would_use(more, here, left, script, monkeypatch):
+    here("norm=gn")
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("mbn.training.execution.set_arithmetic", lambda *given: chosen.append(given))
+    code, _, _ = script(left("norm=gn").checkpoint_path, *more, "machine.threads=3", "machine.deterministic=true")
+    assert code == 0
+    assert chosen == [3, (torch.device("cpu"), True, True)]

@@ -140,6 +140,7 @@ def test_an_empty_batch_is_not_remembered_in_groups(kind):
         layer(torch.zeros(0, 3, 2, 2, dtype=torch.float64, requires_grad=True)).sum().backward()
     assert unchanged(snapshot(layers[0]), layers[1])
     assert layers[1].weight.grad.tolist() == [0, 0, 0]
+    assert [each.shape for each in layers[1].training_statistics(torch.zeros(0, 3, 2, 2))] == [(0, 3)] * 2
 
 
 @kinds

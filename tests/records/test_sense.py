@@ -9,14 +9,17 @@ from itertools import islice
 import nonsense
 import pytest
 import toy_records
+from hypothesis import example, given
+from hypothesis import strategies as st
 from running import load_script
 
 from mbn import grid
 from mbn.config import load, run_name
 from mbn.records import record, sense
-from mbn.records.curves import curves
+from mbn.records.curves import curves, last_epoch
 from mbn.records.import_records import gather
 from mbn.system.errors import UserError
+from mbn.training.state import Sums
 
 CELL = grid.read("table6").cells[0]
 
@@ -117,6 +120,41 @@ def test_nonsense_is_not_written(path):
     assert path.read_bytes() == before
     with pytest.raises(UserError, match=r"is not written, .*: seconds must be a number"):
         toy_records.write(path.parent, CELL, 1, 8.0, seconds=math.inf)
+
+
+# Four iterations an epoch, of which the run has two and a half.
+BATCH, LENGTH = 360, 10
+SHORT = load(["dataset=digits", f"batch_size={BATCH}", f"schedule.iterations={LENGTH}", "norm=bn"])
+FINITE = st.floats(0, 3.4e38)
+
+
+def journal(losses, measured):
+    """The rows of a run with these training losses; measured: what it found at the end of each epoch."""
+    of_row, of_epoch, images = Sums(), Sums(), 0
+    for t, loss in enumerate(losses, 1):
+        n = BATCH if t % 4 else 1437 - 3 * BATCH
+        images, ends = images + n, t % 4 == 0 or t == LENGTH
+        of_row.add(loss, 0, n)
+        of_epoch.add(loss, 0, n)
+        row = {"kind": "train", "images": images, "train_loss": of_row.loss, "train_error": 0.0}
+        of_row = Sums()
+        if ends:
+            row |= {"kind": "epoch", "train_loss": of_epoch.loss, **measured}
+            of_epoch = Sums()
+        yield row
+
+
+@given(st.lists(FINITE, min_size=LENGTH, max_size=LENGTH), FINITE)
+@example([2.0] * LENGTH, 7.7e28)
+@example([0.0, 7.7e28, 0.1, 0.1] + [1e19, 0.1, 0.1] * 2, 2.0)
+def test_a_run_with_finite_losses_gaps_and_norms_has_a_record(path, losses, size):
+    """Also where a loss is so large that the mean of small ones after it is lost in its rounding."""
+    errors = dict.fromkeys(("test_error", "test_error_best", "test_error_top5"), 100 * 29 / 360)
+    found = errors | dict.fromkeys(("test_loss", "gap_mean", "gap_std", "weight_norm"), size)
+    rows = list(journal(losses, found))
+    results = errors | {"test_loss": size, "train_loss": last_epoch(rows, 1437)[0], "curves": curves(rows)}
+    of_run = {"iterations": LENGTH, "images": rows[-1]["images"], "parts": None}
+    assert sense.fault(record.read(path) | results | of_run, SHORT) is None
 
 
 def test_a_curve_that_is_not_finite_is_left_out():

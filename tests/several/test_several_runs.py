@@ -113,6 +113,13 @@ def test_a_last_batch_with_fewer_images_than_processes(trained):
     assert_close(*(without(run.record(), PLACES) for run in (alone, several)), 1e-9, "record")
 
 
+@pytest.mark.parametrize(("method", "groups"), [("BN", 1), ("BRN-2", 2), ("MBN", 1), ("MBN-1", 2)])
+def test_batches_with_fewer_groups_than_processes(trained, method, groups):
+    """Of one group or two, and the last one of one image: processes get nothing in every iteration, or at the end."""
+    few = ("batch_size=718", "schedule.iterations=6", "evaluate.batch_size=100", f"norm.group={718 // groups}")
+    assert_all_train_the_same(trained, *METHODS[method], *few)
+
+
 @pytest.mark.parametrize("method", ["BN", "MBN"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_signal_to_one_process_stops_all_and_they_go_on_with_the_same_bits(trained, method, dropout):

@@ -6,7 +6,7 @@ import pytest
 
 from mbn import grid
 from mbn.config import DATASETS, load
-from mbn.system.errors import UserError
+from mbn.system.errors import ConfigError, UserError
 from mbn.tables.cells import BATCH_SIZES
 
 # The lines of the paper's tables as its text has them (tabs between columns).
@@ -130,6 +130,22 @@ def test_a_cells_configuration_is_what_its_command_gives(name, row, column):
     cell = grid.read(name).cell(row, column)
     for scale in (1.0, 0.1):
         assert cell.config(2, scale) == load(cell.command(2, scale))
+
+
+@pytest.mark.parametrize("scale", [0.12345678, 1 / 3, 1e-7, 2.0])
+def test_a_command_has_all_digits_of_the_scale(scale):
+    cell = grid.read("table4").cells[0]
+    assert load(cell.command(0, scale)).schedule.scale == scale
+
+
+@pytest.mark.parametrize("scale", [3000.0, 0.0, -1.0])
+def test_a_scale_that_a_command_would_be_refused_is_refused_with_the_cell(scale):
+    cell = next(cell for cell in grid.read("table3").cells if cell.overrides is not None)
+    with pytest.raises(ConfigError) as caught:
+        load([*cell.command(0), f"schedule.scale={scale}"])
+    with pytest.raises(ConfigError) as refused:
+        cell.config(0, scale)
+    assert str(refused.value) == f"table3, row {cell.row}, column {cell.column}: {caught.value}"
 
 
 def test_runs_that_tables_share_have_one_identity():

@@ -1,5 +1,6 @@
 """Whole runs in this process, of a tiny network: signals, locks, divergence, finished runs, sweeps."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -204,6 +205,39 @@ def test_a_run_is_locked_while_it_trains(here, left, after, more):
     assert f"process {os.getpid()}" in refusals[0]
 
 
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (("norm=bn",), 0, "The run is finished; machine.again=true trains it again."),
+        (("norm=bn", "evaluate.rules=true"), 0, "The run is finished"),
+        (("norm=bn", "schedule.lr=[1e30]"), 1, "says; machine.again=true trains it again."),
+    ],
+    ids=["done", "controls", "diverged"],
+)
+def test_a_run_that_ends_while_another_process_begins_it_is_shown_as_finished(
+    here, left, monkeypatch, more, code, says
+):
+    here(*(one for one in more if not one.startswith("evaluate.")))
+    folder, run = left().results / "theirs", left(*more)
+    folder.mkdir()
+    run.record_path.rename(folder / "record.json")
+    original = run_module.lock
+
+    @contextlib.contextmanager
+    def late(path):
+        with original(path) as held:
+            if (folder / "record.json").exists():
+                (folder / "record.json").rename(run.record_path)
+            yield held
+
+    monkeypatch.setattr(run_module, "lock", late)
+    monkeypatch.setattr(run_module.Run, "train", cut)
+    done = here(*more)
+    assert done.code == code
+    assert says in done.out + done.err
+    assert (run.record()["controls"] is not None) == ("evaluate.rules=true" in more)
+
+
 # Divergence.
 
 
@@ -376,6 +410,8 @@ def test_a_lack_of_memory_is_one_sentence_that_names_the_batch_size(here, monkey
     done = here()
     assert done.code == 1
     assert done.err.startswith("error: the device's memory is not enough: try a smaller batch_size than 256, or eval")
+    more = here("norm.memory=400")
+    assert "try a smaller batch_size than 256, norm.memory, or evaluate.batch_size" in more.err
 
 
 # Sweeps.
