@@ -9,7 +9,7 @@ import torch
 
 from mbn.config import DATASETS, Config, cores
 from mbn.data.download import download, md5
-from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_image_size, check_numbers
+from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_arrays, check_image_size, check_labels, check_numbers
 from mbn.system.errors import UserError
 from mbn.system.files import turn
 from mbn.system.processes import from_environment
@@ -21,7 +21,8 @@ REGISTRY = "mbn/config/registry.py"
 def load_data(config: Config, device: torch.device) -> Data:
     """Open the data set of a run; CIFAR and ImageNet in the folder machine.data.
 
-    Errors: UserError if files are damaged, or missing and cannot be downloaded, or not as many as configured.
+    Errors: UserError if files are damaged, or missing and cannot be downloaded, or not as many as configured, or if
+    images or labels are of another kind than Arrays holds.
     """
     dataset, folder = config.dataset, Path(config.machine.data)
     source = DATASETS[dataset.name]
@@ -30,13 +31,14 @@ def load_data(config: Config, device: torch.device) -> Data:
         if workers is None:
             workers = from_environment().part_of(cores())
         return registered(source.path, REGISTRY)(dataset, folder, config.seed, device, workers)
-    arrays: Arrays = registered(source.path, REGISTRY)(folder)
+    arrays = check_arrays(registered(source.path, REGISTRY)(folder), source.path)
     check_numbers(
         dataset,
         train_images=len(arrays.train_labels),
         test_images=len(arrays.test_labels),
-        classes=int(arrays.train_labels.max()) + 1,
+        classes=int(arrays.train_labels.max(initial=-1)) + 1,
     )
+    check_labels(dataset, arrays)
     for images in (arrays.train_images, arrays.test_images):
         check_image_size(dataset, images)
     return DeviceDataset(arrays, dataset, config.seed, device)
