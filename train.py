@@ -1,20 +1,25 @@
 #!/usr/bin/env python
 """Train one network: `python train.py dataset=cifar10 model=resnet56 norm=mbn` is the paper's run."""
 
-import argparse
-import contextlib
-import os
-import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 # Use this checkout's own code, even if another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mbn import config as configuration
 from mbn.system import signals
+
+if __name__ == "__main__":  # first, because what follows takes a second
+    signals.answer_while_loading()
+
+import argparse
+import contextlib
+import os
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mbn import config as configuration
 from mbn.system.command_line import Parser, entry_point, failure
 from mbn.system.errors import DivergedError, UserError
 from mbn.system.processes import Processes, another_may_end, from_environment, join, leave
@@ -82,10 +87,10 @@ def command(arguments: list[str], processes: Processes) -> int:
         composed = configuration.compose([o for o in overrides if o not in ("job", "all", "hydra")])
         print(configuration.to_yaml(configuration.resolved(composed)))
     else:
-        from mbn.records import provenance
-
-        provenance.ask()
         with signals.Exit():
+            from mbn.records import provenance
+
+            provenance.ask()
             if options.multirun and processes.several:
                 raise UserError("a sweep (-m) is for one process: start torchrun for each run.", code=2)
             if options.multirun:

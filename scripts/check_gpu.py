@@ -9,12 +9,18 @@ The last line is the mode and the number of lanes to train with. Exit code: 0 if
 failed, 1 otherwise, 2 where there is no CUDA.
 """
 
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mbn.system import signals
+
+if __name__ == "__main__":
+    signals.answer_while_loading()
+
+import os
+from typing import Any
 
 import torch
 

@@ -15,17 +15,23 @@ Exit code: 0 done, or stopped by the budget; 1 a run failed, or a record was ref
 stopped by a signal, 130 stopped by Ctrl-C: the same command then goes on.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mbn.system import signals
+
+if __name__ == "__main__":
+    signals.answer_while_loading()
+
 import argparse
 import contextlib
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
 from mbn.config import DATASETS, REPOSITORY, Config, cores, load
@@ -50,6 +56,11 @@ CONTROLS = ("rules", "precise")
 @entry_point
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
+    with signals.Exit():  # the pool, while it trains, answers signals itself
+        return work(options)
+
+
+def work(options: argparse.Namespace) -> int:
     if (options.items or options.source is None) and not options.status and not options.dry_run:
         provenance.ask()
     settings = [item for item in options.items if item.lstrip("+").startswith(SETTINGS)]

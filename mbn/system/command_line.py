@@ -16,6 +16,7 @@ from typing import Any, NoReturn, ParamSpec, TextIO
 
 from mbn.system.errors import UserError, lacks_memory, printable
 from mbn.system.files import cannot_use
+from mbn.system.signals import loaded
 
 P = ParamSpec("P")
 # More than anybody trains, and few enough to be listed.
@@ -90,6 +91,7 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
 def _ended(main: Callable[[], int | None]) -> int:
     """The exit code of main; its error is printed."""
     try:
+        loaded()
         return main() or 0
     except KeyboardInterrupt:  # before training handles signals itself
         print("stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
