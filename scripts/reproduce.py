@@ -56,6 +56,8 @@ CONTROLS = ("rules", "precise")
 @entry_point
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
+    if options.source is not None and options.dry_run:
+        raise UserError("--import writes records, and --dry-run writes nothing: give one of the two.", code=2)
     with signals.Exit():  # the pool, while it trains, answers signals itself
         return work(options)
 
@@ -113,7 +115,7 @@ def parser() -> Parser:
         metavar="N",
         help="with Slurm: N processes for each run, by torchrun",
     )
-    p.add_argument("--import", type=Path, dest="source", metavar="PATH", help="take records from a folder or archive")
+    p.add_argument("--import", type=_source, dest="source", metavar="PATH", help="take records from a folder or archive")
     p.add_argument("--allow-dirty", action="store_true", help="also import records made with uncommitted code")
     p.add_argument("--grids", type=Path, default=grid.GRIDS, help=argparse.SUPPRESS)
     return p
@@ -121,6 +123,13 @@ def parser() -> Parser:
 
 def _jobs(text: str) -> int | None:
     return None if text == "auto" else whole(1, MOST_PROCESSES)(text)
+
+
+def _source(text: str) -> Path:
+    """A path. An empty one, as of a variable that is not set, would be the present folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be a folder or an archive, not {text!r}")
+    return Path(text)
 
 
 def _seconds(text: str) -> float:
