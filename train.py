@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mbn import config as configuration
 from mbn.system.command_line import Parser, entry_point, failure
-from mbn.system.errors import DivergedError, UserError
+from mbn.system.errors import DivergedError, UserError, printable
 from mbn.system.processes import Processes, another_may_end, from_environment, join, leave
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
         result = processes.from_main(lambda: record.read(path))
         if processes.main:
             warn_of_other_code(result)
+            warn_of_other_data(config, results / "runs" / configuration.run_name(config))
         if record.diverged(result):
             raise DivergedError(
                 f"{record.in_a_sentence(result)}, as {path} says; machine.again=true trains it again.",
@@ -168,6 +169,25 @@ def warn_of_other_code(result: dict[str, Any]) -> None:
         now = provenance.with_code({"commit": commit, "dirty": dirty, "code": provenance.code()})
         print(
             f"warning: the code has changed since this run was trained ({provenance.with_code(result)}; now {now}).",
+            file=sys.stderr,
+        )
+
+
+def warn_of_other_data(config: configuration.Config, folder: Path) -> None:
+    """One line if a run was trained on another folder of data than would be used now. folder: the run's, if it is
+    there; it alone says.
+    """
+    from mbn.system.yaml_file import read_yaml
+
+    try:
+        then = read_yaml(folder / "config.yaml")["machine"]["data"]
+    except (OSError, UserError, KeyError, TypeError, ValueError):
+        return
+    now = config.machine.data
+    if isinstance(then, str) and Path(then).resolve() != Path(now).resolve():
+        print(
+            f"warning: this run was trained on the data in {printable(then)}, and {printable(now)} was not looked at: "
+            "machine.again=true trains it again, on that.",
             file=sys.stderr,
         )
 

@@ -115,7 +115,9 @@ def parser() -> Parser:
         metavar="N",
         help="with Slurm: N processes for each run, by torchrun",
     )
-    p.add_argument("--import", type=_source, dest="source", metavar="PATH", help="take records from a folder or archive")
+    p.add_argument(
+        "--import", type=_source, dest="source", metavar="PATH", help="take records from a folder or archive"
+    )
     p.add_argument("--allow-dirty", action="store_true", help="also import records made with uncommitted code")
     p.add_argument("--grids", type=Path, default=grid.GRIDS, help=argparse.SUPPRESS)
     return p
