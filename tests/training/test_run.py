@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import running
+import torch
 from running import TIMES, assert_same_bits, cut, send, without
 
 from mbn.config import DATASETS, NETWORKS, REPOSITORY
