@@ -1,5 +1,6 @@
 """Opens a run's data set: scikit-learn's digits, CIFAR from its official files, ImageNet from folders."""
 
+import contextlib
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -90,9 +91,12 @@ def _fetch_missing(cifar, folder: Path, files: list[Path]) -> None:
     if not missing:
         return
     addresses = [mirror.format(cifar.filename) for mirror in MIRRORS]
-    archive = folder / cifar.filename
+    archive, lock = folder / cifar.filename, folder / f"{cifar.filename}.lock"
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    if new:
+        print(f"{folder} is a new folder: {cifar.filename} goes there.", flush=True)
     try:
-        with turn(folder / f"{cifar.filename}.lock", f"downloads {cifar.filename} into {folder}"):
+        with turn(lock, f"downloads {cifar.filename} into {folder}"):
             if all(file.is_file() for file in files):  # another process did it meanwhile
                 return
             if not (archive.is_file() and md5(archive) == cifar.tgz_md5):
@@ -100,6 +104,11 @@ def _fetch_missing(cifar, folder: Path, files: list[Path]) -> None:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
     except (UserError, OSError) as error:
+        with contextlib.suppress(OSError):  # a folder that was perhaps mistyped does not stay
+            if new and list(folder.iterdir()) == [lock]:
+                lock.unlink()
+                for path in new:
+                    path.rmdir()
         raise UserError(
             f"{missing[0]} is missing and could not be downloaded: {error}; put {cifar.filename} or the folder "
             f"{cifar.base_folder} from one of {' or '.join(addresses)} into {folder}, or set "

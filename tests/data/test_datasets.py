@@ -360,6 +360,22 @@ def test_missing_cifar_offline_says_what_is_missing_and_what_to_do(tmp_path, mon
     assert "experiment=quickstart" in message
 
 
+def test_a_new_folder_is_said_and_does_not_stay_where_nothing_could_be_downloaded(tmp_path, monkeypatch, capsys):
+    def offline(addresses, path, _):
+        if kept:
+            path.with_name("x.part").touch()
+        raise UserError("offline")
+
+    monkeypatch.setattr(datasets, "download", offline)
+    for kept, folder in ((False, tmp_path / "typo" / "x"), (False, tmp_path), (True, tmp_path / "typo" / "x")):
+        with pytest.raises(UserError, match="could not be downloaded: offline"):
+            datasets.load_cifar("cifar10", folder)
+        said = f"{folder} is a new folder: cifar-10-python.tar.gz goes there.\n" if folder != tmp_path else ""
+        assert capsys.readouterr().out == said
+        assert (tmp_path / "typo").exists() == kept
+    assert (folder / "x.part").exists()
+
+
 def test_a_cifar_file_with_another_checksum_is_refused_by_name_and_never_opened(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
