@@ -76,7 +76,9 @@ def command(arguments: list[str], processes: Processes) -> int:
     p.add_argument("-c", "--cfg", action="store_true", help="--cfg job: print the values alone, as YAML")
     p.add_argument("-m", "--multirun", action="store_true", help="a sweep over a,b,c or range(0,3)")
     options = p.parse_intermixed_args(arguments)
-    overrides = options.overrides
+    overrides = [o for o in options.overrides if not (options.cfg and o in ("job", "all", "hydra"))]
+    if options.multirun and (options.help or options.cfg) and len(configuration.sweep_lines(overrides)) > 1:
+        raise UserError("--help and --cfg show the settings of one run: leave -m out, with one value each.", code=2)
     if options.help:
         config = configuration.load(overrides)
         choices = "".join(f"  {group}={'|'.join(configuration.options(group))}\n" for group in configuration.groups())
@@ -84,7 +86,7 @@ def command(arguments: list[str], processes: Processes) -> int:
         p.epilog = f"choices:\n{choices}\nsettings:\n{configuration.settings_page(config)}\n\n{results}"
         p.print_help()
     elif options.cfg:
-        composed = configuration.compose([o for o in overrides if o not in ("job", "all", "hydra")])
+        composed = configuration.compose(overrides)
         print(configuration.to_yaml(configuration.resolved(composed)))
     else:
         with signals.Exit():
