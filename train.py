@@ -1,22 +1,27 @@
 #!/usr/bin/env python
 """Train one network: `python train.py dataset=cifar10 model=resnet56 norm=mbn` is the paper's run."""
 
-import argparse
-import contextlib
-import os
-import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 # Use this checkout's own code, even if another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mbn import config as configuration
 from mbn.system import signals
+
+if __name__ == "__main__":  # first, because what follows takes a second
+    signals.answer_while_loading()
+
+import argparse
+import contextlib
+import os
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mbn import config as configuration
 from mbn.system.command_line import Parser, entry_point, failure
-from mbn.system.errors import DivergedError, UserError
+from mbn.system.errors import DivergedError, UserError, printable
 from mbn.system.processes import Processes, another_may_end, from_environment, join, leave
 
 if TYPE_CHECKING:
@@ -72,7 +77,9 @@ def command(arguments: list[str], processes: Processes) -> int:
     p.add_argument("-c", "--cfg", action="store_true", help="--cfg job: print the values alone, as YAML")
     p.add_argument("-m", "--multirun", action="store_true", help="a sweep over a,b,c or range(0,3)")
     options = p.parse_intermixed_args(arguments)
-    overrides = options.overrides
+    overrides = [o for o in options.overrides if not (options.cfg and o in ("job", "all", "hydra"))]
+    if options.multirun and (options.help or options.cfg) and len(configuration.sweep_lines(overrides)) > 1:
+        raise UserError("--help and --cfg show the settings of one run: leave -m out, with one value each.", code=2)
     if options.help:
         config = configuration.load(overrides)
         choices = "".join(f"  {group}={'|'.join(configuration.options(group))}\n" for group in configuration.groups())
@@ -80,13 +87,13 @@ def command(arguments: list[str], processes: Processes) -> int:
         p.epilog = f"choices:\n{choices}\nsettings:\n{configuration.settings_page(config)}\n\n{results}"
         p.print_help()
     elif options.cfg:
-        composed = configuration.compose([o for o in overrides if o not in ("job", "all", "hydra")])
+        composed = configuration.compose(overrides)
         print(configuration.to_yaml(configuration.resolved(composed)))
     else:
-        from mbn.records import provenance
-
-        provenance.ask()
         with signals.Exit():
+            from mbn.records import provenance
+
+            provenance.ask()
             if options.multirun and processes.several:
                 raise UserError("a sweep (-m) is for one process: start torchrun for each run.", code=2)
             if options.multirun:
@@ -133,6 +140,7 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
         result = processes.from_main(lambda: record.read(path))
         if processes.main:
             warn_of_other_code(result)
+            warn_of_other_data(config, results / "runs" / configuration.run_name(config))
         if record.diverged(result):
             raise DivergedError(
                 f"{record.in_a_sentence(result)}, as {path} says; machine.again=true trains it again.",
@@ -168,6 +176,25 @@ def warn_of_other_code(result: dict[str, Any]) -> None:
         now = provenance.with_code({"commit": commit, "dirty": dirty, "code": provenance.code()})
         print(
             f"warning: the code has changed since this run was trained ({provenance.with_code(result)}; now {now}).",
+            file=sys.stderr,
+        )
+
+
+def warn_of_other_data(config: configuration.Config, folder: Path) -> None:
+    """One line if a run was trained on another folder of data than would be used now. folder: the run's, if it is
+    there; it alone says.
+    """
+    from mbn.system.yaml_file import read_yaml
+
+    try:
+        then = read_yaml(folder / "config.yaml")["machine"]["data"]
+    except (OSError, UserError, KeyError, TypeError, ValueError):
+        return
+    now = config.machine.data
+    if isinstance(then, str) and Path(then).resolve() != Path(now).resolve():
+        print(
+            f"warning: this run was trained on the data in {printable(then)}, and {printable(now)} was not looked at: "
+            "machine.again=true trains it again, on that.",
             file=sys.stderr,
         )
 

@@ -13,7 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+from mbn.system import signals
+
+if __name__ == "__main__":
+    signals.answer_while_loading()
 
 import models
 from mbn.benchmark import jobs, suites
@@ -23,10 +26,12 @@ from mbn.config.folders import data_and_results
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.cuda_graph import allow_many_streams
 from mbn.system.files import write_atomically
+from mbn.training.execution import choose_device
 
 
 @entry_point
-def main(arguments: list[str], sizes: Sizes | None = None) -> None:
+def main(arguments: list[str], sizes: Sizes | None = None) -> int:
+    """Exit code: 0 done; 1 a job failed, or none was done; 2 a mistake in the command."""
     parser = Parser(description="Milliseconds an iteration of every arm, interleaved round by round, and their ratios.")
     parser.add_argument("--quick", action="store_true", help="ResNet-20 at batch 128, eager; writes nothing")
     parser.add_argument(
@@ -35,14 +40,16 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> None:
         metavar="key=value",
         help="machine.data=DIR: where CIFAR-10 is; machine.results=DIR: where benchmarks/ is written",
     )
-    parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one, else the CPU")
+    parser.add_argument(
+        "--device", type=jobs.device_name, default="auto", help="cpu, cuda, ...; default: CUDA, else the CPU"
+    )
     parser.add_argument(
         "--random", action="store_true", help="use random images, as is done without CIFAR-10 in machine.data"
     )
     jobs.add_options(parser, "3600 on a CPU, 300 on CUDA")
     options = parser.parse_intermixed_args(arguments)
     allow_many_streams()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device, None)
     cuda = device.type == "cuda"
     data, results = data_and_results(options.settings)
     if options.quick:
@@ -59,11 +66,12 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> None:
     report, findings = jobs.run(todo, place, limit, options.only, options.skip, path)
     if options.quick:
         print("\n".join(row for found in findings.values() for row in found.rows()))
-        return
+        return jobs.exit_code(report)
     text = page(report, findings, CUDA_BARS if cuda else CPU_BARS)
     write_atomically(stem.with_suffix(".md"), text.encode())
     print(text)
     print(f"wrote {stem}.json and .md")
+    return jobs.exit_code(report)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,18 @@ The last line is the mode and the number of lanes to train with. Exit code: 0 if
 failed, 1 otherwise, 2 where there is no CUDA.
 """
 
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mbn.system import signals
+
+if __name__ == "__main__":
+    signals.answer_while_loading()
+
+import os
+from typing import Any
 
 import torch
 
@@ -70,15 +76,15 @@ def lanes_for(batch: int, found: list[Rates]) -> int:
 @entry_point
 def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build) -> int:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; default: cuda")
+    parser.add_argument("--device", type=jobs.device_name, default="cuda", help="cuda, cuda:1, ...; default: cuda")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers, rewritten after every job")
     jobs.add_options(parser, "165")
     options = parser.parse_args(arguments)
     # cuBLAS reads this at its first use; without it torch refuses deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cuda_graph.allow_many_streams()
-    device = torch.device(options.device)
-    if not cuda_graph.supported(device) or (device.type == "cuda" and not torch.cuda.is_available()):
+    device = torch.device("cuda" if options.device == "auto" else options.device)
+    if not cuda_graph.supported(device) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         print(f"error: this checks a CUDA device, but {options.device} is not one, or is not there.", file=sys.stderr)
         return 2
     place = Place(Path("data"), device, build, sizes, random=True)
@@ -92,7 +98,7 @@ def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build
     print(f"\n{use['why']}\nuse: machine.mode={use['mode']} ; reproduce.py --jobs {lanes}", flush=True)
     compared = {job.name for job in equalities.jobs()}
     bad = [why.startswith("failed") or (why == jobs.NO_TIME and name in compared) for name, why in status.items()]
-    return 1 if any(bad) else 0
+    return 1 if any(bad) else jobs.exit_code(report)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mbn.system import signals
+
+if __name__ == "__main__":
+    signals.answer_while_loading()
+
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, add_which_runs, entry_point
 from mbn.tables.cells import file_name, read_records

@@ -15,17 +15,23 @@ Exit code: 0 done, or stopped by the budget; 1 a run failed, or a record was ref
 stopped by a signal, 130 stopped by Ctrl-C: the same command then goes on.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mbn.system import signals
+
+if __name__ == "__main__":
+    signals.answer_while_loading()
+
 import argparse
 import contextlib
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mbn import grid
 from mbn.config import DATASETS, REPOSITORY, Config, cores, load
@@ -50,6 +56,13 @@ CONTROLS = ("rules", "precise")
 @entry_point
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
+    if options.source is not None and options.dry_run:
+        raise UserError("--import writes records, and --dry-run writes nothing: give one of the two.", code=2)
+    with signals.Exit():  # the pool, while it trains, answers signals itself
+        return work(options)
+
+
+def work(options: argparse.Namespace) -> int:
     if (options.items or options.source is None) and not options.status and not options.dry_run:
         provenance.ask()
     settings = [item for item in options.items if item.lstrip("+").startswith(SETTINGS)]
@@ -102,7 +115,9 @@ def parser() -> Parser:
         metavar="N",
         help="with Slurm: N processes for each run, by torchrun",
     )
-    p.add_argument("--import", type=Path, dest="source", metavar="PATH", help="take records from a folder or archive")
+    p.add_argument(
+        "--import", type=_source, dest="source", metavar="PATH", help="take records from a folder or archive"
+    )
     p.add_argument("--allow-dirty", action="store_true", help="also import records made with uncommitted code")
     p.add_argument("--grids", type=Path, default=grid.GRIDS, help=argparse.SUPPRESS)
     return p
@@ -110,6 +125,13 @@ def parser() -> Parser:
 
 def _jobs(text: str) -> int | None:
     return None if text == "auto" else whole(1, MOST_PROCESSES)(text)
+
+
+def _source(text: str) -> Path:
+    """A path. An empty one, as of a variable that is not set, would be the present folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be a folder or an archive, not {text!r}")
+    return Path(text)
 
 
 def _seconds(text: str) -> float:

@@ -19,7 +19,9 @@ import torch
 
 from mbn import config as configuration
 from mbn.benchmark.workload import Place
+from mbn.config.schema import DEVICE
 from mbn.records import provenance
+from mbn.system.command_line import finite_above_0
 from mbn.system.cuda_graph import first_line
 from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
@@ -80,9 +82,18 @@ def new_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def device_name(text: str) -> str:
+    """For an option's type: what machine.device may be."""
+    if not DEVICE.holds(text):
+        raise argparse.ArgumentTypeError(f"must be {DEVICE.wanted}, not {text!r}")
+    return text
+
+
 def add_options(parser: argparse.ArgumentParser, limit: str) -> None:
     """The options that choose among jobs. limit: the default of --limit, in words."""
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"time for all jobs together; default: {limit}")
+    parser.add_argument(
+        "--limit", type=finite_above_0, metavar="SECONDS", help=f"time for all jobs together; default: {limit}"
+    )
     parser.add_argument("--only", default="*", help="jobs to do, by name or pattern, with commas: 'r20-*,loader'")
     parser.add_argument("--skip", default="", help="jobs to leave out, by name or pattern")
 
@@ -139,6 +150,12 @@ def _one(job: Job, place: Place, end: float, findings: Findings) -> str:
         free(place.device)
     missing = (findings.get(job.name) or failed).missing
     return next((why for why in missing.values() if why.startswith("failed")), "partly" if missing else "done")
+
+
+def exit_code(report: dict[str, Any]) -> int:
+    """1 if a job of a report failed, or none was done, even in part; else 0."""
+    found = [case["status"] for case in report["cases"].values()]
+    return int(any(status.startswith("failed") for status in found) or not {"done", "partly"}.intersection(found))
 
 
 def chosen(names: list[str], patterns: str) -> set[str]:

@@ -19,6 +19,7 @@ CONFIGS = REPOSITORY / "configs"
 MODES = ("auto", "eager", "compile", "graph", "graph-eager")
 
 
+DEVICE = Rule("auto, cpu, cuda, cuda:N or mps", lambda device: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device)))
 FOLDER = Rule("the path of a folder", lambda path: path != "")
 
 
@@ -105,7 +106,7 @@ class Machine:
     device: str = setting(
         "auto",
         "auto (CUDA, else CPU), cpu, cuda, cuda:1, mps",
-        Rule("auto, cpu, cuda, cuda:N or mps", lambda device: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device))),
+        DEVICE,
     )
     threads: int | None = setting(None, "CPU threads; null: as torch chooses, or as the run began", at_least(1, 4096))
     together: int = setting(1, "runs of a sweep (-m) trained at a time in this process, for a GPU", at_least(1, 4096))

@@ -1,5 +1,6 @@
 """Opens a run's data set: scikit-learn's digits, CIFAR from its official files, ImageNet from folders."""
 
+import contextlib
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from mbn.config import DATASETS, Config, cores
 from mbn.data.download import download, md5
-from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_image_size, check_numbers
+from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_arrays, check_image_size, check_labels, check_numbers
 from mbn.system.errors import UserError
 from mbn.system.files import turn
 from mbn.system.processes import from_environment
@@ -21,7 +22,8 @@ REGISTRY = "mbn/config/registry.py"
 def load_data(config: Config, device: torch.device) -> Data:
     """Open the data set of a run; CIFAR and ImageNet in the folder machine.data.
 
-    Errors: UserError if files are damaged, or missing and cannot be downloaded, or not as many as configured.
+    Errors: UserError if files are damaged, or missing and cannot be downloaded, or not as many as configured, or if
+    images or labels are of another kind than Arrays holds.
     """
     dataset, folder = config.dataset, Path(config.machine.data)
     source = DATASETS[dataset.name]
@@ -30,13 +32,14 @@ def load_data(config: Config, device: torch.device) -> Data:
         if workers is None:
             workers = from_environment().part_of(cores())
         return registered(source.path, REGISTRY)(dataset, folder, config.seed, device, workers)
-    arrays: Arrays = registered(source.path, REGISTRY)(folder)
+    arrays = check_arrays(registered(source.path, REGISTRY)(folder), source.path)
     check_numbers(
         dataset,
         train_images=len(arrays.train_labels),
         test_images=len(arrays.test_labels),
-        classes=int(arrays.train_labels.max()) + 1,
+        classes=int(arrays.train_labels.max(initial=-1)) + 1,
     )
+    check_labels(dataset, arrays)
     for images in (arrays.train_images, arrays.test_images):
         check_image_size(dataset, images)
     return DeviceDataset(arrays, dataset, config.seed, device)
@@ -88,9 +91,12 @@ def _fetch_missing(cifar, folder: Path, files: list[Path]) -> None:
     if not missing:
         return
     addresses = [mirror.format(cifar.filename) for mirror in MIRRORS]
-    archive = folder / cifar.filename
+    archive, lock = folder / cifar.filename, folder / f"{cifar.filename}.lock"
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    if new:
+        print(f"{folder} is a new folder: {cifar.filename} goes there.", flush=True)
     try:
-        with turn(folder / f"{cifar.filename}.lock", f"downloads {cifar.filename} into {folder}"):
+        with turn(lock, f"downloads {cifar.filename} into {folder}"):
             if all(file.is_file() for file in files):  # another process did it meanwhile
                 return
             if not (archive.is_file() and md5(archive) == cifar.tgz_md5):
@@ -98,6 +104,11 @@ def _fetch_missing(cifar, folder: Path, files: list[Path]) -> None:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
     except (UserError, OSError) as error:
+        with contextlib.suppress(OSError):  # a folder that was perhaps mistyped does not stay
+            if new and list(folder.iterdir()) == [lock]:
+                lock.unlink()
+                for path in new:
+                    path.rmdir()
         raise UserError(
             f"{missing[0]} is missing and could not be downloaded: {error}; put {cifar.filename} or the folder "
             f"{cifar.base_folder} from one of {' or '.join(addresses)} into {folder}, or set "

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,39 @@ def check_numbers(dataset: DatasetConfig, **found: int) -> None:
             )
 
 
+def check_arrays(found: Any, source: str) -> Arrays:
+    """What source, the path of a data set's function, gave: contiguous, and with a label for each image.
+
+    Errors: UserError where it is no Arrays of such arrays.
+    """
+    if not isinstance(found, Arrays):
+        raise UserError(f"{source} gives {type(found).__name__}, not Arrays of mbn/data/in_memory.py: correct it.")
+    for name, array in found._asdict().items():
+        kind, dimensions, wanted = (
+            (np.uint8, 4, "uint8, N x H x W x 3") if name.endswith("images") else (np.int64, 1, "int64, N")
+        )
+        is_array = isinstance(array, np.ndarray)
+        right = is_array and array.dtype == kind and array.ndim == dimensions and array.shape[3:] in ((), (3,))
+        if not right:
+            what = f"{array.dtype} of {' x '.join(map(str, array.shape))}" if is_array else type(array).__name__
+            raise UserError(f"{source} gives {name} as {what}, not as a NumPy array of {wanted}: convert it there.")
+    for part in ("train", "test"):
+        images, labels = (len(getattr(found, f"{part}_{kind}")) for kind in ("images", "labels"))
+        if images != labels:
+            raise UserError(f"{source} gives {images} {part}_images, but {labels} {part}_labels: each image needs one.")
+    return Arrays(*map(np.ascontiguousarray, found))
+
+
+def check_labels(dataset: DatasetConfig, arrays: Arrays) -> None:
+    """Raise UserError if a label is none of the configured classes."""
+    for name, labels in (("train_labels", arrays.train_labels), ("test_labels", arrays.test_labels)):
+        wrong = labels[(labels < 0) | (labels >= dataset.classes)]
+        if len(wrong):
+            raise UserError(
+                f"{dataset.name} has {wrong[0]} among its {name}: number its classes from 0 to {dataset.classes - 1}."
+            )
+
+
 def check_image_size(dataset: DatasetConfig, images: np.ndarray) -> None:
     """Raise UserError if images (N, H, W, 3) are not of the configured size: runs are named and recorded by it."""
     height, width = images.shape[1:3]
@@ -53,7 +86,7 @@ def fingerprint(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str} {array.shape}".encode())
-        digest.update(array.reshape(-1).data)
+        digest.update(np.ascontiguousarray(array).reshape(-1).data)
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from mbn import __version__
 from mbn.config import REPOSITORY
-from mbn.system.errors import printable
+from mbn.system.errors import UserError, printable
 
 # Parts of mbn that train nothing.
 NOT_TRAINING = ("benchmark", "launch", "tables", "grid.py")
@@ -131,9 +131,8 @@ def _possible_code() -> Iterator[Path]:
             yield from (Path(folder) / name for name in (*importable, *links) if not name.startswith("."))
 
 
-@functools.cache
-def _texts() -> dict[str, bytes]:
-    """By their names, the files of models/ and mbn/ without NOT_TRAINING. Read once in a process."""
+def _read() -> dict[str, bytes]:
+    """By their names, the files of models/ and mbn/ without NOT_TRAINING, as they are now."""
     paths = (path for folder in ("mbn", "models") for path in (REPOSITORY / folder).rglob("*.py"))
     named = {path.relative_to(REPOSITORY): path for path in paths if not path.name.startswith(".") and path.is_file()}
     return {
@@ -141,13 +140,31 @@ def _texts() -> dict[str, bytes]:
     }
 
 
+@functools.cache
+def _texts() -> dict[str, bytes]:
+    """The files, read once in a process."""
+    return _read()
+
+
+@functools.cache
+def check_imported() -> None:
+    """Check, once in a process, that no file was edited between `ask` and now, when all that trains is imported: what
+    `code` and the commit stand for would not be what trains. Errors: UserError.
+    """
+    before, now = _texts(), _read()
+    edited = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if edited:
+        raise UserError(f"{edited[0]} was edited while the code was loaded: run the command again to train with it.")
+
+
 def import_all() -> None:
     """Import the code that trains. A command with several runs does so before the first one: a module that the fifth
-    run imports first, after an edit, would not be the one that `code` stands for.
+    run imports first, after an edit, would not be the one that `code` stands for. Errors: as for `check_imported`.
     """
     for name in _texts():
         with contextlib.suppress(Exception):  # of a file that no run needs
             importlib.import_module(name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    check_imported()
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, ParamSpec, TextIO
 
 from mbn.system.errors import UserError, lacks_memory, printable
 from mbn.system.files import cannot_use
+from mbn.system.signals import loaded
 
 P = ParamSpec("P")
 # More than anybody trains, and few enough to be listed.
@@ -90,6 +91,7 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
 def _ended(main: Callable[[], int | None]) -> int:
     """The exit code of main; its error is printed."""
     try:
+        loaded()
         return main() or 0
     except KeyboardInterrupt:  # before training handles signals itself
         print("stopped by Ctrl-C: the same command starts it again.", file=sys.stderr)
@@ -108,9 +110,18 @@ def explained(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, (RuntimeError, MemoryError, OSError)) and lacks_memory(error):
         return UserError("this machine's memory is not enough: try a smaller batch_size or evaluate.batch_size.")
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_working_folder():
+        return UserError("the folder in which this was started is no longer there: cd to one that is.")
     if isinstance(error, OSError) and error.errno is not None:  # without a number it is a library's own error
         return cannot_use(error.filename or _place(error), error)
     return None
+
+
+def _has_working_folder() -> bool:
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
 
 
 def _place(error: BaseException) -> str:

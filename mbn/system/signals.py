@@ -60,6 +60,31 @@ class Exit(Answered):
         self._exit(number, "outside training")
 
 
+class _Loading(Answered):
+    """As Exit, while a program is being imported. A signal that is ignored, or that somebody answers, stays so."""
+
+    def _numbers(self) -> list[int]:
+        return [n for n in super()._numbers() if signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler)]
+
+    def _answer(self, number: int, _: FrameType | None) -> None:
+        self._exit(number, "while it started")
+
+
+_loading = contextlib.ExitStack()
+
+
+def answer_while_loading() -> None:
+    """From now until `loaded`, these signals end the process at once with their code. A program calls it before its
+    other imports, which take seconds.
+    """
+    _loading.enter_context(_Loading())
+
+
+def loaded() -> None:
+    """The signals do again what they did before `answer_while_loading`."""
+    _loading.close()
+
+
 # Seconds that a measurement may still take after a signal, to reach its end.
 PATIENCE = 2.0
 

@@ -23,8 +23,10 @@ def conditions(
 ) -> Conditions:
     """The conditions of this process. mode: as `choose_mode` gives it; data: the data set's fingerprint.
 
-    The number of processes is a part of them only if there are several.
+    The number of processes is a part of them only if there are several. Errors: UserError where the code was edited
+    while it was imported.
     """
+    provenance.check_imported()
     on_gpu = device.type == "cuda"
     commit, dirty = provenance.commit_and_dirty()
     return {

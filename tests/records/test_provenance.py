@@ -12,6 +12,7 @@ from running import load_script
 import train
 from mbn.config import REPOSITORY
 from mbn.records import provenance
+from mbn.system.errors import UserError
 
 # What the environment holds where there is no git.
 DESCRIBE = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")
@@ -30,7 +31,7 @@ def commit(folder):
 
 
 def forget():
-    for function in (provenance._origin, provenance._texts, provenance.code):
+    for function in (provenance._origin, provenance._texts, provenance.check_imported, provenance.code):
         function.cache_clear()
 
 
@@ -206,6 +207,23 @@ def test_a_commit_or_an_edit_made_later_changes_nothing(repository, asked, capsy
     code = provenance.code()
     assert asked()[0] != before[0]
     assert provenance.code() != code
+
+
+@pytest.mark.parametrize("file", ["mbn/norm/base.py", "models/nin.py", "models/new.py"])
+def test_code_that_is_edited_while_it_is_imported_trains_nothing(repository, asked, file):
+    asked()
+    provenance.ask()
+    before = (repository / file).read_text() if (repository / file).exists() else None
+    (repository / file).write_text("2\n")
+    with pytest.raises(UserError, match=rf"^{file} was edited [^.]*: run the command again[^.]*\.$"):
+        provenance.check_imported()
+    if before is None:
+        (repository / file).unlink()
+    else:
+        (repository / file).write_text(before)
+    provenance.check_imported()
+    (repository / file).write_text("2\n")  # while it trains, after all was imported
+    provenance.check_imported()
 
 
 # The code.

@@ -76,6 +76,25 @@ def test_a_lack_of_memory_is_one_sentence(capsys):
     )
 
 
+def test_a_working_folder_that_was_deleted_is_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert train.main(["--cfg", "job"]) == 1
+    said = "error: the folder in which this was started is no longer there: cd to one that is.\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("option", ["--help", "--cfg=job"])
+def test_a_page_of_one_run_s_settings_is_refused_for_a_sweep(option, capsys):
+    arguments = ["-m", "dataset=digits", *option.replace("--cfg=", "--cfg ").split()]
+    assert train.main([*arguments, "seed=0,1"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --help and --cfg show the settings of one run: leave -m out, with one value each.\n"
+    )
+    assert train.main([*arguments, "seed=1"]) == 0
+
+
 def test_other_errors_show_where_they_arose_and_no_code_is_success():
     @entry_point
     def main(error):

@@ -1,6 +1,7 @@
 """Signals: a stop, and a process that is suspended and continued."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,3 +48,81 @@ with Exit():
         process.stderr.close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 75
+
+
+PROGRAMS = ["train.py", *(f"scripts/{name}.py" for name in ("reproduce", "tables", "plots", "benchmark", "check_gpu"))]
+# Modules of others, which a test puts in place of the real ones: a program that imports one waits there.
+WAITS = "import time\nprint('loading', flush=True)\nwhile True:\n    time.sleep(0.05)\n"
+
+
+@pytest.fixture
+def loading(tmp_path):
+    """A function that starts a program, after the words of a command, and returns once it imports a module."""
+    started = []
+
+    def start(program, module, *before):
+        (tmp_path / f"{module}.py").write_text(WAITS)
+        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        process = subprocess.Popen(
+            [*before, sys.executable, REPOSITORY / program],
+            env={**os.environ, "PYTHONPATH": path, "MBN_COMMIT": "0" * 40},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "loading\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 75)])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_stop_while_a_program_is_imported_is_one_sentence(loading, program, name, code):
+    process = loading(program, "torch" if program in PROGRAMS[-2:] else "omegaconf")
+    process.send_signal(getattr(signal, name))
+    assert process.wait(120) == code
+    said = process.stderr.read()
+    assert re.fullmatch(rf"stopped by {name} while it started: [^\n]*\.\n", said), said
+
+
+@pytest.mark.parametrize("program", ["train.py", "scripts/reproduce.py"])
+def test_a_cluster_s_stop_before_anything_is_trained_has_its_code(loading, program):
+    process = loading(program, "hydra")  # imported to read the command
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75
+    assert process.stderr.read().splitlines()[-1].startswith("stopped by SIGTERM ")
+
+
+def test_an_ignored_signal_stays_ignored_while_a_program_is_imported(loading):
+    process = loading("scripts/tables.py", "omegaconf", "bash", "-c", "trap '' INT; exec \"$@\"", "-")
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75
+
+
+def test_ctrl_c_is_an_exception_again_once_a_program_is_imported():
+    code = """
+import os, signal, time
+from mbn.system import signals
+signals.answer_while_loading()
+from mbn.system.command_line import entry_point
+
+@entry_point
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("caught", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caught True\n", "")

@@ -206,6 +206,19 @@ def test_several_codes_or_changes_in_any_part_make_a_record_dirty(parts, dirty):
     assert made_by(listed) == {"commit": pairs[-1][0], "code": pairs[-1][0], "dirty": dirty}
 
 
+def test_code_that_is_edited_while_a_run_starts_trains_nothing_and_the_same_command_does(here, left):
+    provenance._texts()
+    provenance.check_imported.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "_read", lambda: {**provenance._texts(), "mbn/training/schedule.py": b"lr = 0"})
+        done = here()
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert done.err.startswith("error: mbn/training/schedule.py was edited while the code was loaded: run the command")
+    assert not left().checkpoint_path.exists()
+    assert not left().record_path.exists()
+    assert here().code == 0
+
+
 # Parts of a run that do not belong together.
 
 

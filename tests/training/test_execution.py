@@ -116,6 +116,14 @@ def test_choices_are_made_once(monkeypatch):
             choose_device(wanted, earlier)
 
 
+def test_a_gpu_of_a_number_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1", None) == torch.device("cuda:1")
+    with pytest.raises(UserError, match=r"^there is no cuda:2 here: machine\.device=cpu uses the CPU\.$"):
+        choose_device("cuda:2", None)
+
+
 def test_runs_of_one_kind_share_compiled_code_and_nothing_else(monkeypatch):
     """Runs one after another, or in lanes: only the first of a kind waits for the compiler."""
     graphs = []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import running
 import torch
 from running import TIMES, assert_same_bits, cut, send, without
 
@@ -139,6 +140,37 @@ def test_a_finished_run_says_so_and_trains_nothing(here, left, monkeypatch):
     for part in ("finished", "machine.again=true", str(left().record_path), "tensorboard --logdir", error):
         assert part in done.out
     assert left().record_path.read_bytes() == before
+
+
+def test_a_finished_run_of_other_data_is_shown_with_a_warning(here, left, tmp_path, monkeypatch):
+    load = running.load_quickly
+
+    def with_data(folder):
+        def load_with_data(overrides):
+            loaded = load(overrides)
+            loaded.machine.data = str(folder)
+            return loaded
+
+        monkeypatch.setattr(running, "load_quickly", load_with_data)
+
+    with_data(tmp_path / "a")
+    here()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for same in (tmp_path / "a", tmp_path / "b" / ".." / "a", tmp_path / "link"):
+        with_data(same)
+        assert here().err == ""
+    with_data(tmp_path / "b\x1b")
+    done = here()
+    assert done.code == 0
+    assert done.err == (
+        f"warning: this run was trained on the data in {tmp_path / 'a'}, and {tmp_path / 'b'}\\x1b was not looked at: "
+        "machine.again=true trains it again, on that.\n"
+    )
+    for text in ("", "[", "machine: 3", "machine: {data: 3}"):
+        (left().folder / "config.yaml").write_text(text)
+        assert here().err == ""
+    (left().folder / "config.yaml").unlink()
+    assert here().err == ""
 
 
 def test_again_trains_a_finished_run_again_each_time_and_ends_with_the_same_numbers(here, left, whole, monkeypatch):
