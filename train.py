@@ -26,6 +26,8 @@ from mbn.system.processes import Processes, another_may_end, from_environment, j
 
 if TYPE_CHECKING:
     from mbn.launch.missing_runs import PlannedRun
+    from mbn.system.signals import StopRequest
+    from mbn.training.run import OpenData
 
 DESCRIPTION = """Train one network and write its record.
 
@@ -116,8 +118,8 @@ def beside_the_main_process(arguments: list[str], processes: Processes) -> int:
         raise
 
 
-def run(config: configuration.Config, stop: Any = None, load: Any = None) -> None:
-    """Train, or show the result of a finished run. stop, load: for runs in threads, see `mbn.training.run`."""
+def run(config: configuration.Config, stop: "StopRequest | None" = None, open_data: "OpenData | None" = None) -> None:
+    """Train, or show the result of a finished run. stop, open_data: for runs in threads, see `mbn.training.run`."""
     from mbn.records import controls, record
 
     results = Path(config.machine.results)
@@ -158,9 +160,9 @@ def run(config: configuration.Config, stop: Any = None, load: Any = None) -> Non
 
         if not results.exists():
             print(f"{results} is a new folder: the results go there.", flush=True)
-        trained = train(config, build, stop, load)
+        trained = train(config, build, stop, open_data)
         if trained is None:  # another process has finished it since
-            run(config, stop, load)
+            run(config, stop, open_data)
             return
         result = trained
         print(record.in_a_sentence(result))
@@ -181,11 +183,13 @@ def warn_of_other_code(result: dict[str, Any]) -> None:
 
 
 def warn_of_other_data(config: configuration.Config, folder: Path) -> None:
-    """One line if a run was trained on another folder of data than would be used now. folder: the run's, if it is
-    there; it alone says.
+    """One line if a run was trained on another folder of images than would be used now. folder: the run's, if it is
+    there; it alone says. Data sets whose files have checksums are the same anywhere.
     """
     from mbn.system.yaml_file import read_yaml
 
+    if not configuration.DATASETS[config.dataset.name].streamed:
+        return
     try:
         then = read_yaml(folder / "config.yaml")["machine"]["data"]
     except (OSError, UserError, KeyError, TypeError, ValueError):
@@ -193,8 +197,8 @@ def warn_of_other_data(config: configuration.Config, folder: Path) -> None:
     now = config.machine.data
     if isinstance(then, str) and Path(then).resolve() != Path(now).resolve():
         print(
-            f"warning: this run was trained on the data in {printable(then)}, and {printable(now)} was not looked at: "
-            "machine.again=true trains it again, on that.",
+            f"warning: this run was trained on the images in {printable(then)}, not on those in {printable(now)}: "
+            "machine.again=true trains it again, on these.",
             file=sys.stderr,
         )
 

@@ -20,6 +20,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mbn.system import signals
+
+if __name__ == "__main__":
+    signals.answer_while_loading()
+
 from mbn import config as configuration
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError

@@ -71,7 +71,7 @@ class Lanes:
 
     def __init__(self, train: Train, jobs: int) -> None:
         self.train, self.jobs = train, jobs
-        self.load = SharedData()
+        self.open_data = SharedData()
         self.output = PerThread(sys.stdout), PerThread(sys.stderr)
         self.inside = contextlib.ExitStack()
         allow_many_streams()
@@ -91,7 +91,7 @@ class Lanes:
         config = dataclasses.replace(run.config, machine=machine)
         log = run.folder(results) / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)  # an error is this run's alone
-        return Lane(run, log, lambda stop: self.train(config, stop, self.load), self.output)
+        return Lane(run, log, lambda stop: self.train(config, stop, self.open_data), self.output)
 
 
 class Lane(Child):

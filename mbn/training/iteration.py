@@ -133,7 +133,8 @@ class Update:
     def _iterate(self, images: Tensor, labels: Tensor) -> None:
         """One iteration without anything that depends on the host, so that it can be recorded."""
         self.watch(images)
-        whole = self.full in (None, len(images))
+        # A process that gets nothing of a batch asks what the others got, which compiled code cannot.
+        whole = self.full in (None, len(images)) and len(images) > 0
         first, second = (self.first, self.second) if whole else (self._first, self._second)
         loss, measured = first(images, labels)
         loss.backward()

@@ -75,11 +75,11 @@ def train(
     folder, processes = results / "runs" / name, from_environment()
     join(processes, config.machine.device)
     with _memory_is_enough(config), contextlib.ExitStack() as stack:
-        held = processes.on_main(lambda: stack.enter_context(lock(folder / "lock")))
+        run_lock = processes.on_main(lambda: stack.enter_context(lock(folder / "lock")))
         if not config.machine.again and processes.from_main(record.path_of(results, name).exists):
             return None
         with one_at_a_time:  # seeds and generators belong to the process
-            run = Run(config, build, folder, held.check if held else _nothing, open_data, processes)
+            run = Run(config, build, folder, run_lock.check if run_lock else _nothing, open_data, processes)
         if processes.main:
             for path in (*(folder / file for file in WRITTEN), record.path_of(results, name)):
                 remove_partials(path)
@@ -134,9 +134,9 @@ def add_controls(
     """
     results, name = Path(config.machine.results), run_name(config)
     folder, path = results / "runs" / name, record.path_of(results, name)
-    with lock(folder / "lock") as held, _memory_is_enough(config):
+    with lock(folder / "lock") as run_lock, _memory_is_enough(config):
         result = record.read(path)
-        run = Run(config, build, folder, held.check)
+        run = Run(config, build, folder, run_lock.check)
         ended = run.state.iteration == run.state.length
         controls.check_end(result, path, run.checkpoint_path, ended, run.journal_hash)
         with own_stream(run.state.device), _signals(stop) as signals:

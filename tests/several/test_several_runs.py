@@ -90,9 +90,11 @@ def assert_all_train_the_same(trained, *overrides, run=RUN):
 
 
 @pytest.mark.timeout(900)
-def test_compiled_processes_train_the_same(trained):
+@pytest.mark.parametrize("more", [(), ("norm.group=250",)], ids=["", "one group"])
+def test_compiled_processes_train_the_same(trained, more):
+    """With one group a process gets nothing of any batch, which cannot be compiled."""
     alone, several = (
-        trained(size, "norm=mbn", f"machine.mode={mode}")[0] for size, mode in ((1, "eager"), (2, "compile"))
+        trained(size, "norm=mbn", *more, f"machine.mode={mode}")[0] for size, mode in ((1, "eager"), (2, "compile"))
     )
     assert several.record()["mode"] == "compile"
     assert_close(alone.checkpoint()["model"], several.checkpoint()["model"], 1e-9, "model")

@@ -50,7 +50,10 @@ with Exit():
         assert process.wait(120) == 75
 
 
-PROGRAMS = ["train.py", *(f"scripts/{name}.py" for name in ("reproduce", "tables", "plots", "benchmark", "check_gpu"))]
+PROGRAMS = [
+    "train.py",
+    *(f"scripts/{name}.py" for name in ("reproduce", "tables", "plots", "evaluate", "benchmark", "check_gpu")),
+]
 # Modules of others, which a test puts in place of the real ones: a program that imports one waits there.
 WAITS = "import time\nprint('loading', flush=True)\nwhile True:\n    time.sleep(0.05)\n"
 

@@ -142,7 +142,7 @@ def test_a_finished_run_says_so_and_trains_nothing(here, left, monkeypatch):
     assert left().record_path.read_bytes() == before
 
 
-def test_a_finished_run_of_other_data_is_shown_with_a_warning(here, left, tmp_path, monkeypatch):
+def test_a_finished_run_of_another_folder_of_images_is_shown_with_a_warning(here, left, tmp_path, monkeypatch):
     load = running.load_quickly
 
     def with_data(folder):
@@ -156,6 +156,9 @@ def test_a_finished_run_of_other_data_is_shown_with_a_warning(here, left, tmp_pa
     with_data(tmp_path / "a")
     here()
     (tmp_path / "link").symlink_to(tmp_path / "a")
+    with_data(tmp_path / "b")
+    assert here().err == ""  # whose images are the same everywhere
+    monkeypatch.setitem(DATASETS, "digits", dataclasses.replace(DATASETS["digits"], streamed=True))
     for same in (tmp_path / "a", tmp_path / "b" / ".." / "a", tmp_path / "link"):
         with_data(same)
         assert here().err == ""
@@ -163,8 +166,8 @@ def test_a_finished_run_of_other_data_is_shown_with_a_warning(here, left, tmp_pa
     done = here()
     assert done.code == 0
     assert done.err == (
-        f"warning: this run was trained on the data in {tmp_path / 'a'}, and {tmp_path / 'b'}\\x1b was not looked at: "
-        "machine.again=true trains it again, on that.\n"
+        f"warning: this run was trained on the images in {tmp_path / 'a'}, not on those in {tmp_path / 'b'}\\x1b: "
+        "machine.again=true trains it again, on these.\n"
     )
     for text in ("", "[", "machine: 3", "machine: {data: 3}"):
         (left().folder / "config.yaml").write_text(text)
