@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import models
 from mbn.benchmark import jobs, suites
 from mbn.benchmark.page import CPU_BARS, CUDA_BARS, file_stem, page
-from mbn.benchmark.workload import Place, Sizes
+from mbn.benchmark.workload import Setup, Sizes
 from mbn.config.folders import data_and_results
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.cuda_graph import allow_many_streams
@@ -59,11 +59,11 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> int:
         todo = suites.on_cuda(sizes)
     else:
         todo, sizes = suites.on_cpu(), sizes or suites.CPU_SIZES
-    place = Place(data, device, models.build, sizes, options.random)
+    setup = Setup(data, device, models.build, sizes, options.random)
     limit = (300 if cuda else 3600) if options.limit is None else options.limit
     stem = results / "benchmarks" / file_stem(device)
     path = None if options.quick else stem.with_suffix(".json")
-    report, findings = jobs.run(todo, place, limit, options.only, options.skip, path)
+    report, findings = jobs.run(todo, setup, limit, options.only, options.skip, path)
     if options.quick:
         print("\n".join(row for found in findings.values() for row in found.rows()))
         return jobs.exit_code(report)

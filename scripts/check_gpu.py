@@ -27,7 +27,7 @@ import torch
 import models
 from mbn.benchmark import equalities, jobs, suites
 from mbn.benchmark.side_by_side import Rates
-from mbn.benchmark.workload import PAIR, Build, Place, Sizes, arms
+from mbn.benchmark.workload import PAIR, Build, Setup, Sizes, arms
 from mbn.system import cuda_graph
 from mbn.system.command_line import Parser, entry_point
 
@@ -87,9 +87,9 @@ def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build
     if not cuda_graph.supported(device) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         print(f"error: this checks a CUDA device, but {options.device} is not one, or is not there.", file=sys.stderr)
         return 2
-    place = Place(Path("data"), device, build, sizes, random=True)
+    setup = Setup(Path("data"), device, build, sizes, random=True)
     limit = 165 if options.limit is None else options.limit
-    report, findings = jobs.run(todo(sizes), place, limit, options.only, options.skip, options.out)
+    report, findings = jobs.run(todo(sizes), setup, limit, options.only, options.skip, options.out)
     status = {name: case["status"] for name, case in report["cases"].items()}
     use = report["advice"] = advice(status, findings, sizes.batches)
     if options.out is not None:

@@ -43,7 +43,7 @@ from mbn.records.import_records import gather
 from mbn.system.command_line import MOST_SEEDS, Parser, entry_point, whole
 from mbn.system.durations import duration
 from mbn.system.errors import UserError
-from mbn.system.files import there
+from mbn.system.files import visible
 
 # Settings that are not part of a run's identity.
 SETTINGS = ("machine.", "evaluate.")
@@ -292,7 +292,7 @@ def report(outcome: Any, results: Path, budget: float | None) -> int:
     diverged = f", {len(outcome.diverged)} of which diverged" if outcome.diverged else ""
     print(f"{len(outcome.done)} of {count} runs are done{diverged}.")
     if outcome.left:
-        begun = sum(there(results / "runs" / name / "checkpoint.pt") for name in outcome.left)
+        begun = sum(visible(results / "runs" / name / "checkpoint.pt") for name in outcome.left)
         why = f"the budget of {duration(budget or 0)} is spent" if outcome.spent else "stopped"
         print(f"{why}: {len(outcome.left)} are left, {begun} of them begun; the same command goes on with them.")
     if outcome.failed:

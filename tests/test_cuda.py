@@ -19,7 +19,7 @@ from test_check_gpu import script
 
 import models
 from mbn.benchmark import equalities
-from mbn.benchmark.workload import Arm, Case, Place
+from mbn.benchmark.workload import Arm, Case, Setup
 from mbn.system import cuda_graph
 from mbn.system.cuda_graph import own_stream
 from mbn.training.execution import set_arithmetic
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 DEVICE = "cuda"
 LANES = {8: (1, 2), 128: (1, 2)}
 SHORT = dataclasses.replace(script.SIZES, models=("resnet20",), images=256, rounds=1, lanes=LANES, lane_seconds=0.2)
-PLACE = Place(Path("data"), torch.device(DEVICE), models.build, SHORT, random=True)
+SETUP = Setup(Path("data"), torch.device(DEVICE), models.build, SHORT, random=True)
 # Three epochs and a half of 6 batches, the last one smaller; on whatever device.
 RUN = [o for o in TINY if o != "machine.device=cpu"] + [
     f"machine.device={DEVICE}",
@@ -75,7 +75,7 @@ def left(tmp_path):
 @pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("job", script.todo(SHORT), ids=lambda job: job.name)
 def test_what_a_person_would_run_first_is_ok(job):
-    assert job.work(PLACE, time.monotonic() + 240).missing == {}
+    assert job.work(SETUP, time.monotonic() + 240).missing == {}
 
 
 # Recording.
@@ -92,16 +92,16 @@ def test_no_two_threads_share_a_stream():
 
 
 def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others_are_recorded(monkeypatch, capsys):
-    set_arithmetic(PLACE.device, False, True)
-    case, batches = Case("resnet20", 8, 1), equalities.random_batches([8] * 7, PLACE)
+    set_arithmetic(SETUP.device, False, True)
+    case, batches = Case("resnet20", 8, 1), equalities.random_batches([8] * 7, SETUP)
     original = Update._iterate
 
     def trained(mode):
-        training = equalities.new_training(case, Arm("mbn", 2, mode), PLACE)
+        training = equalities.new_training(case, Arm("mbn", 2, mode), SETUP)
         equalities.train_on(training, batches)
         return training
 
-    with own_stream(PLACE.device):
+    with own_stream(SETUP.device):
         eager = equalities.tensors(trained("eager"))
         with monkeypatch.context() as patch:
             patch.setattr(Update, "_iterate", lambda self, x, y: (original(self, x, y), self.window.sum().item()))
@@ -116,23 +116,23 @@ def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others
 
 def test_another_lanes_first_convolutions_do_not_spoil_a_recording():
     """cuDNN waits for the device while it tries algorithms, which a thread that records does not survive."""
-    set_arithmetic(PLACE.device, True, False)
+    set_arithmetic(SETUP.device, True, False)
     begun, done = threading.Event(), threading.Event()
 
     def records():
-        with own_stream(PLACE.device):
+        with own_stream(SETUP.device):
             for _ in range(8):
-                training = equalities.new_training(Case("resnet20", 8, 1), Arm("mbn", 2, "graph-eager"), PLACE)
-                equalities.train_on(training, equalities.random_batches([8] * 5, PLACE))
+                training = equalities.new_training(Case("resnet20", 8, 1), Arm("mbn", 2, "graph-eager"), SETUP)
+                equalities.train_on(training, equalities.random_batches([8] * 5, SETUP))
                 begun.set()
                 assert training.in_mode
 
     def convolves():
         begun.wait()
-        with own_stream(PLACE.device):
+        with own_stream(SETUP.device):
             for n in itertools.count(1):
                 x, weight = (torch.randn(shape, device=DEVICE) for shape in ((n, 8, 16, 16), (8, 8, 3, 3)))
-                cuda_graph.unrecorded(lambda x=x, weight=weight: F.conv2d(x, weight), PLACE.device)
+                cuda_graph.unrecorded(lambda x=x, weight=weight: F.conv2d(x, weight), SETUP.device)
                 if done.is_set():
                     return n
 

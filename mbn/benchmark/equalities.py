@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mbn.benchmark.jobs import Finding, Job, left
-from mbn.benchmark.workload import PAIR, Arm, Case, Place, Training, arms
+from mbn.benchmark.workload import PAIR, Arm, Case, Setup, Training, arms
 from mbn.data.in_memory import Batch
 from mbn.norm import functional
 from mbn.norm.base import norm_layers
@@ -24,8 +24,8 @@ from mbn.system.cuda_graph import Recorded, own_stream
 from mbn.training.execution import set_arithmetic
 
 T = TypeVar("T")
-# Takes a case, a place and a deadline; returns whether the comparison holds, and its numbers.
-Comparison = Callable[[Case, Place, float], tuple[bool, dict[str, Any]]]
+# Takes a case, a setup and a deadline; returns whether the comparison holds, and its numbers.
+Comparison = Callable[[Case, Setup, float], tuple[bool, dict[str, Any]]]
 # Largest differences allowed, relative to a tensor's largest value.
 FLOAT32, RECORDED_WITHIN, COMPILED = 1e-4, 1e-4, 1e-3
 # The largest difference allowed in any one iteration of a whole network, see `compare`.
@@ -52,19 +52,19 @@ class Compared(Finding):
         return "; ".join(each)
 
 
-def compare_all(comparisons: dict[str, Comparison], place: Place, deadline: float) -> Compared:
+def compare_all(comparisons: dict[str, Comparison], setup: Setup, deadline: float) -> Compared:
     """Compare the first network at the first batch size, with deterministic algorithms and without TF32."""
-    result, case = Compared(), Case(place.sizes.models[0], place.sizes.batches[0], 1)
-    set_arithmetic(place.device, tf32=False, deterministic=True)
+    result, case = Compared(), Case(setup.sizes.models[0], setup.sizes.batches[0], 1)
+    set_arithmetic(setup.device, tf32=False, deterministic=True)
     try:
-        with own_stream(place.device):
+        with own_stream(setup.device):
             for name, comparison in comparisons.items():
                 with result.noted(name):
-                    holds, result.found[name] = comparison(case, place, deadline)
+                    holds, result.found[name] = comparison(case, setup, deadline)
                     if not holds:
                         result.missing[name] = "failed: does not hold"
     finally:
-        set_arithmetic(place.device, tf32=True, deterministic=False)
+        set_arithmetic(setup.device, tf32=True, deterministic=False)
     return result
 
 
@@ -106,49 +106,49 @@ class TwoLayers(nn.Module):
         return self.fc((self.norm1(x).square() + self.norm2(x.contiguous()).square()).mean((2, 3)))
 
 
-def in_float64(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
+def in_float64(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Layers in float32 on the device against the same layers in float64 on the CPU.
 
     Once with torch's batch-norm kernels, and once with the formula that a compiler gets.
     """
-    twin = replace(place, device=torch.device("cpu"), build=lambda **given: TwoLayers(**given).double())
+    twin = replace(setup, device=torch.device("cpu"), build=lambda **given: TwoLayers(**given).double())
     native = functional.has_native_kernels
     found: dict[str, Any] = {}
     for way, own in {"kernels": native, "formula": lambda x: x.dtype == torch.float64 and native(x)}.items():
-        one, other = (new_training(case, arm, where) for where in (replace(place, build=TwoLayers), twin))
+        one, other = (new_training(case, arm, where) for where in (replace(setup, build=TwoLayers), twin))
         with mock.patch.object(functional, "has_native_kernels", own):
-            apart = compare(one, other, in_time(random_batches([case.batch_size, LAST] * 3, place), deadline))
+            apart = compare(one, other, in_time(random_batches([case.batch_size, LAST] * 3, setup), deadline))
         found |= {way: apart["largest"], f"{way}, at": apart["at"]}
     return max(found["kernels"], found["formula"]) <= FLOAT32, found
 
 
-def finite(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
+def finite(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Mixed precision stays finite."""
-    training = new_training(case, arm, place)
-    train_on(training, in_time(random_batches([case.batch_size] * (PLAYED_FROM + 2), place), deadline))
+    training = new_training(case, arm, setup)
+    train_on(training, in_time(random_batches([case.batch_size] * (PLAYED_FROM + 2), setup), deadline))
     holds = all(bool(value.isfinite().all()) for value in tensors(training).values())
     return holds and training.in_mode, {"finite": holds, "in mode": training.in_mode}
 
 
-def compare_recorded(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
+def compare_recorded(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Recorded iterations against eager ones from the same state; six are played back for each of two batch sizes."""
-    batches = random_batches([case.batch_size, LAST] * (PLAYED_FROM + 5), place)
-    played, eager = new_training(case, arm, place), new_training(case, replace(arm, mode="eager"), place)
+    batches = random_batches([case.batch_size, LAST] * (PLAYED_FROM + 5), setup)
+    played, eager = new_training(case, arm, setup), new_training(case, replace(arm, mode="eager"), setup)
     found = compare(played, eager, in_time(batches, deadline))
     return close(found, RECORDED_WITHIN), found
 
 
-def same_again(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
+def same_again(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Training twice gives the same bits, and so does resuming from a saved state."""
     half = PLAYED_FROM + 2
-    batches = random_batches([case.batch_size] * 2 * half, place)
+    batches = random_batches([case.batch_size] * 2 * half, setup)
     ends = []
     for stops in (False, False, True):
-        training = new_training(case, arm, place)
+        training = new_training(case, arm, setup)
         train_on(training, in_time(batches[:half], deadline))
         if stops:
             state = copy.deepcopy((training.model.state_dict(), training.optimizer.state_dict()))
-            training = new_training(case, arm, place)
+            training = new_training(case, arm, setup)
             training.model.load_state_dict(state[0])
             training.optimizer.load_state_dict(state[1])
             training.optimizer.param_groups[0]["lr"] = training.lr
@@ -159,13 +159,13 @@ def same_again(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[boo
     return twice and resumed and training.in_mode, {"twice": twice, "resumed": resumed, "in mode": training.in_mode}
 
 
-def compare_compiled(arm: Arm, case: Case, place: Place, deadline: float) -> tuple[bool, dict[str, Any]]:
+def compare_compiled(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Iterations compiled and recorded against recorded only, and the milliseconds of both."""
-    if left(deadline) <= place.sizes.compiling:
+    if left(deadline) <= setup.sizes.compiling:
         raise TimeoutError("no time left to compile")
-    batches = random_batches([case.batch_size] * (PLAYED_FROM + 14), place)
+    batches = random_batches([case.batch_size] * (PLAYED_FROM + 14), setup)
     both = (arm, replace(arm, mode="graph-eager"))
-    one, other = (new_training(case, each, place, batches[0]) for each in both)
+    one, other = (new_training(case, each, setup, batches[0]) for each in both)
     found = compare(one, other, in_time(batches, deadline))
     return close(found, COMPILED), {"ms": 1e3 * one.seconds(100), "ms_without": 1e3 * other.seconds(100), **found}
 
@@ -202,16 +202,16 @@ def close(found: dict[str, Any], typical: float) -> bool:
     return found["typical"] <= typical and found["largest"] <= ONCE and found["in mode"]
 
 
-def new_training(case: Case, arm: Arm, place: Place, batch: Batch | None = None) -> Training:
-    return Training(case, arm, place, repeat(batch) if batch else iter(()))
+def new_training(case: Case, arm: Arm, setup: Setup, batch: Batch | None = None) -> Training:
+    return Training(case, arm, setup, repeat(batch) if batch else iter(()))
 
 
-def random_batches(sizes: list[int], place: Place) -> list[Batch]:
+def random_batches(sizes: list[int], setup: Setup) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     return [
         (
-            torch.randn(n, 3, 32, 32, generator=generator).to(place.device, memory_format=torch.channels_last),
-            torch.randint(0, 10, (n,), generator=generator).to(place.device),
+            torch.randn(n, 3, 32, 32, generator=generator).to(setup.device, memory_format=torch.channels_last),
+            torch.randint(0, 10, (n,), generator=generator).to(setup.device),
         )
         for n in sizes
     ]

@@ -12,18 +12,18 @@ from PIL import Image
 from mbn import config as configuration
 from mbn.benchmark.jobs import NO_TIME, Finding, left
 from mbn.benchmark.timing import Timed, timed
-from mbn.benchmark.workload import BASE, PAIR, Case, Place, arms, random_arrays, settings
+from mbn.benchmark.workload import BASE, PAIR, Case, Setup, arms, random_arrays, settings
 from mbn.data import in_memory
 from mbn.data.image_folder import ImageFolders
 
 
-def resnet50_speed(place: Place, deadline: float) -> Timed:
+def resnet50_speed(setup: Setup, deadline: float) -> Timed:
     """ResNet-50 on random images on the device: the images a second that a loader must deliver."""
-    case = Case("resnet50", place.sizes.large_batch, configuration.cores(), "imagenet")
-    config = settings(case, BASE, place.folder).dataset
+    case = Case("resnet50", setup.sizes.large_batch, configuration.cores(), "imagenet")
+    config = settings(case, BASE, setup.folder).dataset
     images = random_arrays(2 * case.batch_size, config.image_size, config.classes)
-    dataset = in_memory.DeviceDataset(images, config, 0, place.device)
-    return timed(case, arms(PAIR, "graph-eager", precision="bf16"), place, deadline, dataset)
+    dataset = in_memory.DeviceDataset(images, config, 0, setup.device)
+    return timed(case, arms(PAIR, "graph-eager", precision="bf16"), setup, deadline, dataset)
 
 
 @dataclass
@@ -38,16 +38,16 @@ class Loaded(Finding):
         return f"images/s with {self.workers} workers: {shown}"
 
 
-def loader(place: Place, deadline: float) -> Loaded:
+def loader(setup: Setup, deadline: float) -> Loaded:
     """Decode pictures as in training, and only fetch the batches: nothing else uses the GPU or the CPUs."""
-    sizes = place.sizes
+    sizes = setup.sizes
     result = Loaded(sizes.workers)
     with tempfile.TemporaryDirectory() as name:
         make_pictures(Path(name), sizes.pictures)
         case = Case("resnet50", sizes.large_batch, configuration.cores(), "imagenet")
-        imagenet = settings(case, BASE, place.folder).dataset
+        imagenet = settings(case, BASE, setup.folder).dataset
         dataset = replace(imagenet, classes=2, train_images=sizes.pictures, test_images=2)
-        folders = ImageFolders(dataset, Path(name), 0, place.device, sizes.workers)
+        folders = ImageFolders(dataset, Path(name), 0, setup.device, sizes.workers)
         batches = folders.train_batches(0, sizes.large_batch)
         with contextlib.closing(batches):  # type: ignore[type-var]
             for _ in range(2 * sizes.workers):  # batches that workers prepared beforehand must not count

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mbn import config as configuration
-from mbn.benchmark.workload import Place
+from mbn.benchmark.workload import Setup
 from mbn.config.schema import DEVICE
 from mbn.records import provenance
 from mbn.system.command_line import finite_above_0
@@ -62,11 +62,11 @@ Findings = dict[str, Finding]
 
 
 class Job(NamedTuple):
-    """A short name, a limit in seconds, and a function that works in a place until a deadline."""
+    """A short name, a limit in seconds, and a function that works in a setup until a deadline."""
 
     name: str
     limit: float
-    work: Callable[[Place, float], Finding]
+    work: Callable[[Setup, float], Finding]
 
 
 def free(device: torch.device) -> None:
@@ -99,7 +99,7 @@ def add_options(parser: argparse.ArgumentParser, limit: str) -> None:
 
 
 def run(
-    jobs: list[Job], place: Place, limit: float, only: str = "*", skip: str = "", path: Path | None = None
+    jobs: list[Job], setup: Setup, limit: float, only: str = "*", skip: str = "", path: Path | None = None
 ) -> tuple[dict[str, Any], Findings]:
     """Do the jobs within limit seconds. Returns a report, and what each job that was begun has found.
 
@@ -109,16 +109,16 @@ def run(
     began = time.monotonic()
     end = began + limit
     # As in training: TF32, and convolution algorithms chosen by trial.
-    set_arithmetic(place.device, tf32=True, deterministic=False)
+    set_arithmetic(setup.device, tf32=True, deterministic=False)
     names = [job.name for job in jobs]
     asked = chosen(names, only) - chosen(names, skip)
     report: dict[str, Any] = {
-        "device": provenance.device_name(place.device),
+        "device": provenance.device_name(setup.device),
         "cores": configuration.cores(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": provenance.commit_and_dirty()[0],
         "versions": provenance.versions(),
-        "images": place.opened[1],
+        "images": setup.opened[1],
         "limit": limit,
         "cases": {},
     }
@@ -126,7 +126,7 @@ def run(
     findings: Findings = {}
     for job in jobs:
         start = time.monotonic()
-        status = _one(job, place, end, findings) if job.name in asked else "skipped: not asked for"
+        status = _one(job, setup, end, findings) if job.name in asked else "skipped: not asked for"
         took = time.monotonic() - start
         found = findings.get(job.name)
         report["cases"][job.name] = {"status": status, "took": took, **(asdict(found) if found else {})}
@@ -139,15 +139,15 @@ def run(
     return report, findings
 
 
-def _one(job: Job, place: Place, end: float, findings: Findings) -> str:
+def _one(job: Job, setup: Setup, end: float, findings: Findings) -> str:
     """Do a job and put what it finds among the findings. Returns its status in words."""
     if left(end) <= 0:
         return NO_TIME
     failed = Finding()
     with failed.noted(job.name):
-        findings[job.name] = job.work(place, min(end, time.monotonic() + job.limit))
+        findings[job.name] = job.work(setup, min(end, time.monotonic() + job.limit))
     with failed.noted("memory"):  # a GPU that no longer answers must not end the report
-        free(place.device)
+        free(setup.device)
     missing = (findings.get(job.name) or failed).missing
     return next((why for why in missing.values() if why.startswith("failed")), "partly" if missing else "done")
 

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity
 
 from mbn.benchmark.jobs import NO_TIME, Finding
 from mbn.benchmark.side_by_side import SideBySide
-from mbn.benchmark.workload import Arm, Case, Place
+from mbn.benchmark.workload import Arm, Case, Setup
 
 T = TypeVar("T")
 # Start and end in nanoseconds, and name.
@@ -66,14 +66,14 @@ class Profiled(Finding):
         return lines
 
 
-def profiled(case: Case, arm: Arm, n: int, place: Place, deadline: float) -> Profiled:
+def profiled(case: Case, arm: Arm, n: int, setup: Setup, deadline: float) -> Profiled:
     """Profile n lanes for a short time, once they are recorded."""
     result = Profiled(case, arm, n)
-    with result.noted("profile"), SideBySide(case, arm, place) as running:
+    with result.noted("profile"), SideBySide(case, arm, setup) as running:
         if not running.grow(n, deadline):
             result.missing["profile"] = NO_TIME
             return result
-        (result.iterations, _), found = kernels(lambda: running.iterate(place.sizes.profile_seconds), place.device)
+        (result.iterations, _), found = kernels(lambda: running.iterate(setup.sizes.profile_seconds), setup.device)
         result.add_up(found)
     return result
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mbn.benchmark.jobs import NO_TIME, Finding, left
-from mbn.benchmark.workload import Arm, Case, Place, Workload, prepare, warm_up
+from mbn.benchmark.workload import Arm, Case, Setup, Workload, prepare, warm_up
 from mbn.launch.lanes import switching_often
 from mbn.system.cuda_graph import one_at_a_time, own_stream, shared_thread
 
@@ -19,13 +19,13 @@ from mbn.system.cuda_graph import one_at_a_time, own_stream, shared_thread
 class SideBySide:
     """Independent networks of an arm, each in a thread. Context manager: at its end they are freed."""
 
-    def __init__(self, case: Case, arm: Arm, place: Place) -> None:
-        self.case, self.arm, self.place = case, arm, place
+    def __init__(self, case: Case, arm: Arm, setup: Setup) -> None:
+        self.case, self.arm, self.setup = case, arm, setup
         self.lanes: list[tuple[ThreadPoolExecutor, Workload]] = []
         self.inside = contextlib.ExitStack()
 
     def __enter__(self) -> "SideBySide":
-        images = self.place.dataset.train_images
+        images = self.setup.dataset.train_images
         if images.is_cuda:
             torch.cuda.synchronize(images.device)  # wait until the images are there, whichever stream copied them
         self.inside.enter_context(switching_often())
@@ -41,7 +41,7 @@ class SideBySide:
         """Add networks until there are n, and record each; False where time is over. Errors: any that they raise."""
         while len(self.lanes) < n:
             # The first one compiles for all of them.
-            if left(deadline) <= (0 if self.lanes else self.place.seconds_to_begin(self.arm)):
+            if left(deadline) <= (0 if self.lanes else self.setup.seconds_to_begin(self.arm)):
                 return False
             thread, own = ThreadPoolExecutor(1), contextlib.ExitStack()
             self.inside.callback(thread.shutdown)
@@ -50,9 +50,9 @@ class SideBySide:
         return left(deadline) > 0
 
     def _start(self, own: contextlib.ExitStack, i: int) -> Workload:
-        own.enter_context(own_stream(self.place.device))
+        own.enter_context(own_stream(self.setup.device))
         with one_at_a_time:  # seeds and Hydra belong to the process
-            work = prepare(self.case, self.arm, self.place, self.place.dataset.with_seed(i))
+            work = prepare(self.case, self.arm, self.setup, self.setup.dataset.with_seed(i))
         warm_up(work)
         return work
 
@@ -100,31 +100,31 @@ class Rates(Finding):
         ]
 
 
-def lanes(case: Case, arm: Arm, numbers: tuple[int, ...], place: Place, deadline: float) -> Rates:
+def lanes(case: Case, arm: Arm, numbers: tuple[int, ...], setup: Setup, deadline: float) -> Rates:
     """Measure with more and more lanes (numbers ascend), until the time is over."""
     result = Rates(case, arm)
-    with result.noted("more lanes"), SideBySide(case, arm, place) as running:
+    with result.noted("more lanes"), SideBySide(case, arm, setup) as running:
         for n in numbers:
             if not running.grow(n, deadline):
                 result.missing[f"{n} lanes and more"] = NO_TIME
                 break
-            count, seconds = running.iterate(place.sizes.lane_seconds)
+            count, seconds = running.iterate(setup.sizes.lane_seconds)
             result.rates[n] = count / seconds
     return result
 
 
-def processes(model: str, size: int, arm: Arm, n: int, place: Place, deadline: float) -> Rates:
+def processes(model: str, size: int, arm: Arm, n: int, setup: Setup, deadline: float) -> Rates:
     """Measure one run with n threads, then n runs with one thread each, each a process that opens the images itself."""
     result, context = Rates(Case(model, size, 1), arm), multiprocessing.get_context("spawn")
     for runs in (1, n):
-        if left(deadline) <= place.sizes.processes_seconds:
+        if left(deadline) <= setup.sizes.processes_seconds:
             result.missing[f"{runs} at once"] = NO_TIME
             continue
         with result.noted(f"{runs} at once"):
             together = context.Barrier(runs, timeout=left(deadline))
             with ProcessPoolExecutor(runs, context, initializer=_enter, initargs=(together,)) as pool:
-                # A copy of place has not opened the images, which would be sent to every process.
-                given = Case(model, size, n // runs), arm, replace(place)
+                # A copy of setup has not opened the images, which would be sent to every process.
+                given = Case(model, size, n // runs), arm, replace(setup)
                 futures = [pool.submit(throughput, *given) for _ in range(runs)]
                 result.rates[runs] = sum(future.result() for future in futures)
     return result
@@ -139,12 +139,12 @@ def _enter(together: threading.Barrier) -> None:
     _together = together
 
 
-def throughput(case: Case, arm: Arm, place: Place) -> float:
+def throughput(case: Case, arm: Arm, setup: Setup) -> float:
     """Iterations a second, measured once all processes are ready."""
     torch.set_num_threads(case.threads)
-    work = prepare(case, arm, place)
+    work = prepare(case, arm, setup)
     warm_up(work)
     _together.wait()
     began = time.perf_counter()
-    count = repeat_until(work, began + place.sizes.processes_seconds)
+    count = repeat_until(work, began + setup.sizes.processes_seconds)
     return count / (time.perf_counter() - began)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mbn.benchmark.jobs import NO_TIME, Finding, free, left, new_peak
-from mbn.benchmark.workload import BASE, PLAIN, RECORDED, Arm, Case, Place, Workload, prepare, warm_up
+from mbn.benchmark.workload import BASE, PLAIN, RECORDED, Arm, Case, Setup, Workload, prepare, warm_up
 from mbn.data import in_memory
 from mbn.system.cuda_graph import own_stream
 
@@ -53,33 +53,33 @@ def spread(values: list[float], digits: str) -> str:
 
 
 def timed(
-    case: Case, chosen: tuple[Arm, ...], place: Place, deadline: float, dataset: in_memory.Data | None = None
+    case: Case, chosen: tuple[Arm, ...], setup: Setup, deadline: float, dataset: in_memory.Data | None = None
 ) -> Timed:
     """Time every arm in every round, one after the other, until the time is over.
 
     A round that is not finished in time does not count. dataset: used instead of CIFAR-10.
     """
-    result, dataset = Timed(case), dataset or place.dataset  # on the device before any memory is measured
+    result, dataset = Timed(case), dataset or setup.dataset  # on the device before any memory is measured
     torch.set_num_threads(case.threads)
-    with own_stream(place.device):  # only here: 32 lanes need all the streams that torch has
+    with own_stream(setup.device):  # only here: 32 lanes need all the streams that torch has
         ready: dict[Arm, tuple[Workload, int]] = {}
         for arm in chosen:
-            if left(deadline) <= place.seconds_to_begin(arm):
+            if left(deadline) <= setup.seconds_to_begin(arm):
                 result.missing[arm.name] = NO_TIME
                 continue
             with result.noted(arm.name):
-                ready[arm] = _start(result, arm, place, dataset)
+                ready[arm] = _start(result, arm, setup, dataset)
                 print(f"{case.title}: {arm.name} started in {result.starts[arm.name]:.1f} s", file=sys.stderr)
             if arm.name in result.missing:
-                free(place.device)
-        for done in range(place.sizes.rounds if ready else 0):
-            if not _round(result, ready, place, deadline):
-                result.missing[f"rounds from {done + 1} to {place.sizes.rounds}"] = NO_TIME
+                free(setup.device)
+        for done in range(setup.sizes.rounds if ready else 0):
+            if not _round(result, ready, setup, deadline):
+                result.missing[f"rounds from {done + 1} to {setup.sizes.rounds}"] = NO_TIME
                 break
     return result
 
 
-def _round(result: Timed, ready: dict[Arm, tuple[Workload, int]], place: Place, deadline: float) -> bool:
+def _round(result: Timed, ready: dict[Arm, tuple[Workload, int]], setup: Setup, deadline: float) -> bool:
     """Time each ready arm once; False where time is over. An arm that fails is left out, and its times are deleted."""
     took: dict[str, float] = {}
     for arm, (work, iterations) in list(ready.items()):
@@ -89,31 +89,31 @@ def _round(result: Timed, ready: dict[Arm, tuple[Workload, int]], place: Place, 
             took[arm.name] = work.seconds(iterations)
             if arm == PLAIN:
                 # Its workers fill their queues now, not while another arm is timed.
-                time.sleep(place.sizes.round_seconds)
+                time.sleep(setup.sizes.round_seconds)
         if arm.name in result.missing:
             del ready[arm], work
             result.seconds.pop(arm.name, None)
-            free(place.device)
+            free(setup.device)
     for name, seconds in took.items():
         result.seconds.setdefault(name, []).append(seconds)
     return True
 
 
-def _start(result: Timed, arm: Arm, place: Place, dataset: in_memory.Data) -> tuple[Workload, int]:
+def _start(result: Timed, arm: Arm, setup: Setup, dataset: in_memory.Data) -> tuple[Workload, int]:
     """Make an arm ready, and count its iterations a round. Its seconds to start and its memory go into result."""
     began = time.perf_counter()
-    device, cuda = place.device, place.device.type == "cuda"
+    device, cuda = setup.device, setup.device.type == "cuda"
     new_peak(device)
     before = torch.cuda.memory_reserved(device) if cuda else 0
-    work = prepare(result.case, arm, place, dataset)
+    work = prepare(result.case, arm, setup, dataset)
     # Peak memory is the fourth iteration's: the first ones try out convolution algorithms, which takes more.
     warm_up(work, lambda: new_peak(device))
     result.starts[arm.name] = time.perf_counter() - began
     if cuda:
         result.memory[arm.name] = torch.cuda.max_memory_reserved(device) - before
-    elif place.sizes.memory and arm != PLAIN:
+    elif setup.sizes.memory and arm != PLAIN:
         result.memory[arm.name] = peak_memory(work)
-    return work, min(200, max(2, round(place.sizes.round_seconds / work.seconds(1))))
+    return work, min(200, max(2, round(setup.sizes.round_seconds / work.seconds(1))))
 
 
 def peak_memory(work: Workload) -> int:

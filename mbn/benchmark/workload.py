@@ -98,7 +98,7 @@ class Sizes:
 
 
 @dataclass
-class Place:
+class Setup:
     """Where and on what to measure: on CIFAR-10's images, or random ones if asked for or if folder has none."""
 
     folder: Path
@@ -177,16 +177,16 @@ def warm_up(work: Workload, before_recording: Callable[[], None] = lambda: None)
 class Training(Workload):
     """A network, its optimiser and its Update, as in a run. batches: what `step` trains on."""
 
-    def __init__(self, case: Case, arm: Arm, place: Place, batches: Iterator[in_memory.Batch]) -> None:
-        super().__init__(self._step, place.device)
-        self.model = new_network(case, arm, place)
+    def __init__(self, case: Case, arm: Arm, setup: Setup, batches: Iterator[in_memory.Batch]) -> None:
+        super().__init__(self._step, setup.device)
+        self.model = new_network(case, arm, setup)
         # Not 0.1: at batch 8 training may diverge, and NaNs have a different speed.
-        self.lr = torch.tensor(0.01, device=place.device)
+        self.lr = torch.tensor(0.01, device=setup.device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-4, fused=True
         )
         self.update = Update(
-            self.model, self.optimizer, arm.forwards, arm.mode, arm.precision, place.device, case.batch_size
+            self.model, self.optimizer, arm.forwards, arm.mode, arm.precision, setup.device, case.batch_size
         )
         self.mode, self.batches = arm.mode, batches
 
@@ -215,25 +215,25 @@ def _composed(*overrides: str) -> configuration.Config:
     return configuration.load(list(overrides))
 
 
-def new_network(case: Case, arm: Arm, place: Place) -> nn.Module:
+def new_network(case: Case, arm: Arm, setup: Setup) -> nn.Module:
     """An arm's network on the device, always with the same parameters."""
-    config = settings(case, arm, place.folder)
+    config = settings(case, arm, setup.folder)
     torch.manual_seed(0)
-    model = place.build(layers=from_config(config), **configuration.network(config))
+    model = setup.build(layers=from_config(config), **configuration.network(config))
     if arm.norm == "mbn":
         set_lambda(model, 0.9)
-    return model.to(place.device).to(memory_format=torch.channels_last)
+    return model.to(setup.device).to(memory_format=torch.channels_last)
 
 
-def prepare(case: Case, arm: Arm, place: Place, dataset: in_memory.Data | None = None) -> Workload:
-    """Make an arm ready. dataset: where its batches come from, instead of place's images."""
+def prepare(case: Case, arm: Arm, setup: Setup, dataset: in_memory.Data | None = None) -> Workload:
+    """Make an arm ready. dataset: where its batches come from, instead of setup's images."""
     if arm == PLAIN:
-        return Workload(functools.partial(next, plain_loop(case, place)), place.device, PREFETCHED)
-    dataset = dataset or place.dataset
+        return Workload(functools.partial(next, plain_loop(case, setup)), setup.device, PREFETCHED)
+    dataset = dataset or setup.dataset
     if not arm.evaluates:
-        return Training(case, arm, place, dataset.train_batches(0, case.batch_size))
-    model, (images, _) = new_network(case, arm, place).eval(), next(dataset.test_batches(case.batch_size))
-    return Workload(torch.no_grad()(lambda: model(images)), place.device)
+        return Training(case, arm, setup, dataset.train_batches(0, case.batch_size))
+    model, (images, _) = new_network(case, arm, setup).eval(), next(dataset.test_batches(case.batch_size))
+    return Workload(torch.no_grad()(lambda: model(images)), setup.device)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -249,9 +249,9 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def plain_loop(case: Case, place: Place) -> Iterator[None]:
+def plain_loop(case: Case, setup: Setup) -> Iterator[None]:
     """The loop one would write today: PIL images, torchvision's transforms, DataLoader, nn.BatchNorm2d, SGD, eager."""
-    config = settings(case, BASE, place.folder)
+    config = settings(case, BASE, setup.folder)
     transform = v2.Compose(
         [
             v2.ToImage(),
@@ -262,19 +262,19 @@ def plain_loop(case: Case, place: Place) -> Iterator[None]:
         ]
     )
     loader = torch.utils.data.DataLoader(
-        Pictures(place.opened[0], transform),
+        Pictures(setup.opened[0], transform),
         case.batch_size,
         shuffle=True,
         num_workers=WORKERS,
         persistent_workers=True,
     )
     layers = Layers(nn.Conv2d, nn.BatchNorm2d, lambda: nn.ReLU(inplace=True))
-    model = place.build(layers=layers, **configuration.network(config)).to(place.device)
+    model = setup.build(layers=layers, **configuration.network(config)).to(setup.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     while True:
         for x, y in loader:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x.to(place.device)), y.to(place.device))
+            loss = F.cross_entropy(model(x.to(setup.device)), y.to(setup.device))
             loss.backward()
             optimizer.step()
             yield

@@ -11,7 +11,7 @@ from mbn import grid
 from mbn.config import Config, run_name, to_dict
 from mbn.records import record
 from mbn.system.errors import UserError
-from mbn.system.files import there
+from mbn.system.files import visible
 
 # `all` is everything for CIFAR.
 NOT_IN_ALL = ("table3",)
@@ -34,7 +34,7 @@ class PlannedRun:
         return results / "runs" / self.name
 
     def finished(self, results: Path) -> bool:
-        return there(record.path_of(results, self.name))
+        return visible(record.path_of(results, self.name))
 
 
 def runs(
@@ -87,13 +87,13 @@ def _filtered(candidates: Candidates, filters: Sequence[str]) -> Candidates:
         key, _, values = text.partition("=")
         if key == "seed":
             raise UserError(f"{text}: seeds are chosen by --seeds 5 or --seed 3.", code=2)
-        there = {setting(config, key) for _, config in candidates} - {None}
-        if not there:
+        found = {setting(config, key) for _, config in candidates} - {None}
+        if not found:
             raise UserError(f"none of these runs has a setting {key!r}: `python train.py --cfg job` shows all.", code=2)
         wanted = set(values.split(","))
-        if wanted - there:
-            has = ", ".join(sorted(map(str, there)))
-            raise UserError(f"none of these runs has {key}={min(wanted - there)}: they have {has}.", code=2)
+        if wanted - found:
+            has = ", ".join(sorted(map(str, found)))
+            raise UserError(f"none of these runs has {key}={min(wanted - found)}: they have {has}.", code=2)
         left = [(cell, config) for cell, config in left if setting(config, key) in wanted]
     if not left:
         raise UserError(f"none of these runs has {' and '.join(filters)} together.", code=2)

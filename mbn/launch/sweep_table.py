@@ -10,7 +10,7 @@ from mbn.launch.missing_runs import PlannedRun
 from mbn.records import record
 from mbn.system.durations import duration
 from mbn.system.errors import UserError
-from mbn.system.files import there
+from mbn.system.files import visible
 
 # Fields of a record, in percent, and what the table calls them.
 ERRORS = {"test_error": "test error", "test_error_best": "best epoch", "train_error": "training error"}
@@ -36,7 +36,7 @@ def sweep_table(runs: Sequence[PlannedRun], results: Path, instead: Mapping[str,
         finished = {run.name: result} if isinstance(result, dict) and not record.diverged(result) else {}
         places.setdefault(tuple(values[key] for key in swept), {}).update(finished)
     means = [
-        [*place, *(_mean([r[field] for r in there.values()]) for field in ERRORS)] for place, there in places.items()
+        [*place, *(_mean([r[field] for r in known.values()]) for field in ERRORS)] for place, known in places.items()
     ]
     head = "mean ± standard deviation in percent (seeds):"
     return f"{text}\n\n{head}\n{_aligned([[*swept, *ERRORS.values()], *means], len(swept))}"
@@ -56,7 +56,7 @@ def _result(run: PlannedRun, results: Path, instead: Mapping[str, str]) -> dict[
             return record.read(record.path_of(results, run.name))
         except (UserError, OSError):  # the run itself says why
             return "its record cannot be read"
-    return "unfinished" if there(run.folder(results) / "checkpoint.pt") else "not begun"
+    return "unfinished" if visible(run.folder(results) / "checkpoint.pt") else "not begun"
 
 
 def _cells(result: dict[str, Any] | str) -> list[str]:
@@ -68,11 +68,11 @@ def _cells(result: dict[str, Any] | str) -> list[str]:
 
 
 def _mean(values: Iterable[float]) -> str:
-    there = list(values)
-    if not there:
+    known = list(values)
+    if not known:
         return "-"
-    spread = f" ± {statistics.stdev(there):.2f}" if len(there) > 1 else ""
-    return f"{statistics.fmean(there):.2f}{spread} ({len(there)})"
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.2f}{spread} ({len(known)})"
 
 
 def _aligned(rows: Sequence[Sequence[str]], labels: int) -> str:

@@ -81,7 +81,7 @@ def unrecorded(work: Callable[[], T], device: torch.device) -> T:
     gradients, kind = torch.is_grad_enabled(), device.type
     dtype, casts = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
-    def there() -> T:
+    def in_shared_thread() -> T:
         with contextlib.ExitStack() as stack:
             stack.enter_context(one_at_a_time)
             stack.enter_context(torch.cuda.stream(stream))
@@ -90,7 +90,7 @@ def unrecorded(work: Callable[[], T], device: torch.device) -> T:
                 stack.enter_context(torch.autocast(kind, dtype))
             return work()
 
-    return _shared.submit(contextvars.copy_context().run, there).result()
+    return _shared.submit(contextvars.copy_context().run, in_shared_thread).result()
 
 
 def record(function: Callable[[], object]) -> Callable[[], None]:

@@ -83,7 +83,7 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def there(path: Path) -> bool:
+def visible(path: Path) -> bool:
     """Whether a file is at path, as far as can be seen; False in a folder that cannot be read."""
     try:
         return path.exists()

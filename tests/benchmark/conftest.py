@@ -32,5 +32,5 @@ def profiler(monkeypatch):
 
 
 @pytest.fixture
-def place():
+def setup():
     return small_place()

@@ -8,7 +8,7 @@ from running import Small
 from torch import nn
 
 from mbn.benchmark import side_by_side, timing
-from mbn.benchmark.workload import PAIR, PLAIN, Arm, Case, Place, Sizes, arms
+from mbn.benchmark.workload import PAIR, PLAIN, Arm, Case, Setup, Sizes, arms
 
 CPU = torch.device("cpu")
 CASE = Case("resnet20", 8, 1)
@@ -50,7 +50,7 @@ def build(*, layers, classes, **_):
 
 
 def small_place(sizes=SIZES):
-    return Place(EMPTY, CPU, build, sizes)
+    return Setup(EMPTY, CPU, build, sizes)
 
 
 def fake_workloads(monkeypatch, seconds=lambda arm: 0.5, step=lambda: None, made=lambda: None):

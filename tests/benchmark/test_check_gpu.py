@@ -36,8 +36,8 @@ def as_on_a_gpu(recording, monkeypatch):
     monkeypatch.setattr(script, "todo", lambda sizes: [job._replace(limit=1000.0) for job in todo(sizes)])
 
 
-def compare(name, place):
-    found = COMPARISONS[name].work(replace(place, sizes=SHORT), soon())
+def compare(name, setup):
+    found = COMPARISONS[name].work(replace(setup, sizes=SHORT), soon())
     assert not torch.are_deterministic_algorithms_enabled()
     return found
 
@@ -161,10 +161,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_by_its_comparison_and_no_other(fault, monkeypatch, place):
+def test_a_fault_is_found_by_its_comparison_and_no_other(fault, monkeypatch, setup):
     put, name, wrong = FAULTS[fault]
     put(monkeypatch)
-    found = compare(name, place)
+    found = compare(name, setup)
     assert found.missing == dict.fromkeys(wrong, "failed: does not hold")
     assert found.found.keys() >= wrong
 
@@ -187,8 +187,8 @@ def test_a_fault_gives_eager_mode_and_exit_code_1_and_the_rest_goes_on(put, only
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_a_comparison_without_time_does_not_hold(name, place, capsys):
-    found = COMPARISONS[name].work(place, time.monotonic())
+def test_a_comparison_without_time_does_not_hold(name, setup, capsys):
+    found = COMPARISONS[name].work(setup, time.monotonic())
     assert found.missing
     assert all(why.startswith("failed: TimeoutError: n") for why in found.missing.values())
     assert check("--limit", "1e-9", "--only", name) == 1

@@ -15,7 +15,7 @@ from mbn.benchmark.jobs import NO_TIME, Job
 from mbn.benchmark.page import CPU_BARS, CUDA_BARS, page
 from mbn.benchmark.side_by_side import Rates
 from mbn.benchmark.timing import Timed
-from mbn.benchmark.workload import BASE, PAIR, PLAIN, RECORDED, Arm, Case, Place, arms
+from mbn.benchmark.workload import BASE, PAIR, PLAIN, RECORDED, Arm, Case, Setup, arms
 from mbn.system.errors import UserError
 from mbn.training import iteration
 
@@ -28,7 +28,7 @@ CUDA_JOBS = [
 
 
 def run(build=build, limit=300.0, **options):
-    return jobs.run(suites.on_cuda(SIZES), Place(EMPTY, CPU, build, SIZES), limit, **options)
+    return jobs.run(suites.on_cuda(SIZES), Setup(EMPTY, CPU, build, SIZES), limit, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -84,11 +84,11 @@ def test_skipped_jobs_are_reported_with_the_reason(capsys, recording):
         run(only="r99*")
 
 
-def test_a_job_has_its_own_limit_within_that_of_all(monkeypatch, place):
+def test_a_job_has_its_own_limit_within_that_of_all(monkeypatch, setup):
     monkeypatch.setattr(jobs.time, "monotonic", lambda: 1000.0)
     given = []
-    work = lambda place, deadline: given.append(deadline) or Rates(CASE, MBN2)  # noqa: E731
-    jobs.run([Job("short", 5, work), Job("long", 50, work)], place, 20)
+    work = lambda setup, deadline: given.append(deadline) or Rates(CASE, MBN2)  # noqa: E731
+    jobs.run([Job("short", 5, work), Job("long", 50, work)], setup, 20)
     assert given == [1005, 1020]
 
 
@@ -197,8 +197,8 @@ def cells(bar, findings):
 def test_the_command_chooses_by_the_kind_of_device(monkeypatch, tmp_path, device, limit):
     calls = []
 
-    def run(todo, place, *options):
-        calls.append((todo[0].name, len(todo), place.folder, place.random, *options[:3]))
+    def run(todo, setup, *options):
+        calls.append((todo[0].name, len(todo), setup.folder, setup.random, *options[:3]))
         raise UserError("enough")
 
     monkeypatch.setattr(script.jobs, "run", run)
@@ -266,12 +266,12 @@ def test_jobs_that_fail_or_have_no_time_end_with_exit_code_1(monkeypatch, capsys
     assert "failed: RuntimeError: broken" in capsys.readouterr().out
 
 
-def test_runs_side_by_side_are_part_of_the_cpus_benchmark(monkeypatch, place):
+def test_runs_side_by_side_are_part_of_the_cpus_benchmark(monkeypatch, setup):
     """Processes at the same time; the first measurement is of one run with all threads."""
     monkeypatch.setattr(suites, "cores", lambda: 2)
     *_, job = suites.on_cpu()
     assert job.name == "processes-r20-b8"
-    found = job.work(place, time.monotonic() + 200)
+    found = job.work(setup, time.monotonic() + 200)
     assert list(found.rates) == [1, 2]
     assert min(found.rates.values()) > 0
-    assert job.work(place, 0.0).missing == {"1 at once": NO_TIME, "2 at once": NO_TIME}
+    assert job.work(setup, 0.0).missing == {"1 at once": NO_TIME, "2 at once": NO_TIME}

@@ -19,15 +19,15 @@ from mbn.benchmark.workload import Arm, Sizes
 profiler = kernels.kernels  # before conftest replaces it
 
 
-def rate(place, n, seconds):
-    with SideBySide(CASE, MBN2, place) as running:
+def rate(setup, n, seconds):
+    with SideBySide(CASE, MBN2, setup) as running:
         assert running.grow(n, soon())
         count, took = running.iterate(seconds)
         return count / took
 
 
 @pytest.mark.parametrize(("n", "step", "window"), [(1, 1 / 64, 3 / 8), (3, 1 / 64, 3 / 8), (1, 1 / 4, 1 / 16)], ids=str)
-def test_the_rate_of_lanes_counts_all_their_iterations_and_time(n, step, window, monkeypatch, place):
+def test_the_rate_of_lanes_counts_all_their_iterations_and_time(n, step, window, monkeypatch, setup):
     """The four iterations up to the recording do not count. An iteration longer than the window counts in full."""
 
     class Clock(threading.local):  # each thread's own: lanes take no time from each other
@@ -43,14 +43,14 @@ def test_the_rate_of_lanes_counts_all_their_iterations_and_time(n, step, window,
 
     fake_workloads(monkeypatch, step=one)
     monkeypatch.setattr(side_by_side, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
-    assert rate(place, n, window) == n / step
+    assert rate(setup, n, window) == n / step
 
 
-def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, place, recording):
+def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, setup, recording):
     made, switch = [], set()
 
-    def prepare(case, arm, place, dataset):
-        made.append((workload.prepare(case, arm, place, dataset), dataset))
+    def prepare(case, arm, setup, dataset):
+        made.append((workload.prepare(case, arm, setup, dataset), dataset))
         switch.add(sys.getswitchinterval())
         return made[-1][0]
 
@@ -58,7 +58,7 @@ def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, place
     interval = sys.getswitchinterval()
     sys.setswitchinterval(0.004)
     try:
-        assert rate(place, 2, 0.1) > 0
+        assert rate(setup, 2, 0.1) > 0
         assert switch == {0.0005}
         assert sys.getswitchinterval() == 0.004
     finally:
@@ -70,7 +70,7 @@ def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, place
     assert images.train_images.data_ptr() == other_images.train_images.data_ptr()
 
 
-def test_only_lanes_hold_streams(monkeypatch, place, recording):
+def test_only_lanes_hold_streams(monkeypatch, setup, recording):
     """torch has 32 streams, and there are jobs of 32 lanes."""
     inside, most = [], []
 
@@ -83,11 +83,11 @@ def test_only_lanes_hold_streams(monkeypatch, place, recording):
 
     for module in (timing, side_by_side):
         monkeypatch.setattr(module, "own_stream", own_stream)
-    run(suites.on_cuda(SIZES), place, 100, only="lanes-r20-b8-mbn,compiled-r20-b8")
+    run(suites.on_cuda(SIZES), setup, 100, only="lanes-r20-b8-mbn,compiled-r20-b8")
     assert (most, inside) == ([1, 2, 1], [])
 
 
-def test_a_lane_that_fails_ends_the_job_with_what_was_measured(monkeypatch, place):
+def test_a_lane_that_fails_ends_the_job_with_what_was_measured(monkeypatch, setup):
     made = []
 
     def full():
@@ -96,16 +96,16 @@ def test_a_lane_that_fails_ends_the_job_with_what_was_measured(monkeypatch, plac
             raise torch.OutOfMemoryError("it is full")
 
     fake_workloads(monkeypatch, step=lambda: time.sleep(0.001), made=full)
-    found = lanes(CASE, MBN2, (1, 2, 4), place, soon())
+    found = lanes(CASE, MBN2, (1, 2, 4), setup, soon())
     assert list(found.rates) == [1, 2]
     assert found.missing == {"more lanes": "failed: OutOfMemoryError: it is full"}
 
 
 @pytest.mark.parametrize("work", [lanes, lambda *given: kernels.profiled(*given)], ids=["lanes", "profile"])
-def test_nothing_is_compiled_where_there_is_little_time(work, place):
-    place.sizes = Sizes()
+def test_nothing_is_compiled_where_there_is_little_time(work, setup):
+    setup.sizes = Sizes()
     numbers, what = ((1, 2), "1 lanes and more") if work is lanes else (1, "profile")
-    assert work(CASE, Arm("bn", mode="graph"), numbers, place, time.monotonic() + 10).missing == {what: NO_TIME}
+    assert work(CASE, Arm("bn", mode="graph"), numbers, setup, time.monotonic() + 10).missing == {what: NO_TIME}
 
 
 # Profiles.

@@ -14,7 +14,7 @@ from mbn import config
 from mbn.benchmark import imagenet_loader, jobs, suites, timing, workload
 from mbn.benchmark.jobs import NO_TIME
 from mbn.benchmark.timing import Timed, timed
-from mbn.benchmark.workload import BASE, PLAIN, RECORDED, Arm, Place, Sizes
+from mbn.benchmark.workload import BASE, PLAIN, RECORDED, Arm, Setup, Sizes
 from mbn.system import cuda_graph
 
 
@@ -25,20 +25,20 @@ def test_ratios_are_taken_round_by_round():
     assert result.rows()[-1] == "| other | 1650 (1100 to 2200) | 5 | 1.10 (1.10 to 1.10) | 1.0 | - |"
 
 
-def test_every_arm_is_timed_in_every_round(monkeypatch, place):
+def test_every_arm_is_timed_in_every_round(monkeypatch, setup):
     """The clock advances a second each time it is read, so each measurement is one second over its iterations."""
     clock = itertools.count()
     monkeypatch.setattr(workload.time, "perf_counter", lambda: float(next(clock)))
-    place.sizes = Sizes(images=64, rounds=3, round_seconds=4.0)
+    setup.sizes = Sizes(images=64, rounds=3, round_seconds=4.0)
     chosen = (BASE, Arm("mbn", 2), Arm("gn"), Arm("mbn", evaluates=True))
-    result = timed(CASE, chosen, place, soon())
+    result = timed(CASE, chosen, setup, soon())
     assert result.seconds == {arm.name: [0.25] * 3 for arm in chosen}
     assert result.missing == {}
     assert min(result.memory.values()) > 0
 
 
 @pytest.fixture
-def clock(monkeypatch, place):
+def clock(monkeypatch, setup):
     """Time that passes only in measurements, a second in each."""
     now = [0.0]
     fake = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0], sleep=lambda _: None)
@@ -50,28 +50,28 @@ def clock(monkeypatch, place):
         return now[0]
 
     fake_workloads(monkeypatch, second)
-    place.sizes = Sizes(memory=False)
+    setup.sizes = Sizes(memory=False)
     return now
 
 
-def test_a_round_that_the_limit_breaks_off_does_not_count(clock, place):
+def test_a_round_that_the_limit_breaks_off_does_not_count(clock, setup):
     """With 6.5 s, two arms take 2 s to start and 2 s a round: the third round stops after its first arm."""
-    result = timed(CASE, (RECORDED, MBN2), place, 6.5)
+    result = timed(CASE, (RECORDED, MBN2), setup, 6.5)
     assert result.seconds == {RECORDED.name: [3, 5], MBN2.name: [4, 6]}
     assert result.missing == {"rounds from 3 to 6": NO_TIME}
 
 
-def test_arms_that_the_limit_leaves_no_time_for_are_named(clock, place):
+def test_arms_that_the_limit_leaves_no_time_for_are_named(clock, setup):
     """Each takes a second to start; compiling begins only with 20 s left."""
-    place.sizes = Sizes(rounds=1, memory=False)
-    result = timed(CASE, (RECORDED, Arm("bn", mode="graph"), MBN2), place, 10)
+    setup.sizes = Sizes(rounds=1, memory=False)
+    result = timed(CASE, (RECORDED, Arm("bn", mode="graph"), MBN2), setup, 10)
     assert result.missing == {"BN 1 forward, graph": NO_TIME}
     assert list(result.seconds) == [RECORDED.name, MBN2.name]
-    result = timed(CASE, (RECORDED, BASE), place, clock[0] + 1)
+    result = timed(CASE, (RECORDED, BASE), setup, clock[0] + 1)
     assert result.missing == {BASE.name: NO_TIME, "rounds from 1 to 1": NO_TIME}
 
 
-def test_an_arm_that_fails_in_a_round_has_no_times(monkeypatch, place):
+def test_an_arm_that_fails_in_a_round_has_no_times(monkeypatch, setup):
     calls = []
 
     def seconds(arm):
@@ -81,24 +81,24 @@ def test_an_arm_that_fails_in_a_round_has_no_times(monkeypatch, place):
         return 0.5
 
     fake_workloads(monkeypatch, seconds)
-    place.sizes = Sizes(rounds=3, memory=False)
-    result = timed(CASE, (RECORDED, MBN2), place, soon())
+    setup.sizes = Sizes(rounds=3, memory=False)
+    result = timed(CASE, (RECORDED, MBN2), setup, soon())
     assert result.seconds == {RECORDED.name: [0.5] * 3}
     assert result.missing == {MBN2.name: "failed: RuntimeError: once"}
 
 
-def test_unrecorded_iterations_do_not_pass_for_recorded_ones(monkeypatch, place, capsys):
+def test_unrecorded_iterations_do_not_pass_for_recorded_ones(monkeypatch, setup, capsys):
     def record(function):
         raise RuntimeError("not here")
 
     monkeypatch.setattr(cuda_graph, "record", record)
-    result = timed(CASE, (BASE, RECORDED), place, soon())
+    result = timed(CASE, (BASE, RECORDED), setup, soon())
     assert list(result.seconds) == [BASE.name]
     assert result.missing == {RECORDED.name: "failed: RuntimeError: iterations cannot be recorded"}
     assert "warning: iterations cannot be recorded here" in capsys.readouterr().err
 
 
-def test_peak_memory_is_the_allocators(place):
+def test_peak_memory_is_the_allocators(setup):
     """A layer keeps a large tensor for its backward pass: the peak grows by exactly its bytes."""
 
     class Greedy(nn.Module):
@@ -111,7 +111,7 @@ def test_peak_memory_is_the_allocators(place):
             return self.fc(x.mean((2, 3))) + 0 * kept.sum()
 
     def peak(n):
-        return timing.peak_memory(workload.prepare(CASE, BASE, replace(place, build=lambda **_: Greedy(n))))
+        return timing.peak_memory(workload.prepare(CASE, BASE, replace(setup, build=lambda **_: Greedy(n))))
 
     assert peak(10**7) - peak(10**6) == pytest.approx(4 * 9 * 10**6, rel=0.01)
 
@@ -119,19 +119,19 @@ def test_peak_memory_is_the_allocators(place):
 # Arms and images.
 
 
-def test_an_arm_that_evaluates_changes_nothing(place):
+def test_an_arm_that_evaluates_changes_nothing(setup):
     made = []
-    place.build = lambda **given: made.append(build(**given)) or made[0]
-    testing = workload.prepare(CASE, Arm("mbn", evaluates=True), place)
+    setup.build = lambda **given: made.append(build(**given)) or made[0]
+    testing = workload.prepare(CASE, Arm("mbn", evaluates=True), setup)
     before = {name: tensor.clone() for name, tensor in made[0].state_dict().items()}
     testing.step()
     torch.testing.assert_close(made[0].state_dict(), before, rtol=0, atol=0)
 
 
-def test_the_plain_loop_gets_images_as_torchvision_gives_them(place):
+def test_the_plain_loop_gets_images_as_torchvision_gives_them(setup):
     """As PIL images, transformed; the folder is empty."""
-    workload.prepare(CASE, PLAIN, place).step()
-    arrays = place.opened[0]
+    workload.prepare(CASE, PLAIN, setup).step()
+    arrays = setup.opened[0]
     pictures = workload.Pictures(arrays, lambda image: (type(image).__name__, image.size, image.getpixel((9, 7))))
     assert pictures[3] == (("Image", (32, 32), tuple(arrays.train_images[3, 7, 9])), arrays.train_labels[3])
     assert len(pictures) == 64
@@ -148,9 +148,9 @@ def test_an_arm_has_the_configuration_that_its_name_says():
 
 def test_images_are_random_where_there_is_no_cifar(tmp_path, monkeypatch):
     def images(random):
-        place = Place(tmp_path, CPU, build, SIZES, random)
-        assert place.dataset.train_images.shape == place.opened[0].train_images.shape == (64, 32, 32, 3)
-        return place.opened[1]
+        setup = Setup(tmp_path, CPU, build, SIZES, random)
+        assert setup.dataset.train_images.shape == setup.opened[0].train_images.shape == (64, 32, 32, 3)
+        return setup.opened[1]
 
     assert images(False) == f"random (no whole CIFAR-10 in the folder {tmp_path.name})"
     (tmp_path / "cifar-10-batches-py").mkdir()
@@ -167,5 +167,5 @@ def test_pictures_are_like_imagenets(tmp_path):
     assert len({file.read_bytes() for file in files}) == 64
 
 
-def test_a_loader_without_time_is_reported(place):
-    assert imagenet_loader.loader(place, time.monotonic()).missing == {"loader": NO_TIME}
+def test_a_loader_without_time_is_reported(setup):
+    assert imagenet_loader.loader(setup, time.monotonic()).missing == {"loader": NO_TIME}
