@@ -216,7 +216,7 @@ def turn(path: Path, others_do: str) -> Iterator[None]:
     Errors: OSError where path cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         waited = False
         while True:
             try:

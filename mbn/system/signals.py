@@ -61,10 +61,9 @@ class Exit(Answered):
 
 
 class _Loading(Answered):
-    """As Exit, while a program is being imported. A signal that is ignored, or that somebody answers, stays so."""
-
-    def _numbers(self) -> list[int]:
-        return [n for n in super()._numbers() if signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler)]
+    """As Exit, while a program is being imported. SIGINT is answered also in a background job of a shell script, which
+    begins with it ignored: so it is while training.
+    """
 
     def _answer(self, number: int, _: FrameType | None) -> None:
         self._exit(number, "while it started")
