@@ -19,6 +19,7 @@ from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, add_which_runs, entry_point
 from mbn.tables.cells import file_name, read_records
 from mbn.tables.export import say_not_made, update
+from mbn.tables.over_seeds import SEEDS
 
 
 @entry_point
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
         "not written."
     )
     parser.add_argument("settings", nargs="*", metavar="machine.results=DIR", help="the folder that holds records/")
-    add_which_runs(parser)
+    add_which_runs(parser, SEEDS)
     options = parser.parse_intermixed_args(arguments)
     results = results_to_read(options.settings)
     from mbn.tables import figures  # matplotlib takes a while

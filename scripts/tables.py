@@ -24,6 +24,7 @@ from mbn.system.command_line import Parser, add_which_runs, entry_point
 from mbn.tables.cells import file_name, read_records, read_tables
 from mbn.tables.evidence import evidence_part, overview_part
 from mbn.tables.export import contents, say_not_made, update
+from mbn.tables.over_seeds import SEEDS
 from mbn.tables.readme import readme_part, replace_part
 
 RESULTS = REPOSITORY / "results"
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
         metavar="table | machine.results=DIR",
         help="table1, table4-methods, ...; all by default; the folder that holds records/",
     )
-    add_which_runs(parser)
+    add_which_runs(parser, SEEDS)
     options = parser.parse_intermixed_args(arguments)
     results = results_to_read([item for item in options.items if "=" in item])
     names = [item for item in options.items if "=" not in item]

@@ -36,12 +36,13 @@ def as_in_training(
     roll: whether the memories and averages take each batch in, as in training. They stay as they then are (`kept` puts
     them back); the modes of module are put back at the end. forward: called with each input in place of module.
     """
+    ours = norm_layers(module)
     modes = [(child, child.training) for child in module.modules()]
-    unfrozen = [(layer, layer.unfrozen_mode) for layer in norm_layers(module)]
+    unfrozen = [(layer, layer.unfrozen_mode) for layer in ours]
     try:
-        if not any(layer.training for layer in norm_layers(module)):
+        if not any(layer.training for layer in ours):
             module.train()
-        layers = [layer for layer in norm_layers(module) if layer.training]
+        layers = [layer for layer in ours if layer.training]
         of_two = [layer for layer in layers if layer.forwards == 2]
         for child in module.modules():
             child.training = child in layers

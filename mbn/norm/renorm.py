@@ -159,13 +159,11 @@ class _BatchRenorm(BatchStatisticsNorm):
         if variance is not None:
             wide = variance.to(statistics_dtype(variance.dtype))
             state_dict[prefix + "running_std"] = (wide + self.eps).sqrt()
-            key = prefix + "num_batches_tracked"
-            tracked = state_dict.get(key)  # older BatchNorms have none
-            trained = mean is not None and is_trained(mean, variance, tracked)
-            if trained or (mean is not None and tracked is None):
-                # If it were 0, the first update would overwrite their averages.
-                tracked = torch.tensor(0, device=mean.device) if tracked is None else tracked
-                state_dict[key] = tracked.clamp(min=int(trained))
+            if mean is not None:
+                key = prefix + "num_batches_tracked"
+                tracked = state_dict.get(key, torch.tensor(0, device=mean.device))  # older BatchNorms have none
+                # If it stayed 0 with trained averages, the first update would overwrite these.
+                state_dict[key] = tracked.clamp(min=int(is_trained(mean, variance, tracked)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

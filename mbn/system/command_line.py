@@ -58,13 +58,13 @@ def finite_above_0(text: str) -> float:
     return number
 
 
-def add_which_runs(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which runs a table or a figure shows."""
+def add_which_runs(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """Add the options that say which runs a table or a figure shows. seeds: the default of --seeds."""
     parser.add_argument(
         "--scale", type=finite_above_0, default=1.0, metavar="S", help="runs at S times the paper's length"
     )
     parser.add_argument(
-        "--seeds", type=whole(1, MOST_SEEDS), default=5, metavar="N", help="seeds 0 to N - 1 (default 5)"
+        "--seeds", type=whole(1, MOST_SEEDS), default=seeds, metavar="N", help=f"seeds 0 to N - 1 (default {seeds})"
     )
 
 
