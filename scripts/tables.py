@@ -22,7 +22,7 @@ from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, add_which_runs, entry_point
 from mbn.tables.cells import file_name, read_records, read_tables
-from mbn.tables.evidence import evidence_part, overview_part
+from mbn.tables.evidence import evidence_parts
 from mbn.tables.export import contents, say_not_made, update
 from mbn.tables.over_seeds import SEEDS
 from mbn.tables.readme import readme_part, replace_part
@@ -54,8 +54,10 @@ def main(arguments: list[str]) -> None:
     content = contents(chosen, every)
     files = {results / "tables" / name: text.encode() for name, text in content.items()}
     if every and next(iter(chosen.values())).usual and results.resolve() == RESULTS.resolve():
-        evidence = replace_part(EVIDENCE.read_text(encoding="utf-8"), overview_part(chosen), "overview", str(EVIDENCE))
-        files[EVIDENCE] = replace_part(evidence, evidence_part(chosen, records), name=str(EVIDENCE)).encode()
+        evidence = EVIDENCE.read_text(encoding="utf-8")
+        for mark, part in evidence_parts(chosen, records).items():
+            evidence = replace_part(evidence, part, mark, str(EVIDENCE))
+        files[EVIDENCE] = evidence.encode()
         files[README] = replace_part(README.read_text(encoding="utf-8"), readme_part(chosen), name=str(README)).encode()
     update(files)
     for name, table in chosen.items():

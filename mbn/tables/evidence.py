@@ -1,4 +1,4 @@
-"""What stands between the two pairs of markers of results/README.md: a pure function of the records."""
+"""What stands between the pairs of markers of results/README.md: a pure function of the records."""
 
 from mbn.grid import Equal
 from mbn.launch.table_status import together as whole
@@ -6,11 +6,22 @@ from mbn.records.provenance import described
 from mbn.records.record import diverged
 from mbn.tables.by_seed import OF_SEEDS, by_seed
 from mbn.tables.cells import Entry, Records, Table, cells_of_runs
+from mbn.tables.export import pages_of_cells
 from mbn.tables.measures import BESIDE, Record, Taken
 from mbn.tables.over_seeds import EQUIVALENCE
 from mbn.tables.page import LEVELS, OF_LEVELS, detectable_sentence, level_rows, link, missing, p_cell, pipes
 from mbn.tables.places import Place, places, primary
-from mbn.tables.rules import measured_by_rules
+from mbn.tables.rules import bn_and_mbn, measured_by_rules
+from mbn.tables.run_cells import run_cells
+
+
+def evidence_parts(tables: dict[str, Table], records: Records) -> dict[str, str]:
+    """The parts of all tables, by marker."""
+    return {
+        "overview": overview_part(tables),
+        "bn-and-mbn": bn_and_mbn(run_cells(tables), tables["table4"]),
+        "results": evidence_part(tables, records),
+    }
 
 
 def overview_part(tables: dict[str, Table]) -> str:
@@ -55,13 +66,18 @@ OF_CLAIMS = (
 def evidence_part(tables: dict[str, Table], records: Records) -> str:
     """The errors seed by seed, all tables with a picture of what has run, and all runs."""
     picture = "![How many seeds of each cell have run](figures/status.png)"
-    seeds, rules = by_seed(tables), measured_by_rules(tables)
-    count = f"{len(rules)} run{'s' * (len(rules) != 1)}"
+    cells = run_cells(tables)
+    seeds, count = by_seed(cells), sum(len(runs) for _, runs in measured_by_rules(cells))
+    more = {
+        "rules": f"[Other rules at test time](tables/rules.md): test errors of {count} run{'s' * (count != 1)}.",
+        "controls": "[Controls](tables/controls.md): what was measured beside the test error.",
+        "robustness": "[Robustness](tables/robustness.md): the same differences under other assumptions.",
+    }
     return "\n\n".join(
         [
             "### Seed by seed",
             *([pipes(seeds), OF_SEEDS] if len(seeds) > 1 else ["None yet."]),
-            *([f"[Other rules at test time](tables/rules.md): test errors of {count}."] if rules else []),
+            *(more[name] for name in pages_of_cells(tables)),
             "### Tables",
             *([picture] if _has_runs(tables) else []),
             pipes(_tables(tables)),
@@ -149,6 +165,9 @@ def _seeds(entries: list[Entry]) -> str:
 def _runs(tables: dict[str, Table], records: Records) -> list[list[str]]:
     """Every run, and the cells that it is in."""
     cells = cells_of_runs(tables)
+    for cell in run_cells(tables):
+        if cell.other:
+            cells |= {one["name"]: [f"no table: {', '.join(cell.other)}"] for one in cell.runs.values()}
     shown = {
         name: measure for name, measure in BESIDE.items() if any(measure(one) is not None for one in records.values())
     }

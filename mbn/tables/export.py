@@ -6,9 +6,12 @@ from pathlib import Path
 
 from mbn.system.files import write_atomically
 from mbn.tables.cells import Table, file_name, heads, lines
+from mbn.tables.controls import controls_page
 from mbn.tables.over_seeds import Contrast
 from mbn.tables.page import command, markdown
+from mbn.tables.robustness import robustness_page
 from mbn.tables.rules import rules_page
+from mbn.tables.run_cells import run_cells
 
 
 def latex(table: Table) -> str:
@@ -84,7 +87,7 @@ def _plain(number: float | None) -> str:
 def contents(tables: dict[str, Table], every: bool) -> dict[str, str]:
     """The content of each file of results/tables, by its name; none for a table without any run.
 
-    every: these are all tables, so that the file of all cells and the page of other rules are written, too.
+    every: these are all tables, so that the file of all cells and the pages about them are written, too.
     """
     run = {name: table for name, table in tables.items() if table.has_runs}
     content: dict[str, str] = {}
@@ -94,9 +97,16 @@ def contents(tables: dict[str, Table], every: bool) -> dict[str, str]:
     if every and run:
         first = next(iter(run.values()))
         content[f"{file_name('cells', first.scale, first.seeds)}.csv"] = cells_csv(list(tables.values()))
-        if first.usual and (page := rules_page(tables)):
-            content["rules.md"] = page
+        if first.usual:
+            content |= {f"{name}.md": page for name, page in pages_of_cells(tables).items()}
     return content
+
+
+def pages_of_cells(tables: dict[str, Table]) -> dict[str, str]:
+    """The pages about all cells with runs, by name; without those that would be empty."""
+    cells = run_cells(tables)
+    pages = {"rules": rules_page(cells), "controls": controls_page(cells), "robustness": robustness_page(tables, cells)}
+    return {name: page for name, page in pages.items() if page}
 
 
 def update(files: dict[Path, bytes]) -> None:

@@ -51,6 +51,12 @@ def precise_held(record: Record) -> float | None:
     return None if _is_bn(record) else record.get("test_error_precise")
 
 
+def train_error_in_evaluation(record: Record) -> float | None:
+    """On augmented training images, with the final weights and as at test time."""
+    found: float | None = control(record, "train_error")
+    return found
+
+
 def _is_bn(record: Record) -> bool:
     return record.get("config", {}).get("norm", {}).get("name") == "bn"
 
@@ -62,7 +68,7 @@ BESIDE: dict[str, Taken] = {
     "with precise statistics, memory held (old)": precise_held,
     "best epoch": Measure("test_error_best"),
     "training error": Measure("train_error"),
-    "training error in evaluation": lambda record: control(record, "train_error"),
+    "training error in evaluation": train_error_in_evaluation,
 }
 
 

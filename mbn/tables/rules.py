@@ -1,10 +1,13 @@
-"""The page of the runs that were also tested under other rules: a pure function of the records."""
+"""The runs that were also tested under other rules: a page of all, and BN beside MBN. Pure functions of the records."""
 
 import statistics
+from collections.abc import Iterable
 
-from mbn.tables.cells import Table, cells_of_runs
+from mbn.grid import Cell
+from mbn.tables.cells import Table
 from mbn.tables.measures import Record, control
 from mbn.tables.page import pipes
+from mbn.tables.run_cells import RunCell
 
 ABOUT = (
     "Test error in percent of the same final weights. First as every table has it: BN and BRN with their moving "
@@ -12,36 +15,84 @@ ABOUT = (
 )
 
 
-def measured_by_rules(tables: dict[str, Table]) -> list[Record]:
-    """The records that have such errors, by name."""
-    records = next(iter(tables.values())).records if tables else {}
-    return [one for _, one in sorted(records.items()) if control(one, "rules")]
+def measured_by_rules(cells: list[RunCell]) -> list[tuple[RunCell, list[Record]]]:
+    """The cells with runs that have such errors, and these runs, by seed."""
+    found = [(cell, [one for _, one in sorted(cell.runs.items()) if control(one, "rules")]) for cell in cells]
+    return [(cell, runs) for cell, runs in found if runs]
 
 
-def rules_page(tables: dict[str, Table]) -> str:
+def rules_page(cells: list[RunCell]) -> str:
     """Means by cell, and every run; nothing where no run has such errors."""
-    found = measured_by_rules(tables)
+    found = measured_by_rules(cells)
     if not found:
         return ""
-    labels = cells_of_runs(tables)
-    rules = list(dict.fromkeys(rule for one in found for rule in control(one, "rules")))
-    cells: dict[str, list[Record]] = {}  # a run that no table has is by itself
-    for one in found:
-        name = str(one["name"])
-        cells.setdefault(labels.get(name, [name])[0], []).append(one)
+    rules = list(dict.fromkeys(rule for _, runs in found for one in runs for rule in control(one, "rules")))
     head = ["as in the tables", *rules]
-    means = [[name, str(len(runs)), *_means(runs, rules)] for name, runs in cells.items()]
-    runs = [
-        [f"[{name}](../records/{one['name']}.json), seed {one['config']['seed']}", *_means([one], rules)]
-        for name, of_cell in cells.items()
-        for one in of_cell
+    means = [[cell.label, str(len(runs)), *_texts(runs, rules)] for cell, runs in found]
+    each = [
+        [f"[{cell.label}](../records/{one['name']}.json), seed {one['config']['seed']}", *_texts([one], rules)]
+        for cell, runs in found
+        for one in runs
     ]
     parts = ["# Other rules at test time", ABOUT, "## Means", pipes([["", "runs", *head], *means])]
-    return "\n\n".join([*parts, "## Runs", pipes([["", *head], *runs])]) + "\n"
+    return "\n\n".join([*parts, "## Runs", pipes([["", *head], *each])]) + "\n"
 
 
-def _means(runs: list[Record], rules: list[str]) -> list[str]:
-    """The test error, and that under each rule, over the runs that have it."""
-    numbers = [[one["test_error"] for one in runs]]
-    numbers += [[control(one, "rules")[rule] for one in runs if rule in control(one, "rules")] for rule in rules]
-    return [f"{statistics.fmean(some):.2f}" if some else "-" for some in numbers]
+def _texts(runs: list[Record], rules: list[str]) -> list[str]:
+    return [_text(_mean(runs, rule)) for rule in ("", *rules)]
+
+
+def _text(mean: float | None) -> str:
+    return "-" if mean is None else f"{mean:.2f}"
+
+
+def _mean(runs: list[Record], rule: str) -> float | None:
+    """The mean test error under a rule, over the runs that have it; '' is the rule of the tables."""
+    numbers = [one["test_error"] if not rule else control(one, "rules").get(rule) for one in runs]
+    known = [number for number in numbers if number is not None]
+    return statistics.fmean(known) if known else None
+
+
+# The rows of the table of BN beside MBN: their rules, {batch} for the batch size of training; '' as in the tables.
+PAIR = ("BN-1", "MBN-2")
+AS_TRAINED, OF_128 = "test batch of {batch}", "test batch of 128"
+ROWS = {
+    "as in the tables": ("", ""),
+    "training mode, test batches as in training, memory held": (AS_TRAINED, AS_TRAINED + ", held"),
+    "the same, memory rolling": (AS_TRAINED, AS_TRAINED + ", rolling"),
+    "training mode, test batches of 128, memory held": (OF_128, OF_128 + ", held"),
+    "the same, rolling": (OF_128, OF_128 + ", rolling"),
+    "evaluation mode, BN's momentum 0.9": ("averages with momentum 0.9", ""),
+    "evaluation mode, BN's momentum 1": ("averages with momentum 1.0", ""),
+}
+OF_BN_AND_MBN = (
+    "Means over the runs of BN / MBN that were tested so; in brackets: how many of each. BN has no memory: where it is "
+    "held and where it rolls, BN's number is the same. MBN has no averages."
+)
+
+
+def bn_and_mbn(cells: list[RunCell], table4: Table) -> str:
+    """A column for each place where runs of BN with one forward or of MBN with two and the paper's gradient have such
+    errors, and Table 4's numbers of the paper."""
+    runs: dict[str, dict[str, list[Record]]] = {}
+    bn: dict[str, Cell] = {}
+    for cell, found in measured_by_rules(cells):
+        if cell.method in PAIR:
+            runs.setdefault(cell.place, {method: [] for method in PAIR})[cell.method] = found
+            bn[cell.place] = cell.bn
+    if not runs:
+        return "None yet."
+    rows = [["BN / MBN", *(f"{place} ({_pair(str(len(some)) for some in of.values())})" for place, of in runs.items())]]
+    for name, rules in ROWS.items():
+        rows.append([name])
+        for place, of in runs.items():
+            named = [rule.format(batch=bn[place].config(0).batch_size) for rule in rules]
+            rows[-1].append(_pair(_text(_mean(of[method], rule)) for method, rule in zip(PAIR, named, strict=True)))
+    printed = [table4.grid.row(row) for row in table4.grid.rows]
+    paper = {of_bn.name(0): _pair(cell.paper["test_error"] or "-" for cell in (of_bn, mbn)) for of_bn, mbn in printed}
+    rows.append(["the paper", *(paper.get(bn[place].name(0), "-") for place in runs)])
+    return f"{pipes(rows)}\n\n{OF_BN_AND_MBN}"
+
+
+def _pair(texts: Iterable[str]) -> str:
+    return " / ".join(texts)

@@ -17,11 +17,10 @@ from mbn import grid
 from mbn.config import DATASETS, REPOSITORY
 from mbn.system.errors import UserError
 from mbn.tables.cells import BATCH_SIZES, read_records, read_tables
-from mbn.tables.evidence import evidence_part, overview_part
+from mbn.tables.evidence import evidence_part, evidence_parts, overview_part
 from mbn.tables.export import cells_csv, contents, latex
 from mbn.tables.page import markdown
 from mbn.tables.readme import elsewhere, finding, readme_part, replace_part
-from mbn.tables.rules import rules_page
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
 
@@ -273,10 +272,10 @@ def test_the_two_readmes_tell_of_whole_runs_and_the_planned_seeds_only(
     results, options, changes, tmp_path, monkeypatch
 ):
     shutil.copytree(results / "records", tmp_path / "results" / "records")
-    script = load_script("tables")
+    script, marks = load_script("tables"), ("overview", "bn-and-mbn", "results")
     for name in ("README", "EVIDENCE"):
         page = tmp_path / f"{name}.md"
-        page.write_text("".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n" for mark in ("overview", "results")))
+        page.write_text("".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n" for mark in marks))
         monkeypatch.setattr(script, name, page)
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
     assert script.main([*options, f"machine.results={tmp_path / 'results'}"]) == 0
@@ -440,7 +439,7 @@ def test_evidence_part(records):
         f"| [{name}](records/{name}.json) | Table 4: 8, MBN; Gradient: ResNet-56, batch 8, MBN-2 paper | 8.10 | 7.90 | "
         "8.00 | 8.10 | 1.00 | 0.50 | 78,200 | 0.25 | cpu: Toy, 2 threads | eager | 0123456 | "
     )
-    assert sum("| no table |" in line for line in runs) == 1  # the short one
+    assert sum("| no table: schedule.iterations=7820 |" in line for line in runs) == 1
     empty = evidence_part(read_tables({}, ["table4"]), {})
     assert empty.count("None yet.") == 2
     assert "| **MBN < BN** (primary, 0 of 5 places) | -4.27 to -0.74 | - | - | - | not measured |" in overview_part(
@@ -513,28 +512,6 @@ def test_cells_whose_runs_diverge_say_so(tmp_path):
     assert contents(tables, every=True).keys() > {"table1.md", "cells.csv"}
 
 
-def test_the_page_of_other_rules_has_every_run_and_the_means_of_cells(tmp_path):
-    g = grid.read("table4")
-    rules = {
-        ("BN", 0, 8.0): {"test batch of 8": 9.0},
-        ("BN", 1, 8.2): {"test batch of 8": 9.5},
-        ("MBN", 0, 7.0): {"newest entry as the batch": 7.1, "test batch of 8, memory held": 7.3},
-    }
-    for column, seed, error in rules:
-        toy_records.write(tmp_path, g.cell("8", column), seed, error)
-    records = read_records(tmp_path)
-    assert rules_page(read_tables(records)) == ""
-    for (column, seed, _), measured in rules.items():
-        records[g.cell("8", column).name(seed)]["controls"] = {"rules": measured}
-    page = contents(read_tables(records), every=True)["rules.md"]
-    head = "as in the tables | test batch of 8 | newest entry as the batch | test batch of 8, memory held |"
-    assert f"|  | runs | {head}" in page
-    assert "| Table 4: 8, BN | 2 | 8.10 | 9.25 | - | - |\n| Table 4: 8, MBN | 1 | 7.00 | - | 7.10 | 7.30 |" in page
-    name = g.cell("8", "BN").name(1)
-    assert f"| [Table 4: 8, BN](../records/{name}.json), seed 1 | 8.20 | 9.50 | - | - |" in page
-    assert "rules.md" not in contents(read_tables(records, ["table4"]), every=False)
-
-
 def test_committed_tables_follow_from_committed_records():
     """Every committed table, byte for byte, and the parts of the READMEs; every link from these leads somewhere."""
     results = REPOSITORY / "results"
@@ -549,8 +526,7 @@ def test_committed_tables_follow_from_committed_records():
         assert committed[name] == content, f"{name}: run scripts/tables.py"
     parts = [
         (REPOSITORY / "README.md", "results", readme_part(every)),
-        (results / "README.md", "overview", overview_part(every)),
-        (results / "README.md", "results", evidence_part(every, records)),
+        *((results / "README.md", mark, part) for mark, part in evidence_parts(every, records).items()),
     ]
     for path, mark, part in parts:
         text = path.read_text()

@@ -1,0 +1,89 @@
+"""The pages of controls and of other rules, and the table of BN beside MBN, from toy records."""
+
+import pytest
+import toy_records
+
+from mbn import grid
+from mbn.tables.cells import read_records, read_tables
+from mbn.tables.controls import controls_page
+from mbn.tables.export import contents
+from mbn.tables.rules import bn_and_mbn, rules_page
+from mbn.tables.run_cells import run_cells
+
+PLACE = "ResNet-56 on CIFAR-10, batch 8"
+ERRORS = {("BN", 0): 9.0, ("BN", 1): 8.0, ("BN", 2): 8.5, ("MBN", 0): 7.0, ("MBN", 1): 7.6}
+
+
+@pytest.fixture
+def records(tmp_path):
+    for (column, seed), error in ERRORS.items():
+        toy_records.write(tmp_path, grid.read("table4").cell("8", column), seed, error)
+    return read_records(tmp_path)
+
+
+def put(records, column, seed, **controls):
+    """Controls of a run."""
+    records[grid.read("table4").cell("8", column).name(seed)]["controls"] = controls
+
+
+def cells_of(records):
+    return run_cells(read_tables(records))
+
+
+def test_the_page_of_other_rules_has_every_run_and_the_means_of_cells(records):
+    assert rules_page(cells_of(records)) == ""
+    put(records, "BN", 0, rules={"test batch of 8": 9.0})
+    put(records, "BN", 1, rules={"test batch of 8": 9.5})
+    put(records, "MBN", 0, rules={"newest entry as the batch": 7.1, "test batch of 8, held": 7.3})
+    page = contents(read_tables(records), every=True)["rules.md"]
+    head = "as in the tables | test batch of 8 | newest entry as the batch | test batch of 8, held |"
+    assert f"|  | runs | {head}" in page
+    means = f"| {PLACE}, BN-1 | 2 | 8.50 | 9.25 | - | - |\n| {PLACE}, MBN-2 | 1 | 7.00 | - | 7.10 | 7.30 |"
+    assert means in page
+    name = grid.read("table4").cell("8", "BN").name(1)
+    assert f"| [{PLACE}, BN-1](../records/{name}.json), seed 1 | 8.00 | 9.50 | - | - |" in page
+    assert "rules.md" not in contents(read_tables(records, ["table4"]), every=False)
+
+
+def test_bn_stands_beside_mbn_under_the_rules_that_each_has(records):
+    table4 = read_tables(records)["table4"]
+    assert bn_and_mbn(cells_of(records), table4) == "None yet."
+    of_bn = {"test batch of 8": 12.0, "test batch of 128": 11.0, "averages with momentum 0.9": 9.5}
+    put(records, "BN", 0, rules=of_bn)
+    put(records, "BN", 2, rules={rule: error + 1 for rule, error in of_bn.items()})
+    of_mbn = {"test batch of 8, held": 7.1, "test batch of 8, rolling": 7.9, "test batch of 128, held": 7.2}
+    put(records, "MBN", 0, rules=of_mbn)
+    assert bn_and_mbn(cells_of(records), table4).split("\n\n")[0].splitlines() == [
+        f"| BN / MBN | {PLACE} (2 / 1) |",
+        "|---|---|",
+        "| as in the tables | 8.75 / 7.00 |",
+        "| training mode, test batches as in training, memory held | 12.50 / 7.10 |",
+        "| the same, memory rolling | 12.50 / 7.90 |",
+        "| training mode, test batches of 128, memory held | 11.50 / 7.20 |",
+        "| the same, rolling | 11.50 / - |",
+        "| evaluation mode, BN's momentum 0.9 | 10.00 / 7.00 |",
+        "| evaluation mode, BN's momentum 1 | - / 7.00 |",
+        "| the paper | 19.64 / 15.37 |",
+    ]
+
+
+def test_the_page_of_controls_has_means_over_the_runs_and_the_seeds_that_have_them(records):
+    assert controls_page(cells_of(records)) == ""
+    put(records, "BN", 0, train_error=6.0, population_gap={"mean": 0.004, "std": 0.01}, test_error_precise=9.1)
+    put(records, "BN", 1, train_error=5.0, population_gap={"mean": 0.0061, "std": 0.01})
+    put(records, "MBN", 1, train_error=5.5, test_error_precise=7.5)
+    records[grid.read("table4").cell("8", "MBN").name(0)]["curves"]["dead_layers"] = [0, 3]
+    by_cell, against = controls_page(cells_of(records)).split("## Against BN")
+    bn = "| 8.50 | 5.50 (2) | 9.00 | 9.10 (1) | 0.0040 to 0.0061 | 0.0100 | - |"
+    mbn = "| 7.60 | 5.50 (1) | 7.60 | 7.50 (1) | - | - | 3 |"
+    assert f"| {PLACE}, BN-1 {bn}\n| {PLACE}, MBN-2 {mbn}\n" in by_cell
+    # Seed 1 alone has the training error of both, and none has the precise error of both.
+    assert f"| {PLACE}, MBN-2 | -0.40 | +0.50 (1) | - | - |\n" in against
+    assert f"{PLACE}, BN-1" not in against
+
+
+def test_without_bn_there_is_nothing_to_compare(records):
+    put(records, "MBN", 1, train_error=5.5)
+    page = controls_page([cell for cell in cells_of(records) if cell.method == "MBN-2"])
+    assert f"| {PLACE}, MBN-2 | 7.60 | 5.50 (1) |" in page
+    assert "Against BN" not in page

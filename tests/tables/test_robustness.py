@@ -1,0 +1,108 @@
+"""The same differences under other assumptions: by hand, and from toy records."""
+
+import math
+import statistics
+
+import pytest
+import toy_records
+from scipy import stats
+
+from mbn import grid
+from mbn.tables.cells import read_records, read_tables
+from mbn.tables.robustness import GpuEffect, paired, robustness_page, welch
+from mbn.tables.run_cells import run_cells
+
+A, B = [6.1, 6.3, 6.2, 6.6], [6.5, 7.9, 6.4]
+
+
+def interval(mean, error, freedom):
+    half = stats.t.ppf(0.975, freedom) * error
+    return mean - half, mean + half
+
+
+def test_welchs_test_by_hand():
+    va, vb = statistics.variance(A) / 4, statistics.variance(B) / 3
+    freedom = (va + vb) ** 2 / (va**2 / 3 + vb**2 / 2)
+    found, mean = welch(A, B), statistics.fmean(A) - statistics.fmean(B)
+    assert found.mean == pytest.approx(mean)
+    assert (found.low, found.high) == pytest.approx(interval(mean, math.sqrt(va + vb), freedom))
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(va + vb), freedom))
+    assert welch([1.0, 1.0], [2.0, 2.0]) is None
+
+
+def test_the_paired_test_by_hand():
+    differences = [-0.4, -1.6, -0.2]
+    error = statistics.stdev(differences) / math.sqrt(3)
+    found, mean = paired(A[:3], B), statistics.fmean(differences)
+    assert found.mean == pytest.approx(mean)
+    assert (found.low, found.high) == pytest.approx(interval(mean, error, 2))
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, 2))
+    assert paired([1.0], [2.0]) is None
+    assert paired([1.0, 2.0], [2.0, 3.0]) is None
+
+
+CPU, GPU, BOTH = "cpu: Toy", "cuda: Toy", "cuda: Toy, then cpu: Toy"
+
+
+def written(folder, runs):
+    """Records of Table 4 at batch 8, by column: error and device of each seed."""
+    for column, some in runs.items():
+        for seed, (error, device) in enumerate(some):
+            toy_records.write(folder, grid.read("table4").cell("8", column), seed, error, device=device)
+    return read_tables(read_records(folder))
+
+
+def test_the_effect_of_gpus_by_hand(tmp_path):
+    """Balanced: b = 4 is the mean difference within cells, all residuals are 1 or -1: s² = 8 / (8 - 3)."""
+    tables = written(
+        tmp_path,
+        {
+            "BN": [(20.0, CPU), (22.0, CPU), (24.0, GPU), (26.0, BOTH)],
+            "MBN": [(10.0, CPU), (12.0, CPU), (14.0, BOTH), (16.0, GPU)],
+        },
+    )
+    gpu = GpuEffect.fit(run_cells(tables))
+    error = math.sqrt(8 / 5 * (1 / 4 + 1 / 4))
+    bn, mbn = (grid.read("table4").cell("8", column).name(0) for column in ("BN", "MBN"))
+    found = gpu.difference(mbn, bn)
+    assert (found.low, found.high) == pytest.approx(interval(-10, error, 5))
+    assert found.p == pytest.approx(2 * stats.t.sf(10 / error, 5))
+    low, high = interval(4, error, 5)
+    assert gpu.sentence().startswith("Of 8 runs 4 were on a GPU")
+    assert f"by +4.00 [{low:+.2f}, {high:+.2f}], p = " in gpu.sentence()
+
+
+def test_an_unbalanced_difference_is_corrected(tmp_path):
+    """MBN has the same error as BN on each device, but more of its runs were on a GPU."""
+    tables = written(
+        tmp_path,
+        {"BN": [(20.0, CPU), (20.2, CPU), (24.0, GPU)], "MBN": [(20.1, CPU), (24.0, GPU), (24.2, GPU)]},
+    )
+    bn, mbn = (grid.read("table4").cell("8", column).name(0) for column in ("BN", "MBN"))
+    found = GpuEffect.fit(run_cells(tables)).difference(mbn, bn)
+    assert found.mean == pytest.approx(0.05)  # 4.1 / 3 - b / 3, b = 3.95
+    page = robustness_page(tables, run_cells(tables))
+    (line,) = [line for line in page.splitlines() if line.startswith("| MBN - BN, batch 8, ResNet-56 on CIFAR-10 |")]
+    _, n, pooled, of_welch, of_pairs, of_gpus, r = line.strip("| ").split(" | ")
+    assert n == "3+3"
+    assert r == f"{stats.pearsonr([20.0, 20.2, 24.0], [20.1, 24.0, 24.2]).statistic:+.2f} (3)"
+    assert of_gpus == str(found)
+    assert pooled.startswith("+1.37 [")
+    assert of_welch == str(welch([20.1, 24.0, 24.2], [20.0, 20.2, 24.0]))
+    assert of_pairs == f"{paired([20.1, 24.0, 24.2], [20.0, 20.2, 24.0])} (3)"
+    assert "| ResNet-56 on CIFAR-10, batch 8, BN-1 | 3 | 21.40 | 2.25 | 20.00 to 24.00 |" in page
+    of_brown, of_levene = (
+        stats.levene([20.0, 20.2, 24.0], [20.1, 24.0, 24.2], center=center).pvalue for center in ("median", "mean")
+    )
+    tested = f"Brown and Forsythe's p = {of_brown:.3f}, Levene's p = {of_levene:.3f}"
+    assert f"- ResNet-56 on CIFAR-10, 2 cells: {tested}" in page
+
+
+def test_what_cannot_be_told_is_not_told(tmp_path):
+    tables = written(tmp_path / "one", {"BN": [(20.0, CPU), (20.2, CPU)], "MBN": [(20.1, CPU)]})
+    assert robustness_page(tables, run_cells(tables)) == ""
+    tables = written(tmp_path / "two", {"BN": [(20.0, CPU), (20.2, CPU)], "MBN": [(20.1, CPU), (20.3, CPU)]})
+    page = robustness_page(tables, run_cells(tables))
+    assert "No cell has runs on a GPU and others." in page
+    assert " | - | - | - |\n" in page  # all differ alike, no GPU, no correlation of two
+    assert "Levene's p" not in page
