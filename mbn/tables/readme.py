@@ -53,7 +53,8 @@ def readme_part(tables: dict[str, Table]) -> str:
 
 
 def finding(table: Table, decided: bool = True) -> str:
-    """What Table 4's runs say, in words: the outcome at each batch size that has run, with its numbers.
+    """What Table 4's runs say, in words: the outcome at each batch size that has run, with its numbers; of several
+    batch sizes with the differences alone.
 
     decided: whether its claim, a primary one, is decided after the correction for several; else no place is.
     """
@@ -63,12 +64,15 @@ def finding(table: Table, decided: bool = True) -> str:
     said: dict[str, list[str]] = {}
     for v in compared:
         said.setdefault(_outcome(v, decided), []).append(v.place)
-    parts = [f"**At batch {_listed(places)} {outcome}.**" for outcome, places in said.items()]
-    if compared:
-        parts.append(f"Test error of {table.grid.title.rpartition(', ')[2]}:")
-    for v in compared:
-        at = f"at batch {v.place} " if len(compared) > 1 else ""
-        parts.append(at + _numbers(v, [table.entry(cell, claim.metric) for cell in claim.cells[v.place]]))
+    outcomes = [f"batch {_listed(places)} {outcome}" for outcome, places in said.items()]
+    parts = [f"**At {'; at '.join(outcomes)}.**"] if said else []
+    network = table.grid.title.rpartition(", ")[2]
+    if len(compared) > 1:
+        differences = (f"{v.number.without_n} at batch {v.place} ({_printed(v)})" for v in compared)
+        parts.append(f"MBN - BN in test error, {network}: {', '.join(differences)}.")
+    for v in compared if len(compared) == 1 else []:
+        levels = _numbers(v, [table.entry(cell, claim.metric) for cell in claim.cells[v.place]])
+        parts.append(f"Test error of {network}: {levels}")
     return " ".join([*parts, *_rest(table, [v.place for v in verdicts if v not in compared], bool(compared))])
 
 
@@ -106,16 +110,26 @@ def _outcome(verdict: Verdict, decided: bool) -> str:
 
 def _numbers(verdict: Verdict, entries: list[Entry]) -> str:
     """Example: MBN 16.31 % (4 seeds), BN 15.38 % (4 seeds), difference +0.93 [+0.20, +1.66]; the paper: 15.37 % and
-    19.64 %, a difference of -4.27, outside the 95 % interval for one more run of each (p < 0.001).
+    19.64 %, a difference of -4.27, outside the 95 % interval for one more run of each, p < 0.001.
     """
     here = ", ".join(f"{e.cell.column} {_level(e)}" for e in entries)
     if verdict.number.interval():
         here += f", difference {verdict.number.without_n}"
-    excluded = ""
-    if (one_more := verdict.one_more) and one_more.excluded:
-        outside = f"outside the 95 % interval for one more run of each ({p_text(one_more.p)})"
-        excluded = f", a difference of {verdict.paper:+.2f}, {outside}"
-    return f"{here}; the paper: {' and '.join(f'{e.paper} %' for e in entries)}{excluded}."
+    paper = " and ".join(f"{e.paper} %" for e in entries)
+    excluded = f", a difference of {verdict.paper:+.2f}{outside}" if (outside := _outside(verdict)) else ""
+    return f"{here}; the paper: {paper}{excluded}."
+
+
+def _printed(verdict: Verdict) -> str:
+    """Example: the paper: -4.27, outside the 95 % interval for one more run of each, p < 0.001."""
+    return f"the paper: {verdict.paper:+.2f}{_outside(verdict)}"
+
+
+def _outside(verdict: Verdict) -> str:
+    one_more = verdict.one_more
+    if one_more is None or not one_more.excluded:
+        return ""
+    return f", outside the 95 % interval for one more run of each, {p_text(one_more.p)}"
 
 
 def _level(entry: Entry) -> str:
