@@ -5,6 +5,7 @@ import itertools
 import pytest
 import toy_records
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 
 from mbn import grid
 from mbn.records.record import config_for_record as record_config
@@ -12,7 +13,8 @@ from mbn.tables import claims
 from mbn.tables.cells import read_records, read_tables
 from mbn.tables.evidence import overview_part
 from mbn.tables.figures.forest import LIMIT, forest
-from mbn.tables.figures.status_grid import status_grid
+from mbn.tables.figures.status_grid import DONE, status_grid
+from mbn.tables.figures.style import GREY
 from mbn.tables.places import in_short, places, primary
 
 
@@ -190,8 +192,7 @@ def test_the_short_picture_has_what_has_run_and_table_4(every):
 
 
 def test_the_status_grid_shows_the_seeds_of_each_cell(tables):
-    status = [tables[name].status for name in ("table1", "table4", "table4-methods")]
-    (panel,) = status_grid(status).axes
+    (panel,) = status_grid([tables[name] for name in ("table1", "table4", "table4-methods")]).axes
     texts = [text.get_text() for text in panel.texts]
     # Table 4's four cells stand in Table 4, methods too, which has GN besides.
     assert sorted(text for text in texts if text in ("1", "2", "3", "4", "5")) == ["1"] * 5 + ["3"] * 4
@@ -199,6 +200,18 @@ def test_the_status_grid_shows_the_seeds_of_each_cell(tables):
     assert len(panel.patches) == 14 + 10 + 35
     assert any(text.startswith("8 of 50 runs; left: ") for text in texts)
     assert texts[0].startswith("All tables, each run once: 9 of 230 runs; left: ")
+
+
+def test_the_status_grid_is_grey_where_all_runs_of_a_cell_diverged(tmp_path):
+    g = grid.read("table1")
+    gone, mixed = g.cell("NormProp", "VGG"), g.cell("MBN", "VGG")
+    for cell, seed in ((gone, 0), (gone, 1), (mixed, 0)):
+        toy_records.write_diverged(tmp_path, cell, seed, at=5)
+    toy_records.write(tmp_path, mixed, 1, 7.0)
+    (panel,) = status_grid([read_tables(read_records(tmp_path))["table1"]]).axes
+    faces = [face for patch in panel.patches if (face := patch.get_facecolor()[:3]) != (1, 1, 1)]
+    grey, blue = ([1 - 0.4 * (1 - part) for part in to_rgb(colour)] for colour in (GREY, DONE))
+    assert faces == [pytest.approx(grey), pytest.approx(blue)]
 
 
 def full():
@@ -221,7 +234,7 @@ def test_all_text_is_inside_the_picture_and_none_lies_on_another(name, all_cells
     made = {
         "claims": lambda: forest(places(tables), primary(tables)),
         "claims-short": lambda: forest(in_short(places(tables)), primary(tables)),
-        "status": lambda: status_grid([table.status for table in tables.values()]),
+        "status": lambda: status_grid([*tables.values()]),
     }
     figure = made[name]()
     renderer = FigureCanvasAgg(figure).get_renderer()

@@ -22,7 +22,7 @@ def draw(records: Records, scale: float = 1.0, seeds: int = SEEDS) -> dict[str, 
         return {
             "claims": forest(claims, first) if any_runs else None,
             "claims-short": forest(in_short(claims), first) if any_runs else None,
-            "status": status_grid([table.status for table in tables.values()]) if any_runs else None,
+            "status": status_grid([*tables.values()]) if any_runs else None,
             "figure1": paper.figure1(tables["figure1"]),
             "figure2": paper.figure2(tables["figure2"]),
             "figure3": paper.figure3(tables["table3"]),

@@ -9,8 +9,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mbn.launch.table_status import TIME_LEFT, RunCounts, TableStatus, together
-from mbn.tables.cells import heading
+from mbn.launch.table_status import TIME_LEFT, RunCounts, together
+from mbn.tables.cells import Table, heading
 from mbn.tables.figures.style import GREY, PAGE, PALE
 
 DONE = "#0072B2"
@@ -24,7 +24,7 @@ PLACE, LETTER, TEXT = (WIDE - 1) / BESIDE, 0.35, 0.85
 LINE = 40
 
 
-def status_grid(tables: Sequence[TableStatus]) -> Figure:
+def status_grid(tables: Sequence[Table]) -> Figure:
     """Tables side by side and below each other, with the names of their rows and columns."""
     shelves = [tables[i : i + BESIDE] for i in range(0, len(tables), BESIDE)]
     heights = [max(_head(table) + len(table.grid.rows) + 1.3 for table in shelf) for shelf in shelves]
@@ -32,13 +32,13 @@ def status_grid(tables: Sequence[TableStatus]) -> Figure:
     figure = Figure(figsize=(PAGE, tall * CELL))
     panel = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDE), ylim=(tall, 0))
     panel.axis("off")
-    whole = together(table.whole for table in tables)
+    whole = together(table.status.whole for table in tables)
     _write(panel, 0.5, 1, f"All tables, each run once: {_sentence(whole)}", weight="bold")
     _write(
         panel,
         0.5,
         1 + TEXT,
-        "The number in a cell: how many of its seeds have a record, diverged ones too.",
+        "The number in a cell: how many of its seeds have a record; grey where all of these diverged.",
         color=GREY,
     )
     _write(panel, 0.5, 1 + 2 * TEXT, TIME_LEFT, color=GREY)
@@ -50,23 +50,23 @@ def status_grid(tables: Sequence[TableStatus]) -> Figure:
     return figure
 
 
-def _head(table: TableStatus) -> float:
+def _head(table: Table) -> float:
     """The height of what stands above the cells."""
     return TEXT * (1 + len(_lines(table))) + LETTER * max(map(len, _columns(table))) + 0.3
 
 
-def _columns(table: TableStatus) -> list[str]:
+def _columns(table: Table) -> list[str]:
     """The columns' names, except the name of one that stands alone: the title has it."""
     return list(table.grid.columns) if len(table.grid.columns) > 1 else [""]
 
 
-def _lines(table: TableStatus) -> list[tuple[str, str]]:
+def _lines(table: Table) -> list[tuple[str, str]]:
     """The lines below the heading, each with its colour."""
-    parts = ((table.grid.title, "black"), (_sentence(table.whole), GREY))
+    parts = ((table.grid.title, "black"), (_sentence(table.status.whole), GREY))
     return [(line, colour) for text, colour in parts for line in textwrap.wrap(text, LINE)]
 
 
-def _table(panel: Axes, left: float, top: float, table: TableStatus) -> None:
+def _table(panel: Axes, left: float, top: float, table: Table) -> None:
     _write(panel, left, top, heading(table.grid.name), weight="bold")
     for i, (line, colour) in enumerate(_lines(table), 1):
         _write(panel, left, top + i * TEXT, line, color=colour)
@@ -76,16 +76,17 @@ def _table(panel: Axes, left: float, top: float, table: TableStatus) -> None:
     for i, row in enumerate(table.grid.rows):
         _write(panel, x0 - 0.3, y0 + i + 0.5, row, ha="right")
         for j, cell in enumerate(table.grid.row(row)):
-            _cell(panel, x0 + j, y0 + i, table.cells[cell])
+            colour = GREY if table.all_runs.diverge(cell) else DONE
+            _cell(panel, x0 + j, y0 + i, table.status.cells[cell], colour)
 
 
-def _cell(panel: Axes, x: float, y: float, runs: RunCounts) -> None:
+def _cell(panel: Axes, x: float, y: float, runs: RunCounts, darkest: str) -> None:
     """The darker, the more seeds have run."""
     if not runs.wanted:
         _write(panel, x + 0.5, y + 0.5, "–", ha="center", color=PALE)
         return
     share = runs.done / len(runs.wanted)
-    colour = [1 - share * (1 - part) for part in to_rgb(DONE)]
+    colour = [1 - share * (1 - part) for part in to_rgb(darkest)]
     panel.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=PALE, linewidth=0.6))
     if runs.done:
         _write(panel, x + 0.5, y + 0.52, str(runs.done), ha="center", color="white" if share > 0.5 else "black")
