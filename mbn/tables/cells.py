@@ -10,6 +10,7 @@ from mbn import grid
 from mbn.grid import Cell, Grid
 from mbn.launch.estimate import Estimate
 from mbn.launch.table_status import TableStatus, table_status
+from mbn.methods import METHODS
 from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.tables.measures import Measure, Record, Taken
@@ -73,10 +74,10 @@ class AllRuns:
 
     @cached_property
     def groups(self) -> dict[str, list[Cell]]:
-        """The cells whose variance is pooled: those of a network and a data set."""
+        """The cells whose variance is pooled, by name."""
         groups: dict[str, list[Cell]] = {}
         for cell in self.cells.values():
-            groups.setdefault(network(cell), []).append(cell)
+            groups.setdefault(pooled_with(cell), []).append(cell)
         return groups
 
     def spread(self, group: str, measure: Taken) -> Spread:
@@ -91,7 +92,7 @@ class AllRuns:
         values = self.values(cell, measure)
         if not values:
             return None
-        group, mean = network(cell), statistics.fmean(values.values())
+        group, mean = pooled_with(cell), statistics.fmean(values.values())
         return Sample(cell.name(0, self.scale), mean, len(values), group, self.spread(group, measure))
 
 
@@ -99,6 +100,17 @@ def network(cell: Cell) -> str:
     """Example: ResNet-56 on CIFAR-10. A name that is not known is shown as it is."""
     config = cell.config(0)
     return " on ".join(_display(name) for name in (config.model.name, config.dataset.name))
+
+
+def pooled_with(cell: Cell) -> str:
+    """The name of the cells with which a cell pools its variance: those of its network and data set whose method has
+    batch statistics, or those of its method, if that has none. GN at a rate that does not suit it must not widen the
+    intervals of claims in which it has no part.
+
+    Example: ResNet-56 on CIFAR-10.
+    """
+    method = METHODS[cell.config(0).norm.name]
+    return network(cell) if method.statistics else f"{network(cell)}, {method.label}"
 
 
 def _display(name: str) -> str:

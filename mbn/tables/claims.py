@@ -142,4 +142,4 @@ def _tested(claim: Claim, verdict: Verdict) -> str:
         interval = f", 90 % {inside}" if inside else ""
         return f"{interval}, margin {claim.bounds[1]:g}"
     p = verdict.number.p()
-    return "" if p is None else f", {p_text(p)}"
+    return "" if p is None else f", {p_text(p)}{' (uncorrected)' * bool(claim.primary)}"

@@ -2,6 +2,7 @@
 
 import statistics
 
+from mbn.records.record import diverged
 from mbn.tables.measures import Measure, Record, Taken, control, precise, train_error_in_evaluation
 from mbn.tables.page import pipes
 from mbn.tables.run_cells import RunCell
@@ -12,7 +13,9 @@ def _distance(of: str) -> Taken:
 
 
 def _layers_lost(record: Record) -> float | None:
-    """At the end of training; None in records of runs that did not count them."""
+    """At the end of training; None in records of runs that did not count them, or did not end."""
+    if diverged(record):
+        return None
     counts: list[float | None] = record["curves"].get("dead_layers") or [None]
     return counts[-1]
 
@@ -29,8 +32,8 @@ OF_CELLS = (
     "Training: the error on augmented training images in evaluation mode. Precise: the test error with statistics "
     "measured over an epoch of training images. Distance: of the statistics at test time from these "
     "(`controls.population_gap`), of means in standard deviations and of log standard deviations; the mean over "
-    "layers, least to largest over runs. Layers lost, by seed: those whose inputs no longer vary in training, because "
-    "all ReLUs before them emit zero."
+    "layers, least to largest over runs. Layers lost (seed: how many; of the runs that counted them): those whose "
+    "inputs no longer vary in training, because all ReLUs before them emit zero."
 )
 OF_BN = (
     "Differences to BN with one forward at the same place, over the n seeds of which both have the number; the "
@@ -64,7 +67,7 @@ def _of(cell: RunCell) -> list[str]:
     for distance in DISTANCES:
         known = sorted({f"{number:.4f}" for number in map(distance, runs) if number is not None})
         texts.append(" to ".join(dict.fromkeys([known[0], known[-1]])) if known else NONE)
-    lost = [f"{number:g}" for number in map(_layers_lost, runs) if number is not None]
+    lost = [f"{seed}: {n:g}" for seed, one in sorted(cell.runs.items()) if (n := _layers_lost(one)) is not None]
     return [*texts, ", ".join(lost) or NONE]
 
 

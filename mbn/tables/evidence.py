@@ -12,7 +12,7 @@ from mbn.tables.over_seeds import EQUIVALENCE
 from mbn.tables.page import LEVELS, OF_LEVELS, detectable_sentence, level_rows, link, missing, p_cell, pipes
 from mbn.tables.places import Place, places, primary
 from mbn.tables.rules import bn_and_mbn, measured_by_rules
-from mbn.tables.run_cells import run_cells
+from mbn.tables.run_cells import run_cells, unplanned
 
 
 def evidence_parts(tables: dict[str, Table], records: Records) -> dict[str, str]:
@@ -53,7 +53,8 @@ def _not_measured(every: list[Place], tables: dict[str, Table]) -> str:
 
 OF_CLAIMS = (
     "Differences of test errors in percentage points, unless another number is named. They are unpaired, and the "
-    "variance is pooled over all cells of a network and data set; a cell with one seed borrows it from the others. "
+    "variance is pooled over all cells of a network and data set (of GN and NormProp over their own); a cell with one "
+    "seed borrows it from the others. "
     "n: seeds of each cell. Together: the mean over all places that have runs, weighted by precision (over several "
     "networks with Satterthwaite's degrees of freedom). The **primary claims** are judged by p after Holm's "
     "correction for the three of them (one that is not measured counts as p = 1). All others are exploratory, and "
@@ -165,9 +166,9 @@ def _seeds(entries: list[Entry]) -> str:
 def _runs(tables: dict[str, Table], records: Records) -> list[list[str]]:
     """Every run, and the cells that it is in."""
     cells = cells_of_runs(tables)
-    for cell in run_cells(tables):
-        if cell.other:
-            cells |= {one["name"]: [f"no table: {', '.join(cell.other)}"] for one in cell.runs.values()}
+    if tables:
+        for run in unplanned(next(iter(tables.values())).all_runs):
+            cells[run.record["name"]] = [f"no table: {', '.join(run.other)}"]
     shown = {
         name: measure for name, measure in BESIDE.items() if any(measure(one) is not None for one in records.values())
     }

@@ -49,12 +49,12 @@ def main_table(table: Table) -> str:
 
 OF_CLAIMS = (
     "Means over the seeds of each cell, unpaired [95 % interval]; the variance is pooled over all cells of a network "
-    "and data set. A claim holds where the whole interval agrees with it, and does not hold where the whole interval "
-    "contradicts it; otherwise it is undecided. A number of the paper is taken for that of one more run of each cell, "
-    "and excluded where it lies outside the 95 % interval for that. "
+    "and data set (of GN and NormProp over their own). A claim holds where the whole interval agrees with it, and does "
+    "not hold where the whole interval contradicts it; otherwise it is undecided. A number of the paper is taken for "
+    "that of one more run of each cell, and excluded where it lies outside the 95 % interval for that. "
     "That two cells are equal holds where the 90 % interval lies inside the margin (two one-sided tests at 5 %). "
-    "Together: the mean over the places that have runs, weighted by precision. Only the primary claims "
-    "([results](../README.md)) are corrected for their number; all others are exploratory."
+    "Together: the mean over the places that have runs, weighted by precision. The primary claims are decided with "
+    "corrected p in the [results](../README.md), over all their places; here no p is corrected."
 )
 LEVELS = ["", "here (n)", "95 % interval for one more run", "paper", "p", ""]
 OF_LEVELS = (
@@ -99,7 +99,8 @@ def _difference_table(table: Table) -> str:
         return "No run can be compared yet: BN has not run."
     text = (
         "BN: one forward, on the same network, data and schedule. n: seeds of the cell + seeds of BN, unpaired. "
-        "The variance is pooled over all cells of a network and data set. No p is corrected."
+        "The variance is pooled over all cells of a network and data set, of GN and NormProp over their own. No p is "
+        "corrected."
     )
     if paper:
         text += " In the last column the paper's difference is taken for that of one more run of each cell."

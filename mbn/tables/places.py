@@ -100,17 +100,19 @@ class Place:
 
 
 def places(tables: dict[str, Table]) -> list[Place]:
-    """Every place of every claim, and after them the claim's joint number, if it has one.
+    """Every place of every claim, and after them the claim's joint number, if it has one and is not that of a primary
+    claim, which is judged by another p.
 
     The same comparison of the same runs stands once, in the first table that has it; a second time where the paper
     prints its numbers in two tables.
     """
     found, seen = [], set()
+    judged = [place.verdict.number for place in primary(tables)]
     for table in tables.values():
         for claim in table.grid.claims:
             verdicts = judge(claim, table.all_runs)
             for verdict in (*verdicts, joint(claim, verdicts)):
-                if verdict is None:
+                if verdict is None or (verdict.place == TOGETHER and verdict.number in judged):
                     continue
                 key = _compared(claim, verdicts, verdict)
                 if key not in seen or verdict.paper is not None:

@@ -2,32 +2,32 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from mbn.grid import Cell
+from mbn.methods import METHODS
 from mbn.tables.cells import Table, network
 from mbn.tables.measures import Measure, Record
-from mbn.tables.over_seeds import CONFIDENCE, Values, p_text
+from mbn.tables.over_seeds import CONFIDENCE, ROUNDING, Values, contrast, p_text
 from mbn.tables.page import pipes
-from mbn.tables.places import Place, places
+from mbn.tables.places import places
 from mbn.tables.run_cells import RunCell
 
 TEST_ERROR = Measure("test_error")
 ABOUT = (
     "The tables compare means of test errors unpaired, with one variance for all cells of a network and data set. "
-    "Here are the same differences under other assumptions, wherever both cells have two runs or more. No p is "
-    "corrected, and none of this decides a claim."
+    "Here are the same differences under other assumptions: those that claims name, and those to BN with one forward, "
+    "wherever both cells have two runs or more. No p is corrected, and none of this decides a claim."
 )
 OF_DIFFERENCES = (
     "Differences [95 % interval], in percentage points. Pooled: as in the tables. Welch: each cell has a variance of "
     "its own. Paired: Student's test of the differences between runs of equal seeds, which share initial weights, the "
-    "order of images and their augmentation. Allowing for GPUs: least squares over the runs of all cells, test error = "
-    "the cell's mean + b (1 if the run was on a GPU, in part or whole), with one variance for all. r: the correlation "
-    "of equal seeds, from three on."
+    "order of images and their augmentation. Allowing for GPUs: least squares over the runs of the network and data "
+    "set, test error = the cell's mean + b (1 if the run was on a GPU, in part or whole), with one variance for all. "
+    "r: the correlation of equal seeds, from three on. GN and NormProp are left out."
 )
 OF_CELLS = (
     "That cells differ in their variance is tested where a network has two cells with three seeds or more: Brown and "
@@ -35,6 +35,7 @@ OF_CELLS = (
     "the variances are equal."
 )
 LEAST = 3
+Pair = tuple[RunCell, RunCell]
 
 
 @dataclass(frozen=True)
@@ -53,52 +54,59 @@ class Difference:
 
 def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
     """Nothing where no two cells that are compared have two runs each."""
-    compared = list(_compared(tables))
-    if not compared:
+    cells = [cell for cell in cells if cell.planned and METHODS[cell.cell.config(0).norm.name].statistics]
+    of_network: dict[str, list[RunCell]] = {}
+    for cell in cells:
+        of_network.setdefault(network(cell.cell), []).append(cell)
+    effects = {name: GpuEffect.fit(some) for name, some in of_network.items()}
+    rows = [_row(tables, pair, effects[network(pair[0].cell)]) for pair in _compared(tables, cells)]
+    if not rows:
         return ""
-    planned = [cell for cell in cells if not cell.other]
-    gpu = GpuEffect.fit(planned)
-    rows = [["", "n", "pooled", "Welch", "paired (n)", "allowing for GPUs", "r (n)"]]
-    rows += [_row(place, gpu) for place in compared]
-    parts = ["# Robustness", ABOUT, "## Differences", pipes(rows), OF_DIFFERENCES, "## Runs on a GPU"]
-    parts += [gpu.sentence() if gpu else "No cell has runs on a GPU and others.", "## Standard deviations"]
-    parts += [pipes(_deviations(planned)), OF_CELLS]
-    if tested := _equal_variances(planned):
+    head = ["", "n", "pooled", "Welch", "paired (n)", "allowing for GPUs", "r (n)"]
+    parts = ["# Robustness", ABOUT, "## Differences", pipes([head, *rows]), OF_DIFFERENCES, "## Runs on a GPU"]
+    known = [f"- {name}: {effect.sentence()}" for name, effect in effects.items() if effect]
+    parts += ["\n".join(known) or "No cell has runs on a GPU and others.", "## Standard deviations"]
+    parts += [pipes(_deviations(cells)), OF_CELLS]
+    if tested := _equal_variances(of_network):
         parts.append("\n".join(tested))
     return "\n\n".join(parts) + "\n"
 
 
-def _compared(tables: dict[str, Table]) -> Iterator[Place]:
-    """Places where the mean test errors of two cells are compared that both have two runs or more; each pair once."""
-    seen = set()
-    for place in places(tables):
-        if place.joint or place.claim.metric != TEST_ERROR.key or place.claim.at:
-            continue
-        pair = place.claim.cells[place.verdict.place]
-        names = tuple(cell.name(0) for cell in pair)
-        if len(pair) == 2 and names not in seen and min(len(_values(place, cell)) for cell in pair) > 1:
-            seen.add(names)
-            yield place
+def _compared(tables: dict[str, Table], cells: list[RunCell]) -> list[Pair]:
+    """Two cells whose mean test errors a claim compares, and each cell with BN at its place; if both have two runs."""
+    by_name = {cell.cell.name(0): cell for cell in cells}
+    named = [
+        tuple(cell.name(0) for cell in place.claim.cells[place.verdict.place])
+        for place in places(tables)
+        if not place.joint and place.claim.metric == TEST_ERROR.key and not place.claim.at
+    ]
+    named += [(cell.cell.name(0), cell.bn.name(0)) for cell in cells]
+    pairs: dict[frozenset[str], Pair] = {}
+    for names in named:
+        if len({*names}) == 2 and {*names} <= by_name.keys():
+            first, second = (by_name[name] for name in names)
+            if min(len(_errors(first)), len(_errors(second))) > 1:
+                pairs.setdefault(frozenset(names), (first, second))
+    return sorted(pairs.values(), key=lambda pair: cells.index(pair[0]))
 
 
-def _values(place: Place, cell: Cell) -> Values:
-    return place.table.all_runs.values(cell, TEST_ERROR)
-
-
-def _row(place: Place, gpu: "GpuEffect | None") -> list[str]:
-    first, second = place.claim.cells[place.verdict.place]
-    a, b = _values(place, first), _values(place, second)
+def _row(tables: dict[str, Table], pair: Pair, gpu: "GpuEffect | None") -> list[str]:
+    first, second = pair
+    a, b = map(_errors, pair)
     equal = sorted(a.keys() & b.keys())
     pairs = [a[seed] for seed in equal], [b[seed] for seed in equal]
-    number = place.verdict.number
+    all_runs = next(iter(tables.values())).all_runs
+    samples = [sample for cell in pair if (sample := all_runs.sample(cell.cell, TEST_ERROR))]
+    number = contrast(samples, (1, -1))
     p = number.p()
+    where = first.place if first.place == second.place else f"{first.place} and {second.place}"
     return [
-        place.alone(place.number),
+        f"{where}: {first.method} - {second.method}",
         number.n,
         number.without_n + (f", {p_text(p)}" if p is not None else ""),
         _text(welch([*a.values()], [*b.values()])),
         _text(paired(*pairs), len(equal)),
-        _text(gpu.difference(first.name(0), second.name(0)) if gpu else None),
+        _text(gpu.difference(first.cell.name(0), second.cell.name(0)) if gpu else None),
         _correlation(*pairs),
     ]
 
@@ -149,10 +157,9 @@ class GpuEffect:
     def fit(cls, cells: list[RunCell]) -> "GpuEffect | None":
         """None where no cell has runs of both kinds, or nothing is left to tell how much runs differ."""
         runs = [
-            (cell.cell.name(0), _ran_on_gpu(one), error)
+            (cell.cell.name(0), _ran_on_gpu(cell.runs[seed]), error)
             for cell in cells
-            for one in cell.runs.values()
-            if (error := TEST_ERROR(one)) is not None
+            for seed, error in _errors(cell).items()
         ]
         names = tuple(dict.fromkeys(name for name, *_ in runs))
         x = np.array([[*(float(name == one) for one in names), float(gpu)] for name, gpu, _ in runs])
@@ -161,7 +168,10 @@ class GpuEffect:
         if freedom < 1 or np.linalg.matrix_rank(x) <= len(names):
             return None
         b, *_ = np.linalg.lstsq(x, y)
-        covariance = ((y - x @ b) ** 2).sum() / freedom * np.linalg.inv(x.T @ x)
+        squares = float(((y - x @ b) ** 2).sum())
+        if squares < ROUNDING**2:
+            return None
+        covariance = squares / freedom * np.linalg.inv(x.T @ x)
         return cls(names, b, covariance, freedom, len(runs), sum(gpu for _, gpu, _ in runs))
 
     def difference(self, first: str, second: str) -> Difference | None:
@@ -177,7 +187,7 @@ class GpuEffect:
     def sentence(self) -> str:
         effect = self._contrast([0.0] * len(self.names) + [1.0])
         return (
-            f"Of {self.runs} runs {self.on_gpu} were on a GPU, in part or whole. Within cells their test error differs "
+            f"of {self.runs} runs {self.on_gpu} were on a GPU, in part or whole. Within cells their test error differs "
             f"from that of the others by {effect}."
         )
 
@@ -186,31 +196,29 @@ def _ran_on_gpu(record: Record) -> bool:
     return "cuda" in record["device"]
 
 
+def _errors(cell: RunCell) -> Values:
+    return {seed: error for seed, one in cell.runs.items() if (error := TEST_ERROR(one)) is not None}
+
+
 def _deviations(cells: list[RunCell]) -> list[list[str]]:
     rows = [["", "seeds", "mean", "standard deviation", "range"]]
     for cell in cells:
-        if len(errors := _errors(cell)) > 1:
+        if len(errors := [*_errors(cell).values()]) > 1:
             spread = f"{min(errors):.2f} to {max(errors):.2f}"
             mean, sd = statistics.fmean(errors), statistics.stdev(errors)
             rows.append([cell.label, str(len(errors)), f"{mean:.2f}", f"{sd:.2f}", spread])
     return rows
 
 
-def _errors(cell: RunCell) -> list[float]:
-    return [error for error in map(TEST_ERROR, cell.runs.values()) if error is not None]
-
-
-def _equal_variances(cells: list[RunCell]) -> list[str]:
-    """A line for each network and data set with two cells of three seeds or more."""
-    of: dict[str, list[list[float]]] = {}
-    for cell in cells:
-        if len(errors := _errors(cell)) >= LEAST:
-            of.setdefault(network(cell.cell), []).append(errors)
-    return [
-        f"- {name}, {len(some)} cells: Brown and Forsythe's {_levene(some, 'median')}, Levene's {_levene(some, 'mean')}"
-        for name, some in of.items()
-        if len(some) > 1
-    ]
+def _equal_variances(of_network: dict[str, list[RunCell]]) -> list[str]:
+    """A line for each network and data set with two cells of three seeds or more, of which one varies."""
+    lines = []
+    for name, cells in of_network.items():
+        errors = [[*_errors(cell).values()] for cell in cells if len(_errors(cell)) >= LEAST]
+        if len(errors) > 1 and any(len({*some}) > 1 for some in errors):
+            tests = f"Brown and Forsythe's {_levene(errors, 'median')}, Levene's {_levene(errors, 'mean')}"
+            lines.append(f"- {name}, {len(errors)} cells: {tests}")
+    return lines
 
 
 def _levene(some: list[list[float]], center: str) -> str:

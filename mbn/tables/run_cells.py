@@ -5,20 +5,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mbn.config import Config, run_name
+from mbn.config import Config, iterations, run_name
 from mbn.config.run_identity import identity
 from mbn.grid import Cell
 from mbn.methods import METHODS
 from mbn.records.record import config_of
 from mbn.tables.cells import AllRuns, RecordsBySeed, Table, heading, network
+from mbn.tables.measures import Record
+
+# Settings that a method's name has, and the batch size, which a place names anyway.
+NOT_OF_PLACES = ("norm=", "norm.", "forwards=", "batch_size=", "schedule.iterations=")
 
 
 @dataclass(frozen=True)
 class RunCell:
-    """A cell with its runs.
+    """A cell with its runs of the planned seeds.
 
     place: network, data and schedule, such as 'ResNet-56 on CIFAR-10, batch 8'. method: such as 'MBN-2 batch'.
-    bn: BN's cell at this place. other: the settings that no planned cell has.
+    bn: BN's cell at this place. planned: whether a table has it.
     """
 
     cell: Cell
@@ -26,11 +30,21 @@ class RunCell:
     method: str
     runs: RecordsBySeed
     bn: Cell
-    other: tuple[str, ...]
+    planned: bool
 
     @property
     def label(self) -> str:
         return f"{self.place}, {self.method}"
+
+
+@dataclass(frozen=True)
+class Unplanned:
+    """A record that no table has: its cell, the planned cell that is nearest, and the settings in which they differ."""
+
+    record: Record
+    cell: Cell
+    nearest: Cell
+    other: tuple[str, ...]
 
 
 def run_cells(tables: dict[str, Table]) -> list[RunCell]:
@@ -38,23 +52,43 @@ def run_cells(tables: dict[str, Table]) -> list[RunCell]:
     if not tables:
         return []
     all_runs = next(iter(tables.values())).all_runs
-    planned = [(c, heading(name), ()) for name, table in tables.items() for c in table.grid.cells if c.overrides]
-    places: dict[str, str] = {}  # names by BN's run there: the same network, data and schedule
+    planned = [cell for table in tables.values() for cell in table.grid.cells if cell.overrides is not None]
+    names: dict[str, str] = {}  # of places, by BN's run there: the same network, data and schedule
     found: dict[str, RunCell] = {}
-    for cell, where, other in (*planned, *_unplanned(all_runs)):
+    for cell in planned:
         if cell.name(0) not in found and (runs := all_runs.of(cell)):
-            bn = cell.baseline()
-            places.setdefault(bn.name(0), _place(cell, where, other, taken=list(places.values())))
-            found[cell.name(0)] = RunCell(cell, places[bn.name(0)], _method(cell), runs, bn, other)
-    order = list(places.values())
+            place = _named(names, cell, [_network_and_batch(cell), heading(cell.grid)])
+            found[cell.name(0)] = RunCell(cell, place, _method(cell), runs, cell.baseline(), True)
+    for one in unplanned(all_runs):
+        cell = one.cell
+        if cell.name(0) not in found and (runs := all_runs.of(cell)):
+            parts = [_network_and_batch(cell), *_of_place(one, planned)]
+            place = _named(names, cell, [", ".join(parts), heading(cell.grid), cell.baseline().name(0)])
+            found[cell.name(0)] = RunCell(cell, place, _method(cell), runs, cell.baseline(), False)
+    order = list(names.values())
     return sorted(found.values(), key=lambda cell: order.index(cell.place))
 
 
-def _place(cell: Cell, where: str, other: Iterable[str], taken: list[str]) -> str:
-    """With the table, where another schedule has that name."""
-    settings = [setting for setting in other if not setting.startswith("norm.")]
-    name = ", ".join([network(cell), f"batch {cell.config(0).batch_size}", *settings])
-    return f"{name} ({where})" if name in taken and where else name
+def _network_and_batch(cell: Cell) -> str:
+    return f"{network(cell)}, batch {cell.config(0).batch_size}"
+
+
+def _named(names: dict[str, str], cell: Cell, parts: list[str]) -> str:
+    """The name of a cell's place: the first part, with as many others in brackets as no other place has it."""
+    bn = cell.baseline().name(0)
+    if bn not in names:
+        first, *more = parts
+        several = [first, *(f"{first} ({', '.join(more[:n])})" for n in range(1, len(parts)))]
+        names[bn] = next((name for name in several if name not in names.values()), several[-1])
+    return names[bn]
+
+
+def _of_place(one: Unplanned, planned: list[Cell]) -> list[str]:
+    """The settings that a place's name needs; the length, unless it is that of the tables at this batch size."""
+    length = iterations(one.cell.config(0))
+    usual = next((c for c in planned if _network_and_batch(c) == _network_and_batch(one.cell)), None)
+    named = [] if usual and iterations(usual.config(0)) == length else [f"{length:,} iterations"]
+    return [*(setting for setting in one.other if not setting.startswith(NOT_OF_PLACES)), *named]
 
 
 def _method(cell: Cell) -> str:
@@ -68,30 +102,43 @@ def _method(cell: Cell) -> str:
     return " ".join([name, *(setting.removeprefix("gradient=") for setting in settings if setting not in usual)])
 
 
-def _unplanned(all_runs: AllRuns) -> Iterator[tuple[Cell, str, tuple[str, ...]]]:
-    """A cell for each record that no planned one has, and the settings in which it differs from the nearest of these:
-    of the same data, network and method, with the fewest of them."""
+def unplanned(all_runs: AllRuns) -> Iterator[Unplanned]:
+    """The records that no cell has at its planned seeds, except those of networks and data that no table has."""
     shown = {one["name"] for cell in all_runs.cells.values() for one in all_runs.of(cell).values()}
-    known = set(all_runs.cells)
     for name, one in sorted(all_runs.records.items()):
-        if name in shown:
-            continue
-        config = replace(config_of(one), seed=0)
-        alike = [cell for cell in all_runs.cells.values() if _kind(cell.config(0)) == _kind(config)]
-        if run_name(config) not in known and alike:
-            known.add(run_name(config))
-            nearest = min(alike, key=lambda cell: len(_other(config, cell)))
-            yield _with(nearest, other := _other(config, nearest)), "", tuple(f"{k}={v}" for k, v in other.items())
+        if name not in shown and (found := _unplanned(one, list(all_runs.cells.values()))):
+            yield found
 
 
-def _kind(config: Config) -> tuple[str, str, str]:
-    return config.dataset.name, config.model.name, config.norm.name
+def _unplanned(record: Record, planned: list[Cell]) -> Unplanned | None:
+    """The nearest of the planned cells of its network and data: of its method, if one is, with the fewest other
+    settings."""
+    config = config_of(record)
+    alike = [cell for cell in planned if _kind(cell) == (config.dataset.name, config.model.name)]
+    of_method = [cell for cell in alike if cell.config(0).norm.name == config.norm.name]
+    candidates = of_method or [_with(cell, {"norm": config.norm.name}) for cell in alike]
+    if not candidates:
+        return None
+    nearest = min(candidates, key=lambda cell: len(_other(config, cell)))
+    other = _other(config, nearest)
+    # A length that is equal only because the batch sizes differ, too, has to be set.
+    cells = (_with(nearest, other), _with(nearest, other | {"schedule.iterations": str(iterations(config))}))
+    cell = next((cell for cell in cells if cell.name(config.seed) == run_name(config)), None)
+    if cell is None:
+        return None
+    said = tuple(f"{key}={value}" for key, value in other.items())
+    return Unplanned(record, cell, nearest, said or (f"seed={config.seed}",))
+
+
+def _kind(cell: Cell) -> tuple[str, str]:
+    config = cell.config(0)
+    return config.dataset.name, config.model.name
 
 
 def _other(config: Config, cell: Cell) -> dict[str, str]:
-    """The settings of a run that are not a cell's, as overrides."""
-    own, planned = _flat(identity(config)), _flat(identity(cell.config(0)))
-    return {key: value for key, value in own.items() if value != planned[key]}
+    """The settings of a run that are not a cell's, as overrides; its seed aside."""
+    own, planned = _flat(identity(replace(config, seed=0))), _flat(identity(cell.config(0)))
+    return {key: value for key, value in own.items() if value != planned.get(key)}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -107,6 +154,10 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 def _with(cell: Cell, other: dict[str, str]) -> Cell:
     """The cell with these settings instead of its own."""
     assert cell.overrides is not None
-    replaced = {*other} | ({"schedule.epochs", "schedule.scale"} if "schedule.iterations" in other else set())
-    kept = [override for override in cell.overrides if override.partition("=")[0] not in replaced]
-    return Cell(cell.grid, cell.row, cell.column, (*kept, *(f"{k}={v}" for k, v in other.items())), {})
+    replaced = {*other}
+    if "schedule.iterations" in other:
+        replaced |= {"schedule.epochs", "schedule.scale"}
+    kept: Iterable[str] = (o for o in cell.overrides if o.partition("=")[0] not in replaced)
+    if "norm" in other:
+        kept = (o for o in kept if not o.startswith(("norm.", "forwards=")))
+    return Cell(cell.grid, cell.row, cell.column, (*kept, *(f"{key}={value}" for key, value in other.items())), {})

@@ -68,7 +68,7 @@ def test_the_effect_of_gpus_by_hand(tmp_path):
     assert (found.low, found.high) == pytest.approx(interval(-10, error, 5))
     assert found.p == pytest.approx(2 * stats.t.sf(10 / error, 5))
     low, high = interval(4, error, 5)
-    assert gpu.sentence().startswith("Of 8 runs 4 were on a GPU")
+    assert gpu.sentence().startswith("of 8 runs 4 were on a GPU")
     assert f"by +4.00 [{low:+.2f}, {high:+.2f}], p = " in gpu.sentence()
 
 
@@ -82,7 +82,9 @@ def test_an_unbalanced_difference_is_corrected(tmp_path):
     found = GpuEffect.fit(run_cells(tables)).difference(mbn, bn)
     assert found.mean == pytest.approx(0.05)  # 4.1 / 3 - b / 3, b = 3.95
     page = robustness_page(tables, run_cells(tables))
-    (line,) = [line for line in page.splitlines() if line.startswith("| MBN - BN, batch 8, ResNet-56 on CIFAR-10 |")]
+    (line,) = [
+        line for line in page.splitlines() if line.startswith("| ResNet-56 on CIFAR-10, batch 8: MBN-2 - BN-1 |")
+    ]
     _, n, pooled, of_welch, of_pairs, of_gpus, r = line.strip("| ").split(" | ")
     assert n == "3+3"
     assert r == f"{stats.pearsonr([20.0, 20.2, 24.0], [20.1, 24.0, 24.2]).statistic:+.2f} (3)"
