@@ -174,7 +174,7 @@ class GpuEffect:
         covariance = squares / freedom * np.linalg.inv(x.T @ x)
         return cls(names, b, covariance, freedom, len(runs), sum(gpu for _, gpu, _ in runs))
 
-    def difference(self, first: str, second: str) -> Difference | None:
+    def difference(self, first: str, second: str) -> Difference:
         """The difference of two cells' means, by their names."""
         return self._contrast([float(name == first) - float(name == second) for name in self.names] + [0.0])
 

@@ -39,11 +39,10 @@ class RunCell:
 
 @dataclass(frozen=True)
 class Unplanned:
-    """A record that no table has: its cell, the planned cell that is nearest, and the settings in which they differ."""
+    """A record that no table has: its cell, and the settings in which this differs from the nearest planned one."""
 
     record: Record
     cell: Cell
-    nearest: Cell
     other: tuple[str, ...]
 
 
@@ -127,7 +126,7 @@ def _unplanned(record: Record, planned: list[Cell]) -> Unplanned | None:
     if cell is None:
         return None
     said = tuple(f"{key}={value}" for key, value in other.items())
-    return Unplanned(record, cell, nearest, said or (f"seed={config.seed}",))
+    return Unplanned(record, cell, said or (f"seed={config.seed}",))
 
 
 def _kind(cell: Cell) -> tuple[str, str]:
