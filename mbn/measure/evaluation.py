@@ -46,19 +46,22 @@ def evaluate(
     Errors: StoppedError, in all processes, if the batches of one raise it.
     """
     n = 0
-    loss = 0.0
-    wrong = torch.zeros(2, dtype=torch.int64)
+    # Of each batch, on the device: a GPU would have to be waited for at each read.
+    losses: list[Tensor] = []
+    errors: list[Tensor] = []
     stopped = False
     try:
         for images, labels in batches:
             logits = model(images)
             logits = logits.to(statistics_dtype(logits.dtype))
             n += len(labels)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            wrong += torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()]).cpu()
+            errors.append(torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()]))
     except StoppedError:
         stopped = True  # the others wait for this process's sums
+    loss = sum(torch.stack(losses).tolist()) if losses else 0.0
+    wrong = torch.stack(errors).sum(0).tolist() if errors else (0, 0)
     sums = torch.tensor([loss, n, *wrong, stopped], dtype=torch.float64)
     loss, n, top1, top5, stopped = processes.total(sums).tolist()
     if stopped:
