@@ -11,9 +11,9 @@ from scipy import stats
 from mbn.methods import METHODS
 from mbn.tables.cells import Table, network
 from mbn.tables.measures import Measure, Record
-from mbn.tables.over_seeds import CONFIDENCE, ROUNDING, Values, contrast, p_text
+from mbn.tables.over_seeds import CONFIDENCE, ROUNDING, Contrast, Values, contrast, holm, p_text
 from mbn.tables.page import pipes
-from mbn.tables.places import places
+from mbn.tables.places import places, primary
 from mbn.tables.run_cells import RunCell
 
 TEST_ERROR = Measure("test_error")
@@ -28,6 +28,10 @@ OF_DIFFERENCES = (
     "order of images and their augmentation. Allowing for GPUs: least squares over the runs of the network and data "
     "set, test error = the cell's mean + b (1 if the run was on a GPU, in part or whole), with one variance for all. "
     "r: the correlation of equal seeds, from three on. GN and NormProp are left out."
+)
+OF_PRIMARY = (
+    "The mean over all places of a claim that have runs, with the same weights in both columns; p after Holm's "
+    "correction for the three claims is in brackets."
 )
 OF_CELLS = (
     "That cells differ in their variance is tested where a network has two cells with three seeds or more: Brown and "
@@ -63,7 +67,10 @@ def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
     if not rows:
         return ""
     head = ["", "n", "pooled", "Welch", "paired (n)", "allowing for GPUs", "r (n)"]
-    parts = ["# Robustness", ABOUT, "## Differences", pipes([head, *rows]), OF_DIFFERENCES, "## Runs on a GPU"]
+    parts = ["# Robustness", ABOUT, "## Differences", pipes([head, *rows]), OF_DIFFERENCES]
+    if claims := _primary(tables, effects):
+        parts += ["## Primary claims", pipes([["", "n", "pooled", "allowing for GPUs"], *claims]), OF_PRIMARY]
+    parts.append("## Runs on a GPU")
     known = [f"- {name}: {effect.sentence()}" for name, effect in effects.items() if effect]
     parts += ["\n".join(known) or "No cell has runs on a GPU and others.", "## Standard deviations"]
     parts += [pipes(_deviations(cells)), OF_CELLS]
@@ -109,6 +116,47 @@ def _row(tables: dict[str, Table], pair: Pair, gpu: "GpuEffect | None") -> list[
         _text(gpu.difference(first.cell.name(0), second.cell.name(0)) if gpu else None),
         _correlation(*pairs),
     ]
+
+
+def _primary(tables: dict[str, Table], effects: "dict[str, GpuEffect | None]") -> list[list[str]]:
+    """A row for each primary claim that has an interval."""
+    claims = primary(tables)
+    numbers = [claim.verdict.number for claim in claims]
+    found = [allowing_for_gpus(number, effects) for number in numbers]
+    corrected = holm([None if one is None else one.p for one in found])
+    return [
+        [
+            claim.name,
+            number.n,
+            f"{number.without_n}, {p_text(p)} ({claim.holm:.3f})",
+            "-" if one is None else f"{one} ({after:.3f})",
+        ]
+        for claim, number, one, after in zip(claims, numbers, found, corrected, strict=True)
+        if (p := number.p()) is not None
+    ]
+
+
+def allowing_for_gpus(number: Contrast, effects: "dict[str, GpuEffect | None]") -> Difference | None:
+    """The same weighted sum of cells' means by the fits of their networks; of several, with Satterthwaite's degrees of
+    freedom. None where one of them has no fit.
+    """
+    fits = {group: effects.get(group) for group in {sample.group for sample, _ in number.parts}}
+    sums = []
+    for group, fit in fits.items():
+        if fit is None:
+            return None
+        weights = {sample.name: weight for sample, weight in number.parts if sample.group == group}
+        sums.append((*fit.sum_of([weights.get(name, 0.0) for name in fit.names] + [0.0]), fit.freedom))
+    if not sums:
+        return None
+    variance = sum(v for _, v, _ in sums)
+    return _difference(sum(mean for mean, *_ in sums), variance, variance**2 / sum(v**2 / free for _, v, free in sums))
+
+
+def _difference(mean: float, variance: float, freedom: float) -> Difference:
+    error = math.sqrt(variance)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return Difference(mean, mean - half, mean + half, 2 * float(stats.t.sf(abs(mean) / error, freedom)))
 
 
 def _text(difference: Difference | None, n: int | None = None) -> str:
@@ -176,16 +224,17 @@ class GpuEffect:
 
     def difference(self, first: str, second: str) -> Difference:
         """The difference of two cells' means, by their names."""
-        return self._contrast([float(name == first) - float(name == second) for name in self.names] + [0.0])
+        return self._tested([float(name == first) - float(name == second) for name in self.names] + [0.0])
 
-    def _contrast(self, weights: list[float]) -> Difference:
-        mean = float(weights @ self.coefficients)
-        error = math.sqrt(weights @ self.covariance @ weights)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * error
-        return Difference(mean, mean - half, mean + half, 2 * float(stats.t.sf(abs(mean) / error, self.freedom)))
+    def sum_of(self, weights: list[float]) -> tuple[float, float]:
+        """A weighted sum of the coefficients, and its variance."""
+        return float(weights @ self.coefficients), float(weights @ self.covariance @ weights)
+
+    def _tested(self, weights: list[float]) -> Difference:
+        return _difference(*self.sum_of(weights), self.freedom)
 
     def sentence(self) -> str:
-        effect = self._contrast([0.0] * len(self.names) + [1.0])
+        effect = self._tested([0.0] * len(self.names) + [1.0])
         return (
             f"of {self.runs} runs {self.on_gpu} were on a GPU, in part or whole. Within cells their test error differs "
             f"from that of the others by {effect}."

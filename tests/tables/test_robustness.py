@@ -3,13 +3,15 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import toy_records
 from scipy import stats
 
 from mbn import grid
 from mbn.tables.cells import read_records, read_tables
-from mbn.tables.robustness import GpuEffect, paired, robustness_page, welch
+from mbn.tables.over_seeds import Sample, Spread, contrast
+from mbn.tables.robustness import GpuEffect, allowing_for_gpus, paired, robustness_page, welch
 from mbn.tables.run_cells import run_cells
 
 A, B = [6.1, 6.3, 6.2, 6.6], [6.5, 7.9, 6.4]
@@ -44,23 +46,23 @@ def test_the_paired_test_by_hand():
 CPU, GPU, BOTH = "cpu: Toy", "cuda: Toy", "cuda: Toy, then cpu: Toy"
 
 
-def written(folder, runs):
-    """Records of Table 4 at batch 8, by column: error and device of each seed."""
+def written(folder, runs, row="8"):
+    """Records of a row of Table 4, by column: error and device of each seed."""
     for column, some in runs.items():
         for seed, (error, device) in enumerate(some):
-            toy_records.write(folder, grid.read("table4").cell("8", column), seed, error, device=device)
+            toy_records.write(folder, grid.read("table4").cell(row, column), seed, error, device=device)
     return read_tables(read_records(folder))
+
+
+BALANCED = {
+    "BN": [(20.0, CPU), (22.0, CPU), (24.0, GPU), (26.0, BOTH)],
+    "MBN": [(10.0, CPU), (12.0, CPU), (14.0, BOTH), (16.0, GPU)],
+}
 
 
 def test_the_effect_of_gpus_by_hand(tmp_path):
     """Balanced: b = 4 is the mean difference within cells, all residuals are 1 or -1: s² = 8 / (8 - 3)."""
-    tables = written(
-        tmp_path,
-        {
-            "BN": [(20.0, CPU), (22.0, CPU), (24.0, GPU), (26.0, BOTH)],
-            "MBN": [(10.0, CPU), (12.0, CPU), (14.0, BOTH), (16.0, GPU)],
-        },
-    )
+    tables = written(tmp_path, BALANCED)
     gpu = GpuEffect.fit(run_cells(tables))
     error = math.sqrt(8 / 5 * (1 / 4 + 1 / 4))
     bn, mbn = (grid.read("table4").cell("8", column).name(0) for column in ("BN", "MBN"))
@@ -98,6 +100,38 @@ def test_an_unbalanced_difference_is_corrected(tmp_path):
     )
     tested = f"Brown and Forsythe's p = {of_brown:.3f}, Levene's p = {of_levene:.3f}"
     assert f"- ResNet-56 on CIFAR-10, 2 cells: {tested}" in page
+
+
+def test_a_primary_claim_allows_for_gpus(tmp_path):
+    """Batch 8 as above, -10 with variance s² / 2; batch 16, one run each on a CPU, -1 with 2 s²: weights 0.8, 0.2."""
+    written(tmp_path, BALANCED)
+    tables = written(tmp_path, {"BN": [(12.0, CPU)], "MBN": [(11.0, CPU)]}, "16")
+    mean, error = -0.8 * 10 - 0.2 * 1, math.sqrt(8 / 5 * (0.64 / 2 + 0.04 * 2))
+    low, high = interval(mean, error, 5)
+    p = 2 * stats.t.sf(-mean / error, 5)
+    page = robustness_page(tables, run_cells(tables))
+    (line,) = [line for line in page.splitlines() if line.startswith("| MBN < BN |")]
+    _, n, pooled, of_gpus = line.strip("| ").split(" | ")
+    assert n == "5+5"
+    assert pooled.startswith("-8.20 [")
+    assert p < 0.001
+    assert of_gpus == f"-8.20 [{low:+.2f}, {high:+.2f}], p < 0.001 ({3 * p:.3f})"
+
+
+def test_over_two_networks_variances_and_satterthwaites_degrees_of_freedom():
+    fits = {
+        "A": GpuEffect(("x", "y"), np.array([1.0, 3.0, 0.5]), np.diag([0.1, 0.2, 1.0]), 4, 6, 3),
+        "B": GpuEffect(("z", "unused"), np.array([7.0, 9.0, 0.5]), np.diag([0.4, 0.5, 1.0]), 8, 6, 3),
+    }
+    samples = [Sample(name, 0.0, 2, group, Spread(1.0, 4)) for name, group in (("x", "A"), ("y", "A"), ("z", "B"))]
+    number = contrast(samples, (1, -1, 0.5))
+    v, w = 0.1 + 0.2, 0.25 * 0.4
+    found = allowing_for_gpus(number, fits)
+    assert found.mean == pytest.approx(1 - 3 + 0.5 * 7)
+    assert (found.low, found.high) == pytest.approx(
+        interval(1.5, math.sqrt(v + w), (v + w) ** 2 / (v**2 / 4 + w**2 / 8))
+    )
+    assert allowing_for_gpus(number, fits | {"B": None}) is None
 
 
 def test_what_cannot_be_told_is_not_told(tmp_path):
