@@ -1,7 +1,7 @@
 """The test error of every seed, by network, batch size and method: a pure function of the records."""
 
 from mbn.methods import METHODS
-from mbn.tables.measures import Measure
+from mbn.tables.measures import TEST_ERROR
 from mbn.tables.run_cells import RunCell
 
 DIVERGED = "x"
@@ -22,7 +22,7 @@ def by_seed(cells: list[RunCell]) -> list[list[str]]:
     for cell in cells:
         for seed, one in cell.runs.items():
             columns[cell.method] = None
-            error = Measure("test_error")(one)
+            error = TEST_ERROR(one)
             errors.setdefault((cell.place, seed), {})[cell.method] = DIVERGED if error is None else f"{error:.2f}"
     order, named = list(dict.fromkeys(cell.place for cell in cells)), sorted(columns, key=_order)
 

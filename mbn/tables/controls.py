@@ -3,7 +3,7 @@
 import statistics
 
 from mbn.records.record import diverged
-from mbn.tables.measures import Measure, Record, Taken, control, precise, train_error_in_evaluation
+from mbn.tables.measures import TEST_ERROR, Record, Taken, control, precise, train_error_in_evaluation
 from mbn.tables.page import pipes
 from mbn.tables.run_cells import RunCell
 
@@ -20,7 +20,6 @@ def _layers_lost(record: Record) -> float | None:
     return counts[-1]
 
 
-TEST_ERROR = Measure("test_error")
 BESIDE = (train_error_in_evaluation, precise)
 DISTANCES = (_distance("mean"), _distance("std"))
 NONE = "-"

@@ -32,6 +32,9 @@ class Measure:
         return record.get(self.key)
 
 
+TEST_ERROR = Measure("test_error")
+
+
 def control(record: Record, name: str) -> Any:
     """What was measured beside the test error, by its name; None where it was not."""
     return (record.get("controls") or {}).get(name)
@@ -63,7 +66,7 @@ def _is_bn(record: Record) -> bool:
 
 # The numbers that help to explain a test error, by the names that pages give them.
 BESIDE: dict[str, Taken] = {
-    "test error": Measure("test_error"),
+    "test error": TEST_ERROR,
     "with precise statistics": precise,
     "with precise statistics, memory held (old)": precise_held,
     "best epoch": Measure("test_error_best"),

@@ -8,7 +8,7 @@ from mbn.grid import METRICS, Cell
 from mbn.launch.table_status import RunCounts, roughly
 from mbn.tables import claims
 from mbn.tables.cells import Table, heading, heads, label, lines, network
-from mbn.tables.measures import BESIDE, Measure
+from mbn.tables.measures import BESIDE, TEST_ERROR
 from mbn.tables.over_seeds import SEEDS, Values, detectable
 
 
@@ -112,7 +112,7 @@ def detectable_sentence(tables: list[Table]) -> str:
     cells = [cell for table in tables for cell in table.grid.cells if cell.overrides is not None]
     said = []
     for name in dict.fromkeys(map(network, cells)):
-        spread = tables[0].all_runs.spread(name, Measure("test_error"))
+        spread = tables[0].all_runs.spread(name, TEST_ERROR)
         if spread.sd is not None:
             of = f"standard deviation {spread.sd:.2f}, known with {spread.freedom} degrees of freedom"
             said.append(f"{detectable(spread.sd):.2f} on {name} ({of})")

@@ -10,13 +10,12 @@ from scipy import stats
 
 from mbn.methods import METHODS
 from mbn.tables.cells import Table, network
-from mbn.tables.measures import Measure, Record
+from mbn.tables.measures import TEST_ERROR, Record
 from mbn.tables.over_seeds import CONFIDENCE, ROUNDING, Contrast, Values, contrast, holm, p_text
 from mbn.tables.page import pipes
 from mbn.tables.places import places, primary
 from mbn.tables.run_cells import RunCell
 
-TEST_ERROR = Measure("test_error")
 ABOUT = (
     "The tables compare means of test errors unpaired, with one variance for all cells of a network and data set. "
     "Here are the same differences under other assumptions: those that claims name, and those to BN with one forward, "
