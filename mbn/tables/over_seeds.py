@@ -86,9 +86,7 @@ class Contrast:
             variances[sample.group] += (sample.spread.sd or 0) ** 2 * weight**2 * (1 / sample.n + one_more)
         if not self.parts or any(spread.sd is None for spread in spreads.values()):
             return None
-        variance = sum(variances.values())
-        freedom = variance**2 / sum(v**2 / spreads[group].freedom for group, v in variances.items())
-        return math.sqrt(variance), freedom
+        return satterthwaite([(v, spreads[group].freedom) for group, v in variances.items()])
 
     @property
     def precision(self) -> float | None:
@@ -98,18 +96,18 @@ class Contrast:
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
         if self.mean is None or self._error is None:
             return None
-        return _around(self.mean, self._error, confidence)
+        return around(self.mean, self._error, confidence)
 
     def p(self) -> float | None:
         """The probability of a difference so far from 0 if 0 is the true one (two-sided)."""
-        return None if self.mean is None or self._error is None else _two_sided(self.mean, self._error)
+        return None if self.mean is None or self._error is None else two_sided(self.mean, self._error)
 
     def one_more(self, number: float | None) -> "OneMore | None":
         """A number, such as the paper's, taken for that of one more run of each cell; None where either is missing."""
         error = self._errors(one_more=True)
         if number is None or self.mean is None or error is None:
             return None
-        return OneMore(*_around(self.mean, error), _two_sided(number - self.mean, error))
+        return OneMore(*around(self.mean, error), two_sided(number - self.mean, error))
 
     def __str__(self) -> str:
         """Example: -0.48 [-0.71, -0.25], n = 5+5."""
@@ -166,12 +164,23 @@ class OneMore:
         return self.p < 1 - CONFIDENCE
 
 
-def _around(mean: float, error: tuple[float, float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The standard error of a sum of independent numbers, and its degrees of freedom.
+
+    parts: the variance of each number, and the degrees of freedom that this has.
+    """
+    variance = sum(v for v, _ in parts)
+    return math.sqrt(variance), variance**2 / sum(v**2 / freedom for v, freedom in parts)
+
+
+def around(mean: float, error: tuple[float, float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The ends of Student's interval. error: the standard error and its degrees of freedom."""
     half = float(stats.t.ppf((1 + confidence) / 2, error[1])) * error[0]
     return mean - half, mean + half
 
 
-def _two_sided(distance: float, error: tuple[float, float]) -> float:
+def two_sided(distance: float, error: tuple[float, float]) -> float:
+    """The probability of a distance so large, by Student's t; error as for `around`."""
     return 2 * float(stats.t.sf(abs(distance) / error[0], error[1]))
 
 

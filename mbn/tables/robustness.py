@@ -11,7 +11,18 @@ from scipy import stats
 from mbn.methods import METHODS
 from mbn.tables.cells import Table, network
 from mbn.tables.measures import TEST_ERROR, Record
-from mbn.tables.over_seeds import CONFIDENCE, ROUNDING, Contrast, Values, contrast, holm, p_text
+from mbn.tables.over_seeds import (
+    CONFIDENCE,
+    ROUNDING,
+    Contrast,
+    Values,
+    around,
+    contrast,
+    holm,
+    p_text,
+    satterthwaite,
+    two_sided,
+)
 from mbn.tables.page import pipes
 from mbn.tables.places import places, primary
 from mbn.tables.run_cells import RunCell
@@ -62,7 +73,7 @@ def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
     for cell in cells:
         of_network.setdefault(network(cell.cell), []).append(cell)
     effects = {name: GpuEffect.fit(some) for name, some in of_network.items()}
-    rows = [_row(tables, pair, effects[network(pair[0].cell)]) for pair in _compared(tables, cells)]
+    rows = [_row(tables, pair, effects) for pair in _compared(tables, cells)]
     if not rows:
         return ""
     head = ["", "n", "pooled", "Welch", "paired (n)", "allowing for GPUs", "r (n)"]
@@ -96,7 +107,7 @@ def _compared(tables: dict[str, Table], cells: list[RunCell]) -> list[Pair]:
     return sorted(pairs.values(), key=lambda pair: cells.index(pair[0]))
 
 
-def _row(tables: dict[str, Table], pair: Pair, gpu: "GpuEffect | None") -> list[str]:
+def _row(tables: dict[str, Table], pair: Pair, effects: "dict[str, GpuEffect | None]") -> list[str]:
     first, second = pair
     a, b = map(_errors, pair)
     equal = sorted(a.keys() & b.keys())
@@ -112,7 +123,7 @@ def _row(tables: dict[str, Table], pair: Pair, gpu: "GpuEffect | None") -> list[
         number.without_n + (f", {p_text(p)}" if p is not None else ""),
         _text(welch([*a.values()], [*b.values()])),
         _text(paired(*pairs), len(equal)),
-        _text(gpu.difference(first.cell.name(0), second.cell.name(0)) if gpu else None),
+        _text(allowing_for_gpus(number, effects)),
         _correlation(*pairs),
     ]
 
@@ -139,23 +150,18 @@ def allowing_for_gpus(number: Contrast, effects: "dict[str, GpuEffect | None]") 
     """The same weighted sum of cells' means by the fits of their networks; of several, with Satterthwaite's degrees of
     freedom. None where one of them has no fit.
     """
-    fits = {group: effects.get(group) for group in {sample.group for sample, _ in number.parts}}
-    sums = []
-    for group, fit in fits.items():
-        if fit is None:
-            return None
-        weights = {sample.name: weight for sample, weight in number.parts if sample.group == group}
-        sums.append((*fit.sum_of([weights.get(name, 0.0) for name in fit.names] + [0.0]), fit.freedom))
-    if not sums:
+    of_group: dict[str, dict[str, float]] = {}
+    for sample, weight in number.parts:
+        of_group.setdefault(sample.group, {})[sample.name] = weight
+    fits = {group: fit for group in of_group if (fit := effects.get(group))}
+    if not fits or len(fits) < len(of_group):
         return None
-    variance = sum(v for _, v, _ in sums)
-    return _difference(sum(mean for mean, *_ in sums), variance, variance**2 / sum(v**2 / free for _, v, free in sums))
+    sums = [(*fit.sum_of(of_group[group]), fit.freedom) for group, fit in fits.items()]
+    return _difference(sum(mean for mean, *_ in sums), satterthwaite([(v, freedom) for _, v, freedom in sums]))
 
 
-def _difference(mean: float, variance: float, freedom: float) -> Difference:
-    error = math.sqrt(variance)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    return Difference(mean, mean - half, mean + half, 2 * float(stats.t.sf(abs(mean) / error, freedom)))
+def _difference(mean: float, error: tuple[float, float]) -> Difference:
+    return Difference(mean, *around(mean, error), two_sided(mean, error))
 
 
 def _text(difference: Difference | None, n: int | None = None) -> str:
@@ -221,19 +227,15 @@ class GpuEffect:
         covariance = squares / freedom * np.linalg.inv(x.T @ x)
         return cls(names, b, covariance, freedom, len(runs), sum(gpu for _, gpu, _ in runs))
 
-    def difference(self, first: str, second: str) -> Difference:
-        """The difference of two cells' means, by their names."""
-        return self._tested([float(name == first) - float(name == second) for name in self.names] + [0.0])
-
-    def sum_of(self, weights: list[float]) -> tuple[float, float]:
-        """A weighted sum of the coefficients, and its variance."""
-        return float(weights @ self.coefficients), float(weights @ self.covariance @ weights)
-
-    def _tested(self, weights: list[float]) -> Difference:
-        return _difference(*self.sum_of(weights), self.freedom)
+    def sum_of(self, weights: dict[str, float]) -> tuple[float, float]:
+        """A weighted sum of cells' means, by their names, and its variance."""
+        x = np.zeros(len(self.coefficients))
+        for name, weight in weights.items():
+            x[self.names.index(name)] = weight
+        return float(x @ self.coefficients), float(x @ self.covariance @ x)
 
     def sentence(self) -> str:
-        effect = self._tested([0.0] * len(self.names) + [1.0])
+        effect = _difference(float(self.coefficients[-1]), (math.sqrt(self.covariance[-1, -1]), self.freedom))
         return (
             f"of {self.runs} runs {self.on_gpu} were on a GPU, in part or whole. Within cells their test error differs "
             f"from that of the others by {effect}."
