@@ -8,15 +8,11 @@ python scripts/evaluate.py checkpoint.pt --export model.safetensors
 python scripts/evaluate.py checkpoint.pt --rules --record
 """
 
-import argparse
-import json
 import math
 import sys
-import textwrap
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,20 +24,10 @@ if __name__ == "__main__":
 from mbn import config as configuration
 from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import UserError
-from mbn.system.files import lock, write_atomically
+from mbn.system.files import lock
 
-
-class Weights(NamedTuple):
-    """What a file holds: a state_dict, and of a file of ours the configuration (identity) of its run.
-
-    ended: False for a checkpoint from within a run. journal: SHA-256 of the journal of that training, where it is
-    known: older exports do not say.
-    """
-
-    state: dict[str, Any]
-    described: dict[str, Any] | None = None
-    ended: bool = True
-    journal: str | None = None
+if TYPE_CHECKING:
+    from mbn.training.weights_file import Weights
 
 
 @entry_point
@@ -107,7 +93,7 @@ def rules(path: Path, overrides: list[str], write: bool) -> None:
     print(f"wrote {home}")
 
 
-def add_to_record(home: Path, path: Path, weights: Weights, trained: Any, check_lock: Callable[[], None]) -> None:
+def add_to_record(home: Path, path: Path, weights: "Weights", trained: Any, check_lock: Callable[[], None]) -> None:
     """Measure a file's controls and put them into the record of its run. Errors: UserError unless it is its record."""
     import torch
 
@@ -139,15 +125,16 @@ def measured(path: Path, trained: Any, expected: float | None = None) -> dict[st
     return found
 
 
-def of_its_run(path: Path, overrides: list[str]) -> tuple[Weights, Any]:
+def of_its_run(path: Path, overrides: list[str]) -> tuple["Weights", Any]:
     """A file of ours, and its network with the configuration of its run. Errors: UserError."""
     from mbn.data.datasets import load_data
     from mbn.system.signals import StopRequest
+    from mbn.training import weights_file
     from mbn.training.controls import Trained
 
     if others := without_groups(overrides, "machine", "evaluate"):
         raise UserError(f"--rules measures the run that {path} describes: leave out {' '.join(others)}.", code=2)
-    weights = read_weights(path)
+    weights = weights_file.read(path)
     if weights.described is None:
         raise UserError(f"{path} names no run: --rules is for files that train.py or --export wrote.")
     config = with_overrides(weights.described, overrides)
@@ -187,6 +174,7 @@ def in_lines(measured: dict[str, Any]) -> list[str]:
 def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> None:
     from mbn.data.datasets import load_data
     from mbn.measure.evaluation import batch_size_for, evaluate
+    from mbn.training import weights_file
     from mbn.training.iteration import autocast
 
     if any(override.lstrip("+").startswith(("evaluate.precise=", "evaluate.rules=")) for override in overrides):
@@ -197,8 +185,8 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     if export is not None and "=" in export.name:
         raise UserError(f"{export} looks like a setting: name the file after --export.", code=2)
     if export is not None:
-        check_export(export, path)
-    weights = read_weights(path)
+        weights_file.check_target(export, path)
+    weights = weights_file.read(path)
     # No training batch is needed, and there may be fewer training images here.
     if weights.described is None:
         config = configuration.load([*overrides, "batch_size=1"])
@@ -225,15 +213,11 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
         f"top-5 error {measured.error_top5:.2f} %"
     )
     if export is not None:
-        from safetensors.torch import save
-
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         again = " over the export before it" if export.exists() else ""
         identity = configuration.identity(config)
         if weights.described:  # the run in which it was trained, with the data set that was tested
             identity = {**weights.described, "dataset": identity["dataset"]}
-        journal = {"journal": weights.journal} if weights.journal else {}
-        write_atomically(export, save(tensors, {"config": json.dumps(identity), **journal}))
+        weights_file.write(export, model, identity, weights.journal)
         print(f"wrote {export}{again}")
 
 
@@ -243,6 +227,7 @@ def network(config: configuration.Config, state: dict[str, Any], path: Path, dev
 
     import models
     from mbn.network_layers import from_config
+    from mbn.training.weights_file import fill
 
     model = models.build(layers=from_config(config), **configuration.network(config))
     fill(
@@ -252,124 +237,6 @@ def network(config: configuration.Config, state: dict[str, Any], path: Path, dev
         path,
     )
     return model.to(device).to(memory_format=torch.channels_last).eval()
-
-
-def fill(model: Any, state: dict[str, Any], misfit: str, path: Path) -> None:
-    """Load a state_dict into a network. Errors: UserError where it does not fit or a value is not finite."""
-    for name, tensor in model.state_dict().items():
-        if name in state and state[name].is_floating_point() != tensor.is_floating_point():
-            raise UserError(f"{misfit}: {name} has the type {state[name].dtype}, not {tensor.dtype}.")
-    try:
-        model.load_state_dict(state)
-    except Exception as error:  # a tensor of an unusual kind can raise anything
-        lines = str(error).splitlines()
-        why = textwrap.shorten(" ".join(lines[1:2] or lines[:1]), 200).rstrip(".")
-        raise UserError(f"{misfit}: {why}.") from None
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} holds values in {name} that are not finite: use earlier weights.")
-
-
-def check_export(export: Path, weights: Path) -> None:
-    """Check that nothing is lost by writing a file. Errors: UserError unless it is new or was exported before."""
-    if export.exists() and weights.exists() and export.samefile(weights):
-        raise UserError(f"{export} holds the weights that are to be exported: name another file.", code=2)
-    if export.is_symlink() or (export.exists() and not is_exported(export)):
-        raise UserError(f"{export} is there, and --export did not write it: name another file.", code=2)
-
-
-def is_exported(path: Path) -> bool:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            read_config((file.metadata() or {})["config"], path)
-    except Exception:  # whatever it is, it is nothing of ours
-        return False
-    return True
-
-
-def read_weights(path: Path) -> Weights:
-    """What a file holds. Runs no code from it. Errors: UserError."""
-    import torch
-
-    from mbn.training import checkpoint_file
-
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: name a checkpoint or a file of weights.")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    none = UserError(f"{path} holds no state_dict of tensors: torch.save(model.state_dict(), FILE) writes one.")
-    try:
-        # Training programs save their options, which hold plain values, beside the weights.
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): make it readable.") from None
-    except Exception:  # a wrong file can raise anything, and torch's message advises to load it unsafely
-        raise none from None
-    if isinstance(content, dict) and content.keys() >= {"model", "config", "identity"}:
-        try:
-            content = checkpoint_file.read(path)
-        except checkpoint_file.DamagedError as error:
-            before = checkpoint_file.previous(path)
-            use = f"use {before}, or " if before.exists() else ""
-            raise UserError(f"{error}: {use}train again.") from None
-        state, ended = content["model"], content.get("iteration") == content.get("length")
-        weights = Weights(state, read_config(content["config"], path), ended, content.get("journal", ""))
-    else:
-        for key in ("state_dict", "model"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
-        weights = Weights(content)
-    if not is_state(weights.state):
-        raise none
-    return weights._replace(state=without_prefix(weights.state))
-
-
-def read_safetensors(path: Path) -> Weights:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): make it readable.") from None
-    except Exception as error:  # of a wrong file, or of numbers that torch does not have
-        raise UserError(f"{path} is not a file of weights ({textwrap.shorten(str(error), 200)}).") from None
-    described = read_config(metadata["config"], path) if "config" in metadata else None
-    return Weights(without_prefix(tensors), described, journal=metadata.get("journal"))
-
-
-def is_state(content: Any) -> bool:
-    """Whether a file's content is a state_dict."""
-    import torch
-
-    return isinstance(content, dict) and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
-    )
-
-
-def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict with the names of the network's own, where DistributedDataParallel or torch.compile held it."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def read_config(text: Any, path: Path) -> dict[str, Any]:
-    """The identity of the run that a file describes, as JSON. Errors: UserError where it describes none."""
-    try:
-        plain = json.loads(text)
-        folders = {"data": "data", "results": "results"}  # an export has none
-        return configuration.identity(configuration.from_dict({**plain, "machine": folders | plain.get("machine", {})}))
-    except UserError as error:
-        why = str(error).rstrip(".")
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        why = "it is not JSON with groups of settings"
-    raise UserError(f"{path} has a configuration that no run has ({why}): use a file that train.py or --export wrote.")
 
 
 def with_overrides(described: dict[str, Any], overrides: list[str]) -> configuration.Config:

@@ -19,7 +19,7 @@ import models
 from mbn import config
 from mbn.data import datasets
 from mbn.network_layers import from_config
-from mbn.training import checkpoint_file
+from mbn.training import checkpoint_file, weights_file
 
 script = load_script("evaluate")
 OVERRIDES = ["dataset=digits", "norm=bn", "machine.device=cpu"]
@@ -257,7 +257,7 @@ def test_an_export_into_the_file_that_is_evaluated_is_refused_before_anything(
     path = tmp_path / name
     torch.save(state, path) if name.endswith("pt") else save_file(state, path, {"config": json.dumps(identity())})
     before = path.read_bytes()
-    monkeypatch.setattr(script, "read_weights", None)
+    monkeypatch.setattr(weights_file, "read", None)
     assert "holds the weights that are to be exported" in refusal(path, "--export", spelling(path))
     assert path.read_bytes() == before
 
