@@ -14,7 +14,7 @@ from torch import nn
 
 from mbn.config import Config, run_name, to_dict, to_yaml
 from mbn.data.datasets import load_data
-from mbn.data.in_memory import Data
+from mbn.data.in_memory import Batch, Data
 from mbn.measure.first_nonfinite import first_nonfinite
 from mbn.methods import MBN, METHODS, group_of
 from mbn.network_layers import Layers, from_config
@@ -232,13 +232,7 @@ class Run:
     def train(self, stop: StopRequest, journal: Journal | NoJournal) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
         state, update = self.state, self.update
-        on_cpu = state.device.type == "cpu"
-        expected = None
-        if on_cpu:
-            expected = eager_seconds(self.config, state.model, state.device, state.threads * self.processes.size)
-        say_where(state, update.mode, expected)
-        if on_cpu and self.config.machine.threads is None and not self.processes.several:
-            say_if_busy(state.threads)
+        self._say_where()
         batches = self.data.train_batches(state.iteration, self.config.batch_size)
         row_every = iterations_between_rows(state.per_epoch)
         state.model.train()
@@ -252,20 +246,7 @@ class Run:
             rows = Pace(state)
             stop.nothing_to_save = update.mode in COMPILED
             while state.iteration < state.length:
-                self.set_schedule(state.iteration)
-                try:
-                    images, labels = next(batches)
-                except StoppedError:  # while it waited for images
-                    if self.saved != state.iteration:
-                        self.save(journal)
-                    raise self._stopped(stop) from None
-                ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
-                state.untested = report.statistics_of(state, images) if ends else None
-                update.n = state.images_before(state.iteration + 1) - state.images
-                update(images, labels)
-                stop.nothing_to_save = False
-                state.clock.tick()
-                state.iteration += 1
+                ends = self._iterate(batches, stop, journal)
                 progress.bar.update()
                 row_due = state.iteration % state.per_epoch % row_every == 0 and not ends
                 line_due = progress.line_is_due() and not self.processes.several  # whose clocks differ
@@ -282,6 +263,35 @@ class Run:
                     self.save(journal)
                 if stopped:
                     raise self._stopped(stop)
+
+    def _say_where(self) -> None:
+        """Print where and how this run trains, and a guess at how long."""
+        state, expected = self.state, None
+        on_cpu = state.device.type == "cpu"
+        if on_cpu:
+            expected = eager_seconds(self.config, state.model, state.device, state.threads * self.processes.size)
+        say_where(state, self.update.mode, expected)
+        if on_cpu and self.config.machine.threads is None and not self.processes.several:
+            say_if_busy(state.threads)
+
+    def _iterate(self, batches: Iterator[Batch], stop: StopRequest, journal: Journal | NoJournal) -> bool:
+        """Train on the next batch. Returns whether an epoch ends with it. Errors: UserError after a signal."""
+        state, update = self.state, self.update
+        self.set_schedule(state.iteration)
+        try:
+            images, labels = next(batches)
+        except StoppedError:  # while it waited for images
+            if self.saved != state.iteration:
+                self.save(journal)
+            raise self._stopped(stop) from None
+        ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
+        state.untested = report.statistics_of(state, images) if ends else None
+        update.n = state.images_before(state.iteration + 1) - state.images
+        update(images, labels)
+        stop.nothing_to_save = False
+        state.clock.tick()
+        state.iteration += 1
+        return ends
 
     def _agree(self, stop: StopRequest, save_is_due: bool) -> tuple[bool, bool]:
         """Whether to save, and whether to stop, as all processes do it: if one is to."""
