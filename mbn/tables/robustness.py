@@ -15,16 +15,19 @@ from mbn.tables.over_seeds import (
     CONFIDENCE,
     ROUNDING,
     Contrast,
+    Sample,
     Values,
     around,
     contrast,
     holm,
     p_text,
+    pooled,
     satterthwaite,
+    together,
     two_sided,
 )
 from mbn.tables.page import pipes
-from mbn.tables.places import places, primary
+from mbn.tables.places import Place, places, primary
 from mbn.tables.run_cells import RunCell
 
 ABOUT = (
@@ -40,8 +43,9 @@ OF_DIFFERENCES = (
     "r: the correlation of equal seeds, from three on. GN and NormProp are left out."
 )
 OF_PRIMARY = (
-    "The mean over all places of a claim that have runs, with the same weights in both columns; p after Holm's "
-    "correction for the three claims is in brackets."
+    "The mean over all places of a claim that have runs, with the same weights in every column; p after Holm's "
+    "correction for the three claims is in brackets. Paired: at each place the mean of the differences between runs of "
+    "equal seeds, whose variance is pooled over the places of a network and data set."
 )
 OF_CELLS = (
     "That cells differ in their variance is tested where a network has two cells with three seeds or more: Brown and "
@@ -78,8 +82,9 @@ def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
         return ""
     head = ["", "n", "pooled", "Welch", "paired (n)", "allowing for GPUs", "r (n)"]
     parts = ["# Robustness", ABOUT, "## Differences", pipes([head, *rows]), OF_DIFFERENCES]
-    if claims := _primary(tables, effects):
-        parts += ["## Primary claims", pipes([["", "n", "pooled", "allowing for GPUs"], *claims]), OF_PRIMARY]
+    if claims := _primary(tables, cells, effects):
+        head = ["", "n", "pooled", "paired", "allowing for GPUs"]
+        parts += ["## Primary claims", pipes([head, *claims]), OF_PRIMARY]
     parts.append("## Runs on a GPU")
     known = [f"- {name}: {effect.sentence()}" for name, effect in effects.items() if effect]
     parts += ["\n".join(known) or "No cell has runs on a GPU and others.", "## Standard deviations"]
@@ -128,22 +133,57 @@ def _row(tables: dict[str, Table], pair: Pair, effects: "dict[str, GpuEffect | N
     ]
 
 
-def _primary(tables: dict[str, Table], effects: "dict[str, GpuEffect | None]") -> list[list[str]]:
+def _primary(tables: dict[str, Table], cells: list[RunCell], effects: "dict[str, GpuEffect | None]") -> list[list[str]]:
     """A row for each primary claim that has an interval."""
     claims = primary(tables)
     numbers = [claim.verdict.number for claim in claims]
-    found = [allowing_for_gpus(number, effects) for number in numbers]
-    corrected = holm([None if one is None else one.p for one in found])
-    return [
-        [
-            claim.name,
-            number.n,
-            f"{number.without_n}, {p_text(p)} ({claim.holm:.3f})",
-            "-" if one is None else f"{one} ({after:.3f})",
-        ]
-        for claim, number, one, after in zip(claims, numbers, found, corrected, strict=True)
-        if (p := number.p()) is not None
+    columns = [
+        [_difference_of(number) for number in numbers],
+        [_difference_of(paired_over_places(claim, cells)) for claim in claims],
+        [allowing_for_gpus(number, effects) for number in numbers],
     ]
+    texts = zip(*map(_corrected, columns), strict=True)
+    rows = zip(claims, numbers, texts, strict=True)
+    return [[claim.name, number.n, *of_claim] for claim, number, of_claim in rows if number.p() is not None]
+
+
+def _corrected(column: list[Difference | None]) -> list[str]:
+    """The texts of a column, with p after Holm's correction for all of it in brackets."""
+    after = holm([None if one is None else one.p for one in column])
+    return ["-" if one is None else f"{one} ({p:.3f})" for one, p in zip(column, after, strict=True)]
+
+
+def paired_over_places(claim: Place, cells: list[RunCell]) -> Contrast:
+    """A primary claim's mean over its places by the differences between runs of equal seeds.
+
+    At each place their mean, whose variance is pooled over the places of a network and data set; the weights of places
+    are those of the claim's own number. Empty where a measured place has no pair.
+    """
+    by_name = {cell.cell.name(0): cell for cell in cells}
+    differences: dict[str, Values] = {}
+    group_of: dict[str, str] = {}
+    for part in claim.measured:
+        x, y = (by_name[cell.name(0)] for cell in part.claim.cells[part.verdict.place])
+        a, b = _errors(x), _errors(y)
+        differences[x.cell.name(0)] = {seed: a[seed] - b[seed] for seed in a.keys() & b.keys()}
+        group_of[x.cell.name(0)] = network(x.cell)
+    if not differences or not all(differences.values()):
+        return Contrast()
+    spreads = {
+        group: pooled(values for name, values in differences.items() if group_of[name] == group)
+        for group in group_of.values()
+    }
+    samples = [
+        Sample(name, statistics.fmean(values.values()), len(values), group_of[name], spreads[group_of[name]])
+        for name, values in differences.items()
+    ]
+    return contrast(samples, together([part.verdict.number for part in claim.measured])[1])
+
+
+def _difference_of(number: Contrast) -> Difference | None:
+    """None where it has no interval."""
+    interval, p = number.interval(), number.p()
+    return None if number.mean is None or interval is None or p is None else Difference(number.mean, *interval, p)
 
 
 def allowing_for_gpus(number: Contrast, effects: "dict[str, GpuEffect | None]") -> Difference | None:
@@ -172,9 +212,8 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
     """The difference of two means, each with a variance of its own; None where neither varies."""
     if len({*a}) == len({*b}) == 1:
         return None
-    test = stats.ttest_ind(a, b, equal_var=False)
-    interval = test.confidence_interval(CONFIDENCE)
-    return Difference(statistics.fmean(a) - statistics.fmean(b), interval.low, interval.high, test.pvalue)
+    error = satterthwaite([(statistics.variance(some) / len(some), len(some) - 1) for some in (a, b)])
+    return _difference(statistics.fmean(a) - statistics.fmean(b), error)
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference | None:

@@ -29,7 +29,14 @@ def test_welchs_test_by_hand():
     assert found.mean == pytest.approx(mean)
     assert (found.low, found.high) == pytest.approx(interval(mean, math.sqrt(va + vb), freedom))
     assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(va + vb), freedom))
+    test = stats.ttest_ind(A, B, equal_var=False)
+    assert (found.low, found.high, found.p) == pytest.approx((*test.confidence_interval(), test.pvalue))
     assert welch([1.0, 1.0], [2.0, 2.0]) is None
+
+
+def test_welchs_test_where_one_cell_does_not_vary():
+    found = welch([1.0, 1.0], [2.0, 3.0])
+    assert (found.low, found.high) == pytest.approx(interval(-1.5, 0.5, 1))
 
 
 def test_the_paired_test_by_hand():
@@ -108,6 +115,12 @@ def test_an_unbalanced_difference_is_corrected(tmp_path):
     assert f"- ResNet-56 on CIFAR-10, 2 cells: {tested}" in page
 
 
+def primary_line(tables):
+    page = robustness_page(tables, run_cells(tables))
+    (line,) = [line for line in page.splitlines() if line.startswith("| MBN < BN |")]
+    return line.strip("| ").split(" | ")
+
+
 def test_a_primary_claim_allows_for_gpus(tmp_path):
     """Batch 8 as above, -10 with variance s² / 2; batch 16, one run each on a CPU, -1 with 2 s²: weights 0.8, 0.2."""
     written(tmp_path, BALANCED)
@@ -115,13 +128,33 @@ def test_a_primary_claim_allows_for_gpus(tmp_path):
     mean, error = -0.8 * 10 - 0.2 * 1, math.sqrt(8 / 5 * (0.64 / 2 + 0.04 * 2))
     low, high = interval(mean, error, 5)
     p = 2 * stats.t.sf(-mean / error, 5)
-    page = robustness_page(tables, run_cells(tables))
-    (line,) = [line for line in page.splitlines() if line.startswith("| MBN < BN |")]
-    _, n, pooled, of_gpus = line.strip("| ").split(" | ")
+    _, n, pooled, _, of_gpus = primary_line(tables)
     assert n == "5+5"
     assert pooled.startswith("-8.20 [")
     assert p < 0.001
     assert of_gpus == f"-8.20 [{low:+.2f}, {high:+.2f}], p < 0.001 ({3 * p:.3f})"
+
+
+def test_a_primary_claim_by_pairs_by_hand(tmp_path):
+    """Differences -1, -3, -2 at batch 8 and +1, +2 at batch 16: s² = (2 + 1/2) / 3, weights 3/5 and 2/5."""
+    written(tmp_path, {"BN": [(20.0, CPU), (21.0, CPU), (26.0, CPU)], "MBN": [(19.0, CPU), (18.0, CPU), (24.0, CPU)]})
+    tables = written(tmp_path, {"BN": [(12.0, CPU), (11.0, CPU)], "MBN": [(13.0, CPU), (13.0, CPU)]}, "16")
+    mean, error = -0.6 * 2 + 0.4 * 1.5, math.sqrt(2.5 / 3 * (0.36 / 3 + 0.16 / 2))
+    low, high = interval(mean, error, 3)
+    p = 2 * stats.t.sf(-mean / error, 3)
+    _, n, pooled, pairs, of_gpus = primary_line(tables)
+    assert n == "5+5"
+    assert pooled.startswith(f"{mean:+.2f} [")
+    assert pairs == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], p = {p:.3f} ({3 * p:.3f})"
+    assert of_gpus == "-"
+
+
+def test_a_primary_claim_without_a_pair_at_a_place_has_none(tmp_path):
+    written(tmp_path, {"BN": [(20.0, CPU), (21.0, CPU)], "MBN": [(19.0, CPU), (18.0, CPU)]})
+    for column, seed in (("BN", 0), ("MBN", 1)):
+        toy_records.write(tmp_path, grid.read("table4").cell("16", column), seed, 12.0, device=CPU)
+    _, n, _, pairs, _ = primary_line(read_tables(read_records(tmp_path)))
+    assert (n, pairs) == ("3+3", "-")
 
 
 def test_over_two_networks_variances_and_satterthwaites_degrees_of_freedom():
