@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure what training costs: every method, one and two forwards, eager and compiled, beside a plain PyTorch loop.
+"""Measure what training costs: BN, MBN, BRN and GN, one and two forwards, also compiled, beside a plain PyTorch loop.
 
 python scripts/benchmark.py --quick      # ResNet-20 at batch 128 without a compiler, under a minute
 python scripts/benchmark.py              # also compiled, batch 8, memory, runs side by side; writes results/benchmarks

@@ -116,7 +116,7 @@ class Machine:
     tf32: bool = setting(True, "on a GPU: products of float32 with 10-bit mantissas")
     workers: int | None = setting(
         None,
-        "processes that decode ImageNet's images; null: as many as it has cores; 0: the run itself",
+        "processes that decode ImageNet's images; null: one for each core it may use; 0: the run itself",
         at_least(0, 4096),
     )
     checkpoint_seconds: float = setting(

@@ -55,7 +55,7 @@ class BatchStatisticsNorm(nn.Module):
 
     Input and output: (N, C) or (N, C, *spatial), as many dimensions as the subclass's `input_dims` allows. Any memory
     layout. The output has the input's dtype; statistics have at least float32, whatever the module's dtype. An empty
-    batch gives an empty output and is not remembered.
+    batch gives an empty output and is not remembered (BatchNorm counts it, as torch's does).
 
     The layer's `phase` decides what a training forward does with its batch's statistics:
     `"first"` remembers them only if forwards is 1, `"second"` only if it is 2, `"held"` never.
@@ -66,9 +66,9 @@ class BatchStatisticsNorm(nn.Module):
     of 2 C + 1 numbers, its backward one of 2 C: every process must run both, also with an empty batch. torch.compile
     works; with fullgraph=True it refuses a process with fewer than two values a channel.
 
-    Errors: ValueError for an input of the wrong shape, and for an eps that is not above 0; RuntimeError where the
-    statistics have been cast to half precision, and with sync=True for second derivatives, `torch.func` and a process
-    outside the group.
+    Errors: ValueError for an input of the wrong shape or with one value a channel that no memory adds to, and for a
+    setting that is out of bounds, such as an eps that is not above 0; RuntimeError where the statistics have been cast
+    to half precision, and with sync=True for second derivatives, `torch.func` and a process outside the group.
 
     With group_size=N the images of a training batch are cut, in their order, into groups of N (the last one may be
     smaller), and each is normalised as a batch of its own. What is remembered is of all groups, once a batch. With

@@ -126,10 +126,12 @@ def convert(
 
     Errors: ValueError for an unknown norm, and for a layer of ours in module that is of another norm or has another
     value of a setting that is given. TypeError for a setting the layer does not have (the message lists those it has),
+    for a module that FSDP has sharded, for a replace that is not {class: function} or whose function returns no module,
     and, by its name, for a layer that cannot be converted: it is lazy; a SyncBatchNorm without sync=True; has no
-    running statistics; has a momentum outside [0, 1] that "bn" would take over; is parametrized or pruned; has a
-    forward that was set on this one object, hooks on its state dict, or parameters and buffers that BatchNorm has not;
-    is of a class whose forward is not understood. After an error nothing has been changed.
+    running statistics; has an eps that is not above 0, or a momentum outside [0, 1] that "bn" would take over; is
+    parametrized, pruned, or compiled on its own; has a forward that was set on this one object, hooks on its state
+    dict, parameters and buffers that BatchNorm has not, or of shapes that do not fit each other; is of a class whose
+    forward is not understood. After an error nothing has been changed.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert needs a module, such as Network(), and not {module!r}")

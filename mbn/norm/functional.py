@@ -4,12 +4,13 @@ Letters follow the paper: x input, mu and s2 (sigma squared) mean and biased var
 dimension, a hat for the statistics that normalise, n the number of values a channel's statistics were taken over.
 Every x is (N, C) or (N, C, *spatial); every statistic is (C,), in at least float32.
 
-Each normalisation stands here twice: as a formula that autograd differentiates and `torch.compile` fuses, and as an
-`autograd.Function` around torch's own batch-norm kernels, which is faster without a compiler. Tests compare both
-with the same float64 reference. Second derivatives (create_graph=True), `torch.func` and forward-mode AD always
-differentiate the formula.
+Each normalisation of one process's batches stands here twice: as a formula that autograd differentiates and
+`torch.compile` fuses, and as an `autograd.Function` around torch's own batch-norm kernels, which is faster without a
+compiler. Tests compare both with the same float64 reference. Second derivatives (create_graph=True), `torch.func` and
+forward-mode AD always differentiate the formula.
 
-The functions named joint take a group of processes, whose batches are normalised as one.
+The functions named joint take a group of processes, whose batches are normalised as one. They stand here once, and have
+no second derivatives.
 """
 
 from typing import Any
@@ -194,7 +195,8 @@ def move_averages(
 
         mean += momentum (new mean - mean);  std += momentum (new std - std);  the very first batch is copied
 
-    averages: mean, std (C,) and how many batches they have seen, (L,), or () without owner; owner as in `enter_batch`.
+    averages: mean, std (C,) and how many batches they have seen, (L,); one layer without owner has () or (1,). owner
+    as in `enter_batch`.
     A layer whose batch is not finite keeps what it has.
     """
     mean, std, tracked = averages

@@ -1,6 +1,7 @@
 """Test statistics taken again with the final weights, over as many images as one likes (PreciseBN)."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -39,10 +40,12 @@ def set_precise_statistics(
     meanwhile: no dropout draws, and an nn.BatchNorm normalises by its averages and does not move them. With sync=True
     the statistics are those of all processes.
 
-    Errors: ValueError where batches is empty, or no layer saw a value of it.
+    Warns where module has none of our layers. Errors: ValueError where batches is empty, or no layer saw a value of it.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     """
+    if not norm_layers(module):
+        warnings.warn("set_precise_statistics found none of our layers: call convert(model) before it", stacklevel=3)
     empty = True
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept(module))

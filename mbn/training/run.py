@@ -381,7 +381,7 @@ class Run:
         lr = scheduled(self.config, iteration, self.state.length)["lr"]
         return DivergedError(
             f"training diverged: {what} (epoch {epoch}, learning rate {lr}); {written} records that, and {last}; try a "
-            "smaller schedule.lr, or machine.again=true if the machine was at fault.",
+            "smaller schedule.lr, or delete the record and run the same command again if the machine was at fault.",
             iteration,
         )
 

@@ -1,4 +1,4 @@
-"""Lightning: the README's lines as its callback, its checkpoints, precisions, processes and averaged weights."""
+"""Lightning: a callback like the README's, its checkpoints, precisions, processes and averaged weights."""
 
 import warnings
 

@@ -134,6 +134,15 @@ def test_a_layer_that_the_batches_do_not_reach_keeps_what_it_has(kind):
         set_precise_statistics(net, [inputs(4, 3, 2, 2)], forward=lambda x: x)
 
 
+def test_a_network_without_our_layers_is_said():
+    net = nn.Sequential(nn.BatchNorm2d(3))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.warns(UserWarning, match="found none of our layers") as caught:
+        set_precise_statistics(net, [inputs(4, 3, 2, 2)])
+    assert caught[0].filename == __file__
+    assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
 class Functional(nn.Module):
     def forward(self, x):
         return F.dropout(x, 0.5, self.training)
