@@ -138,7 +138,7 @@ def test_a_network_without_our_layers_is_said():
     net = nn.Sequential(nn.BatchNorm2d(3))
     before = copy.deepcopy(net.state_dict())
     with pytest.warns(UserWarning, match="found none of our layers") as caught:
-        set_precise_statistics(net, [inputs(4, 3, 2, 2)])
+        set_precise_statistics(net, [inputs(4, 3, 2, 2).float()])
     assert caught[0].filename == __file__
     assert_close(net.state_dict(), before, rtol=0, atol=0)
 
