@@ -4,7 +4,7 @@
 python scripts/benchmark.py --quick      # ResNet-20 at batch 128 without a compiler, under a minute
 python scripts/benchmark.py              # also compiled, batch 8, memory, runs side by side; writes results/benchmarks
 
-On CUDA the second command measures recorded iterations, many networks at once and ImageNet's loader. --limit is the
+On CUDA the second command measures captured iterations, many networks at once and ImageNet's loader. --limit is the
 time for all jobs together; --only 'r20-*,lanes-r20-b8-*' and --skip loader choose among them.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check a GPU before training on it: do layers and recorded iterations compute the right numbers, and how fast?
+"""Check a GPU before training on it: do layers and captured iterations compute the right numbers, and how fast?
 
 python scripts/check_gpu.py                       # everything, under three minutes, no data set
 python scripts/check_gpu.py --only layers,graph   # only these

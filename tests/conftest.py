@@ -7,7 +7,7 @@ import killing
 import pytest
 import reliability
 import torch
-from fake_cuda_graph import recording  # noqa: F401
+from fake_cuda_graph import graphs  # noqa: F401
 from processes import Processes
 from torch import nn
 

@@ -9,10 +9,10 @@ from mbn.system import cuda_graph
 
 
 class Tape(TorchDispatchMode):
-    """Notes every operation with its tensors. `play` repeats them; each result replaces the first one in place.
+    """Notes every operation with its tensors. `replay` repeats them; each result replaces the first one in place.
 
     As with a CUDA graph, no Python runs again: what the function took from the host (a number, a new tensor's contents)
-    stays as it was at recording.
+    stays as it was at capture.
     """
 
     def __init__(self):
@@ -24,7 +24,7 @@ class Tape(TorchDispatchMode):
         self.operations.append((function, args, kwargs or {}, result))
         return result
 
-    def play(self):
+    def replay(self):
         with torch.no_grad():
             for function, args, kwargs, result in self.operations:
                 again = function(*args, **kwargs)
@@ -33,8 +33,8 @@ class Tape(TorchDispatchMode):
                         old.copy_(new)
 
 
-def record(function):
-    """Replaces `mbn.system.cuda_graph.record`. Real recording changes nothing, so here all changes are undone."""
+def capture(function):
+    """Replaces `mbn.system.cuda_graph.capture`. Real capturing changes nothing, so here all changes are undone."""
     before = {}
 
     class Kept(Tape):
@@ -57,18 +57,18 @@ def record(function):
         with torch.no_grad():
             for tensor, value in reversed(before.values()):  # in reverse order: some are views of others
                 tensor.copy_(value)
-    return tape.play
+    return tape.replay
 
 
 @pytest.fixture
-def recording(monkeypatch):
-    """Graphs work on the CPU. A list whose length is the number of recordings so far."""
-    recordings = []
+def graphs(monkeypatch):
+    """Graphs work on the CPU. A list whose length is the number of captures so far."""
+    captured = []
 
     def counted(function):
-        recordings.append(function)
-        return record(function)
+        captured.append(function)
+        return capture(function)
 
-    monkeypatch.setattr(cuda_graph, "record", counted)
+    monkeypatch.setattr(cuda_graph, "capture", counted)
     monkeypatch.setattr(cuda_graph, "supported", lambda device: True)
-    return recordings
+    return captured

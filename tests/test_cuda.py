@@ -41,7 +41,7 @@ RUN = [o for o in TINY if o != "machine.device=cpu"] + [
 
 @pytest.fixture(autouse=True)
 def _settings_as_they_were():
-    """Arithmetic settings belong to the process, and a recording that a test leaves behind holds memory."""
+    """Arithmetic settings belong to the process, and a capture that a test leaves behind holds memory."""
     cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
     before = cudnn.benchmark, cudnn.allow_tf32
     yield
@@ -78,11 +78,11 @@ def test_what_a_person_would_run_first_is_ok(job):
     assert job.work(SETUP, time.monotonic() + 240).missing == {}
 
 
-# Recording.
+# Capturing.
 
 
 def test_no_two_threads_share_a_stream():
-    """torch hands out 32 streams in turn: two threads on one would record each other's work."""
+    """torch hands out 32 streams in turn: two threads on one would capture each other's work."""
     device = torch.device(DEVICE)
     with own_stream(device):
         mine = torch.cuda.current_stream(device).cuda_stream
@@ -91,7 +91,7 @@ def test_no_two_threads_share_a_stream():
                 assert torch.cuda.current_stream(device).cuda_stream != mine
 
 
-def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others_are_recorded(monkeypatch, capsys):
+def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others_are_captured(monkeypatch, capsys):
     set_arithmetic(SETUP.device, False, True)
     case, batches = Case("resnet20", 8, 1), equalities.random_batches([8] * 7, SETUP)
     original = Update._iterate
@@ -107,19 +107,19 @@ def test_an_iteration_that_waits_for_the_device_goes_on_in_eager_mode_and_others
             patch.setattr(Update, "_iterate", lambda self, x, y: (original(self, x, y), self.window.sum().item()))
             waits = trained("graph-eager")
         assert waits.update.mode == "eager"
-        assert capsys.readouterr().err.count("warning: iterations cannot be recorded here") == 1
+        assert capsys.readouterr().err.count("warning: iterations cannot be captured here") == 1
         assert equalities.largest_difference(equalities.tensors(waits), eager)[0] == 0
-        recorded = trained("graph-eager")
-        assert recorded.in_mode
-        assert equalities.largest_difference(equalities.tensors(recorded), eager)[0] == 0
+        captured = trained("graph-eager")
+        assert captured.in_mode
+        assert equalities.largest_difference(equalities.tensors(captured), eager)[0] == 0
 
 
-def test_another_lanes_first_convolutions_do_not_spoil_a_recording():
-    """cuDNN waits for the device while it tries algorithms, which a thread that records does not survive."""
+def test_another_lanes_first_convolutions_do_not_spoil_a_capture():
+    """cuDNN waits for the device while it tries algorithms, which a thread that captures does not survive."""
     set_arithmetic(SETUP.device, True, False)
     begun, done = threading.Event(), threading.Event()
 
-    def records():
+    def captures():
         with own_stream(SETUP.device):
             for _ in range(8):
                 training = equalities.new_training(Case("resnet20", 8, 1), Arm("mbn", 2, "graph-eager"), SETUP)
@@ -132,18 +132,18 @@ def test_another_lanes_first_convolutions_do_not_spoil_a_recording():
         with own_stream(SETUP.device):
             for n in itertools.count(1):
                 x, weight = (torch.randn(shape, device=DEVICE) for shape in ((n, 8, 16, 16), (8, 8, 3, 3)))
-                cuda_graph.unrecorded(lambda x=x, weight=weight: F.conv2d(x, weight), SETUP.device)
+                cuda_graph.uncaptured(lambda x=x, weight=weight: F.conv2d(x, weight), SETUP.device)
                 if done.is_set():
                     return n
 
     with cuda_graph.shared_thread(), ThreadPoolExecutor(2) as pool:
-        recording, convolving = pool.submit(records), pool.submit(convolves)
-        recording.add_done_callback(lambda _: (begun.set(), done.set()))
-        recording.result()
+        capturing, convolving = pool.submit(captures), pool.submit(convolves)
+        capturing.add_done_callback(lambda _: (begun.set(), done.set()))
+        capturing.result()
         assert convolving.result() > 8
 
 
-def test_recording_works_here():
+def test_capturing_works_here():
     assert cuda_graph.fault(torch.device(DEVICE)) is None
 
 
@@ -151,7 +151,7 @@ def test_recording_works_here():
 
 
 @pytest.mark.parametrize("norm", ["bn", "mbn", "brn", "gn"])
-def test_a_run_in_mode_auto_is_recorded_and_ends_with_the_same_bits_after_a_stop(here, left, monkeypatch, norm):
+def test_a_run_in_mode_auto_is_captured_and_ends_with_the_same_bits_after_a_stop(here, left, monkeypatch, norm):
     assert here(f"norm={norm}").code == 0
     assert left(f"norm={norm}").record()["mode"] == "graph-eager"
     with monkeypatch.context() as patch:
@@ -163,8 +163,8 @@ def test_a_run_in_mode_auto_is_recorded_and_ends_with_the_same_bits_after_a_stop
     assert_same_run(left(f"norm={norm}"), left(f"norm={norm}", folder="stopped"))
 
 
-def test_a_run_with_dropout_is_recorded_and_ends_with_the_same_bits_after_a_stop(here, left, monkeypatch):
-    """Its masks come from the generator; a recording advances its state as eager iterations do."""
+def test_a_run_with_dropout_is_captured_and_ends_with_the_same_bits_after_a_stop(here, left, monkeypatch):
+    """Its masks come from the generator; a capture advances its state as eager iterations do."""
     monkeypatch.setattr(running, "build_tiny", DROPS)
     for folder, mode in (("run", "auto"), ("eager", "eager")):
         assert here(f"machine.mode={mode}", folder=folder).code == 0
@@ -200,16 +200,16 @@ CONTROLS = ("evaluate.precise=true", "evaluate.rules=true")
 
 
 @pytest.mark.parametrize("norm", ["bn", "mbn", "brn"])
-def test_controls_are_the_same_whether_forwards_are_recorded_or_not(here, left, norm):
+def test_controls_are_the_same_whether_forwards_are_captured_or_not(here, left, norm):
     for mode in ("eager", "auto"):
         assert here(f"norm={norm}", f"machine.mode={mode}", *CONTROLS, folder=mode).code == 0
-    eager, recorded = (left(f"norm={norm}", *CONTROLS, folder=mode).record()["controls"] for mode in ("eager", "auto"))
-    assert without(eager, ["by"]) == without(recorded, ["by"])
-    assert None not in (recorded["test_error_precise"], recorded["train_error"], recorded["rules"])
+    eager, captured = (left(f"norm={norm}", *CONTROLS, folder=mode).record()["controls"] for mode in ("eager", "auto"))
+    assert without(eager, ["by"]) == without(captured, ["by"])
+    assert None not in (captured["test_error_precise"], captured["train_error"], captured["rules"])
 
 
 def test_lanes_of_two_methods_measure_what_each_run_does_alone(here, left):
-    """Their epochs end, and their controls are measured, while others are recorded and played."""
+    """Their epochs end, and their controls are measured, while others are captured and replayed."""
     together = ("machine.together=4", *CONTROLS)
     done = here("-m", "norm=mbn,brn", "seed=0,1", *together)
     assert (done.code, done.err) == (0, "")

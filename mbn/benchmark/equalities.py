@@ -1,4 +1,4 @@
-"""Checks that a device computes the right numbers: layers against float64, recorded iterations against eager ones."""
+"""Checks that a device computes the right numbers: layers against float64, captured iterations against eager ones."""
 
 import copy
 import math
@@ -20,20 +20,20 @@ from mbn.norm.base import norm_layers
 from mbn.norm.convert import norm_of
 from mbn.norm.memorized import set_lambda
 from mbn.norm.renorm import set_renorm
-from mbn.system.cuda_graph import Recorded, own_stream
+from mbn.system.cuda_graph import Captured, own_stream
 from mbn.training.execution import set_arithmetic
 
 T = TypeVar("T")
 # Takes a case, a setup and a deadline; returns whether the comparison holds, and its numbers.
 Comparison = Callable[[Case, Setup, float], tuple[bool, dict[str, Any]]]
 # Largest differences allowed, relative to a tensor's largest value.
-FLOAT32, RECORDED_WITHIN, COMPILED = 1e-4, 1e-4, 1e-3
+FLOAT32, CAPTURED_WITHIN, COMPILED = 1e-4, 1e-4, 1e-3
 # The largest difference allowed in any one iteration of a whole network, see `compare`.
 ONCE = 0.3
 # Values smaller than this are compared as if they were this large: zero has no relative error.
 SMALLEST = 1e-4
-# Iterations before an Update only plays back: the unrecorded ones and the one that records.
-PLAYED_FROM = Recorded.AS_IT_IS + 1
+# Iterations before an Update only replays: the uncaptured ones and the one that captures.
+REPLAYED_FROM = Captured.AS_IT_IS + 1
 # Images in an epoch's last batch.
 LAST = 3
 
@@ -79,7 +79,7 @@ def jobs() -> list[Job]:
     return [
         job("layers", 20, in_float64, *layers, Arm("mbn", 2, gradient="batch")),
         job("bf16", 5, finite, *arms(PAIR[1:], "eager", "graph-eager", precision="bf16")),
-        job("graph", 30, compare_recorded, *methods, Arm("mbn", 2, "graph-eager", "batch")),
+        job("graph", 30, compare_captured, *methods, Arm("mbn", 2, "graph-eager", "batch")),
         job("deterministic", 20, same_again, *arms(PAIR, "eager", "graph-eager")),
         job("compiled", 60, compare_compiled, Arm("mbn", 2, "graph")),
     ]
@@ -125,22 +125,22 @@ def in_float64(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[boo
 def finite(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Mixed precision stays finite."""
     training = new_training(case, arm, setup)
-    train_on(training, in_time(random_batches([case.batch_size] * (PLAYED_FROM + 2), setup), deadline))
+    train_on(training, in_time(random_batches([case.batch_size] * (REPLAYED_FROM + 2), setup), deadline))
     holds = all(bool(value.isfinite().all()) for value in tensors(training).values())
     return holds and training.in_mode, {"finite": holds, "in mode": training.in_mode}
 
 
-def compare_recorded(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
-    """Recorded iterations against eager ones from the same state; six are played back for each of two batch sizes."""
-    batches = random_batches([case.batch_size, LAST] * (PLAYED_FROM + 5), setup)
-    played, eager = new_training(case, arm, setup), new_training(case, replace(arm, mode="eager"), setup)
-    found = compare(played, eager, in_time(batches, deadline))
-    return close(found, RECORDED_WITHIN), found
+def compare_captured(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
+    """Captured iterations against eager ones from the same state; six are replayed for each of two batch sizes."""
+    batches = random_batches([case.batch_size, LAST] * (REPLAYED_FROM + 5), setup)
+    replayed, eager = new_training(case, arm, setup), new_training(case, replace(arm, mode="eager"), setup)
+    found = compare(replayed, eager, in_time(batches, deadline))
+    return close(found, CAPTURED_WITHIN), found
 
 
 def same_again(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Training twice gives the same bits, and so does resuming from a saved state."""
-    half = PLAYED_FROM + 2
+    half = REPLAYED_FROM + 2
     batches = random_batches([case.batch_size] * 2 * half, setup)
     ends = []
     for stops in (False, False, True):
@@ -160,10 +160,10 @@ def same_again(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[boo
 
 
 def compare_compiled(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
-    """Iterations compiled and recorded against recorded only, and the milliseconds of both."""
+    """Iterations compiled and captured against captured only, and the milliseconds of both."""
     if left(deadline) <= setup.sizes.compiling:
         raise TimeoutError("no time left to compile")
-    batches = random_batches([case.batch_size] * (PLAYED_FROM + 14), setup)
+    batches = random_batches([case.batch_size] * (REPLAYED_FROM + 14), setup)
     both = (arm, replace(arm, mode="graph-eager"))
     one, other = (new_training(case, each, setup, batches[0]) for each in both)
     found = compare(one, other, in_time(batches, deadline))
@@ -173,12 +173,12 @@ def compare_compiled(arm: Arm, case: Case, setup: Setup, deadline: float) -> tup
 def compare(one: Training, other: Training, batches: Iterable[Batch]) -> dict[str, Any]:
     """Train both and compare every tensor after each iteration; both begin each iteration from the same state.
 
-    typical: the difference that 40 % of the played iterations stay below, for the worse of two batch sizes. largest,
+    typical: the difference that 40 % of the replayed iterations stay below, for the worse of two batch sizes. largest,
     at: the largest difference of all, and in which tensor.
 
     The largest alone would mislead. In a third of ResNet-20's iterations at batch 8, rounding moves the input of a ReLU
     across 0, and gradients change by a hundredth; without a common state that grows to a tenth in six iterations. The
-    typical difference does find a learning rate, lambda or bound that was recorded as a constant: the value changes
+    typical difference does find a learning rate, lambda or bound that was captured as a constant: the value changes
     every iteration among three, so that it is wrong in two of three.
     """
     worst = (0.0, "none")
@@ -193,8 +193,8 @@ def compare(one: Training, other: Training, batches: Iterable[Batch]) -> dict[st
         with torch.no_grad():
             for name, value in wanted.items():
                 own[name].copy_(value)
-    played = [sorted(each[PLAYED_FROM - 1 :]) for each in found.values()]
-    typical = max((each[2 * len(each) // 5] for each in played if each), default=math.nan)
+    replayed = [sorted(each[REPLAYED_FROM - 1 :]) for each in found.values()]
+    typical = max((each[2 * len(each) // 5] for each in replayed if each), default=math.nan)
     return {"typical": typical, "largest": worst[0], "at": worst[1], "in mode": one.in_mode}
 
 

@@ -67,7 +67,7 @@ class Profiled(Finding):
 
 
 def profiled(case: Case, arm: Arm, n: int, setup: Setup, deadline: float) -> Profiled:
-    """Profile n lanes for a short time, once they are recorded."""
+    """Profile n lanes for a short time, once they are captured."""
     result = Profiled(case, arm, n)
     with result.noted("profile"), SideBySide(case, arm, setup) as running:
         if not running.grow(n, deadline):

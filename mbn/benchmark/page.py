@@ -108,21 +108,21 @@ CPU_BARS = [
 ]
 
 
-def recorded(name: str, method: tuple[str, int], findings: Findings) -> float:
-    """Seconds of a recorded iteration: compiled or not, whichever is faster."""
+def captured(name: str, method: tuple[str, int], findings: Findings) -> float:
+    """Seconds of a captured iteration: compiled or not, whichever is faster."""
     return seconds(f"*{name}", [Arm(*method, mode) for mode in GRAPHS], findings)
 
 
 def milliseconds(method: tuple[str, int], findings: Findings) -> float:
-    return 1e3 * recorded("r56-b128", method, findings)
+    return 1e3 * captured("r56-b128", method, findings)
 
 
 def to_plain(findings: Findings) -> float:
-    return recorded("r20-b128", PAIR[1], findings) / seconds("r20-b128", [PLAIN], findings)
+    return captured("r20-b128", PAIR[1], findings) / seconds("r20-b128", [PLAIN], findings)
 
 
 def to_bn(name: str, findings: Findings) -> float:
-    return recorded(name, PAIR[1], findings) / recorded(name, PAIR[0], findings)
+    return captured(name, PAIR[1], findings) / captured(name, PAIR[0], findings)
 
 
 CUDA_BARS = [
@@ -163,7 +163,7 @@ def page(report: dict[str, Any], findings: Findings, bars: list[Bar]) -> str:
         "",
         "An arm's time is the median over rounds; every round runs all arms of a case one after the other in one "
         "process, and ratios are taken round by round. compile: the forwards are compiled; graph-eager: the iteration "
-        "is recorded as a CUDA graph and played back; graph: both; a bar takes the faster one. On a GPU fp32 is with "
+        "is captured as a CUDA graph and replayed; graph: both; a bar takes the faster one. On a GPU fp32 is with "
         "TF32 in convolutions and matrix products. The plain loop is PIL images with torchvision's transforms, a "
         f"DataLoader with {WORKERS} workers, `nn.BatchNorm2d` and `torch.optim.SGD`; all others have the data on the "
         "device.",

@@ -1,4 +1,4 @@
-"""Networks that train at the same time: in processes, or in threads with their own streams and recordings."""
+"""Networks that train at the same time: in processes, or in threads with their own streams and graphs."""
 
 import contextlib
 import gc
@@ -35,10 +35,10 @@ class SideBySide:
     def __exit__(self, *_: object) -> None:
         self.inside.close()
         self.lanes.clear()
-        gc.collect()  # reference cycles hold what was recorded
+        gc.collect()  # reference cycles hold what was captured
 
     def grow(self, n: int, deadline: float) -> bool:
-        """Add networks until there are n, and record each; False where time is over. Errors: any that they raise."""
+        """Add networks until there are n, and capture each; False where time is over. Errors: any that they raise."""
         while len(self.lanes) < n:
             # The first one compiles for all of them.
             if left(deadline) <= (0 if self.lanes else self.setup.seconds_to_begin(self.arm)):

@@ -7,7 +7,7 @@ from mbn.benchmark.jobs import Job
 from mbn.benchmark.kernels import profiled
 from mbn.benchmark.side_by_side import lanes, processes
 from mbn.benchmark.timing import timed
-from mbn.benchmark.workload import BASE, PAIR, PLAIN, RECORDED, Arm, Case, Sizes, arms
+from mbn.benchmark.workload import BASE, CAPTURED, PAIR, PLAIN, Arm, Case, Sizes, arms
 from mbn.config import cores
 from mbn.methods import METHODS
 
@@ -49,7 +49,7 @@ def on_cpu() -> list[Job]:
 
 
 def on_cuda(sizes: Sizes) -> list[Job]:
-    """Recorded iterations, compiled ones, both precisions, many networks at once, ImageNet's loader, profiles."""
+    """Captured iterations, compiled ones, both precisions, many networks at once, ImageNet's loader, profiles."""
     cases = {
         f"r{model.removeprefix('resnet')}-b{size}": Case(model, size, cores())
         for model in sizes.models
@@ -78,7 +78,7 @@ def on_cuda(sizes: Sizes) -> list[Job]:
         *times("", 30, sizes.arms),
         *many("lanes-", 30, "graph-eager", sizes.lanes),
         *times("compiled-", 60, arms(PAIR, "graph-eager", "graph")),
-        *times("bf16-", 60, (RECORDED, *arms(PAIR, "graph-eager", "graph", precision="bf16"))),
+        *times("bf16-", 60, (CAPTURED, *arms(PAIR, "graph-eager", "graph", precision="bf16"))),
         *many("compiled-lanes-", 60, "graph", sizes.compiled_lanes),
         Job("resnet50", 30, resnet50_speed),
         Job("loader", 30, loader),

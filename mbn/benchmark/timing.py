@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mbn.benchmark.jobs import NO_TIME, Finding, free, left, new_peak
-from mbn.benchmark.workload import BASE, PLAIN, RECORDED, Arm, Case, Setup, Workload, prepare, warm_up
+from mbn.benchmark.workload import BASE, CAPTURED, PLAIN, Arm, Case, Setup, Workload, prepare, warm_up
 from mbn.data import in_memory
 from mbn.system.cuda_graph import own_stream
 
@@ -31,7 +31,7 @@ class Timed(Finding):
         return "ms: " + "; ".join(f"{name} {1e3 * statistics.median(s):.2f}" for name, s in self.seconds.items())
 
     def rows(self) -> list[str]:
-        base = RECORDED.name if RECORDED.name in self.seconds else BASE.name
+        base = CAPTURED.name if CAPTURED.name in self.seconds else BASE.name
         lines = [
             *(f"{self.case.title}.", ""),
             f"| arm | ms an iteration (quartiles) | images/s | / {base} (quartiles) | start, s | peak MB |",

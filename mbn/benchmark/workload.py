@@ -18,7 +18,7 @@ from mbn import config as configuration
 from mbn.data import datasets, in_memory
 from mbn.network_layers import Layers, from_config
 from mbn.norm.memorized import set_lambda
-from mbn.system.cuda_graph import Recorded
+from mbn.system.cuda_graph import Captured
 from mbn.system.errors import UserError
 from mbn.training.iteration import READ_EVERY, Update
 
@@ -62,8 +62,8 @@ class Arm:
 
 
 PLAIN = Arm("plain", mode="plain")
-# The arms that others are divided by: BN with one forward, not compiled, data on the device; RECORDED on CUDA.
-BASE, RECORDED = Arm("bn"), Arm("bn", mode="graph-eager")
+# The arms that others are divided by: BN with one forward, not compiled, data on the device; CAPTURED on CUDA.
+BASE, CAPTURED = Arm("bn"), Arm("bn", mode="graph-eager")
 COMPARED = (("bn", 1), ("mbn", 1), ("mbn", 2), ("gn", 1))
 PAIR = (("bn", 1), ("mbn", 2))
 
@@ -80,7 +80,7 @@ class Sizes:
     models: tuple[str, ...] = ("resnet20", "resnet56")
     batches: tuple[int, ...] = (8, 128)
     arms: tuple[Arm, ...] = (*arms(COMPARED, "graph-eager", "eager"), PLAIN)
-    images: int = 390 * 128  # whole batches: a smaller last batch would need a recording of its own
+    images: int = 390 * 128  # whole batches: a smaller last batch would need a graph of its own
     rounds: int = 6
     round_seconds: float = 0.12  # of each arm
     memory: bool = True  # on a CPU: whether it is measured
@@ -158,20 +158,20 @@ class Workload:
         return (time.perf_counter() - start) / iterations
 
     def wait(self) -> None:
-        if self.device.type == "cuda":  # only this thread's stream: another thread may be recording on its own
+        if self.device.type == "cuda":  # only this thread's stream: another thread may be capturing on its own
             torch.cuda.current_stream(self.device).synchronize()
 
 
-def warm_up(work: Workload, before_recording: Callable[[], None] = lambda: None) -> None:
-    """Iterate until the iteration is recorded, if the mode records. Errors: RuntimeError where recording failed."""
-    for _ in range(Recorded.AS_IT_IS):
+def warm_up(work: Workload, before_capture: Callable[[], None] = lambda: None) -> None:
+    """Iterate until the iteration is captured, if the mode captures. Errors: RuntimeError where capturing failed."""
+    for _ in range(Captured.AS_IT_IS):
         work.step()
     work.wait()
-    before_recording()
+    before_capture()
     work.step()
     work.wait()
     if not work.in_mode:
-        raise RuntimeError("iterations cannot be recorded")
+        raise RuntimeError("iterations cannot be captured")
 
 
 class Training(Workload):
@@ -197,8 +197,8 @@ class Training(Workload):
 
     @property
     def in_mode(self) -> bool:
-        """Whether it is still in its mode, and every batch size that was recorded is played back by now."""
-        return self.update.mode == self.mode and all(each.play for each in self.update.recorded.values())
+        """Whether it is still in its mode, and every batch size that was captured is replayed by now."""
+        return self.update.mode == self.mode and all(each.replay for each in self.update.captured.values())
 
 
 def settings(case: Case, arm: Arm, folder: Path) -> configuration.Config:

@@ -32,7 +32,7 @@ OF_THE_PROCESS = ("device", "deterministic", "tf32", "threads", "data", "results
 @contextlib.contextmanager
 def switching_often() -> Iterator[None]:
     """Inside, Python switches between threads more often: a thread that compiles must not delay those that only launch
-    recordings.
+    graphs.
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)

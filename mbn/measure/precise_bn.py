@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from mbn.norm.base import norm_layers
 from mbn.norm.memories import enter_noted
 from mbn.norm.precise_statistics import set_precise_statistics
-from mbn.system.cuda_graph import Recorded, first_line, warn
+from mbn.system.cuda_graph import Captured, first_line, warn
 
 
 def take_precise_statistics(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recorded: bool = False
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], captured: bool = False
 ) -> dict[str, float]:
     """Replace each layer's test statistics by those of its inputs over batches, every image with equal weight.
 
-    batches: images as training augments them, and labels, which are not used. recorded: record the
-    forward once for each size of batch and play it back, on a CUDA stream of its own (`own_stream`).
+    batches: images as training augments them, and labels, which are not used. captured: capture the
+    forward once for each size of batch and replay it, on a CUDA stream of its own (`own_stream`).
 
     The batches go through training-mode forwards with the weights fixed and dropout off. Memories and averages go along
     with them and are put back at the end: held where training ended, they would normalise by the statistics of other
@@ -37,15 +37,15 @@ def take_precise_statistics(
     forwards: dict[int, Callable[[Tensor], object]] = {}
 
     def take(images: Tensor) -> None:
-        """The forward and what is remembered of it, because a recording repeats nothing else."""
+        """The forward and what is remembered of it, because a graph repeats nothing else."""
         for layer in layers:
-            layer.noted = ()  # of a forward that could not be recorded
+            layer.noted = ()  # of a forward that could not be captured
         model(images)
         enter_noted(layers)
 
     def forward(images: Tensor) -> None:
-        if recorded and len(images) not in forwards:
-            forwards[len(images)] = Recorded(take, lambda error: warn(first_line(error)))
+        if captured and len(images) not in forwards:
+            forwards[len(images)] = Captured(take, lambda error: warn(first_line(error)))
         forwards.get(len(images), model)(images)
 
     before = [[statistic.clone() for statistic in layer.test_statistics()] for layer in layers]

@@ -46,7 +46,7 @@ def is_transformed() -> bool:
 
 
 def is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, in which no value of x can be read."""
+    """Whether a CUDA graph is being captured, in which no value of x can be read."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: a function of tensors is recorded, then played back with one launch instead of hundreds."""
+"""CUDA graphs: a function of tensors is captured, then replayed with one launch instead of hundreds."""
 
 import contextlib
 import contextvars
@@ -17,17 +17,17 @@ from torch import Tensor
 from mbn.system.errors import UserError
 
 T = TypeVar("T")
-# Held while recording a graph or compiling a function: only one of a process's threads may do so at a time.
+# Held while capturing a graph or compiling a function: only one of a process's threads may do so at a time.
 one_at_a_time = threading.RLock()
-# The thread that does what is not played back, for all runs of the process.
+# The thread that does what is not replayed, for all runs of the process.
 _shared: ThreadPoolExecutor | None = None
 
 
 @contextlib.contextmanager
 def shared_thread() -> Iterator[None]:
-    """Inside, `unrecorded` work is done in one thread, whichever thread asks for it."""
+    """Inside, `uncaptured` work is done in one thread, whichever thread asks for it."""
     global _shared
-    with _trials_keep_memory(), ThreadPoolExecutor(1, "unrecorded") as _shared:
+    with _trials_keep_memory(), ThreadPoolExecutor(1, "uncaptured") as _shared:
         try:
             yield
         finally:
@@ -36,7 +36,7 @@ def shared_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _trials_keep_memory() -> Iterator[None]:
-    """Inside, cuDNN does not give all unused memory back after it has tried algorithms (see `record`)."""
+    """Inside, cuDNN does not give all unused memory back after it has tried algorithms (see `capture`)."""
     if not torch.backends.cudnn.is_available():
         yield
         return
@@ -50,7 +50,7 @@ def _trials_keep_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_trials() -> Iterator[None]:
-    """Inside, if that is inside `shared_thread`, cuDNN tries no algorithms: for `unrecorded` work of few convolutions.
+    """Inside, if that is inside `shared_thread`, cuDNN tries no algorithms: for `uncaptured` work of few convolutions.
 
     A trial waits until other runs have done all that they have queued.
     """
@@ -62,15 +62,15 @@ def without_trials() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def unrecorded(work: Callable[[], T], device: torch.device) -> T:
-    """Do work on the device that is not played back from a recording, while nothing is recorded. Returns its result.
+def uncaptured(work: Callable[[], T], device: torch.device) -> T:
+    """Do work on the device that is not replayed from a graph, while nothing is captured. Returns its result.
 
     A thread that does a convolution of a new shape lets cuDNN try algorithms, and cuDNN waits for the whole device.
-    That spoils what another thread records, and takes long while other threads keep the device busy. cuDNN keeps its
+    That spoils what another thread captures, and takes long while other threads keep the device busy. cuDNN keeps its
     choices for each thread. So inside `shared_thread` one thread does such work for all: it chooses once.
 
     The work finds the CUDA stream, the autograd mode, the autocast and the context variables of the thread that asks.
-    On a device that cannot record it is just done.
+    On a device that cannot capture it is just done.
     """
     if not supported(device):
         return work()
@@ -93,8 +93,8 @@ def unrecorded(work: Callable[[], T], device: torch.device) -> T:
     return _shared.submit(contextvars.copy_context().run, in_shared_thread).result()
 
 
-def record(function: Callable[[], object]) -> Callable[[], None]:
-    """Record what function does on the GPU as a CUDA graph, without doing it. Each call of the result does it.
+def capture(function: Callable[[], object]) -> Callable[[], None]:
+    """Capture what function does on the GPU as a CUDA graph, without doing it. Each call of the result does it.
 
     Must be called inside `own_stream`. Errors: whatever CUDA or torch raise.
     """
@@ -105,7 +105,7 @@ def record(function: Callable[[], object]) -> Callable[[], None]:
         # back waits for all that they have queued: eight lanes on an H200 took 95 s to begin.
         torch.cuda.empty_cache()
     collects = gc.isenabled()
-    gc.disable()  # freeing any thread's GPU memory would spoil the recording
+    gc.disable()  # freeing any thread's GPU memory would spoil the capture
     try:
         graph.capture_begin(capture_error_mode="thread_local")  # other threads may use the GPU meanwhile
         try:
@@ -120,7 +120,7 @@ def record(function: Callable[[], object]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Inside, everything is done on a CUDA stream of this thread's own; only such a stream can be recorded."""
+    """Inside, everything is done on a CUDA stream of this thread's own; only such a stream can be captured."""
     if device.type != "cuda":
         yield
         return
@@ -154,14 +154,14 @@ def _free_stream(device: torch.device) -> "torch.cuda.Stream":
     raise UserError(f"a process trains at most {STREAMS} runs at a time: lower --jobs or machine.together.")
 
 
-class Recorded:
-    """A function of tensors that is recorded at its fourth call, and played back from then on.
+class Captured:
+    """A function of tensors that is captured at its fourth call, and replayed from then on.
 
-    Its arguments are copied into tensors that stay in place. The first three calls are not recorded: they choose
+    Its arguments are copied into tensors that stay in place. The first three calls are not captured: they choose
     kernels, compile, and create tensors that stay (momentum). function may read and write only its arguments and
     tensors that stay where they are, and may depend on nothing else that changes; its result is not kept.
 
-    failed: called once, with the error, if the function cannot be recorded; then it runs without a recording.
+    failed: called once, with the error, if the function cannot be captured; then it runs without a graph.
     """
 
     AS_IT_IS = 3
@@ -170,50 +170,50 @@ class Recorded:
         self.function, self.failed = function, failed
         self.calls = 0
         self.inputs: tuple[Tensor, ...] = ()
-        self.play: Callable[[], None] | None = None
+        self.replay: Callable[[], None] | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
         if not self.inputs:
             self.inputs = tuple(torch.empty_like(t) for t in tensors)
         for own, given in zip(self.inputs, tensors, strict=True):
             own.copy_(given)
-        if self.play is not None:
-            self.play()
+        if self.replay is not None:
+            self.replay()
             return
         self.calls += 1
         if self.calls > self.AS_IT_IS:
             try:
-                self.play = unrecorded(lambda: record(self._call), self.inputs[0].device)
+                self.replay = uncaptured(lambda: capture(self._call), self.inputs[0].device)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # torch has no exception type for what cannot be recorded
+            except Exception as error:  # torch has no exception type for what cannot be captured
                 self.failed(error)
-                self.play = self._call_unrecorded
-            self.play()
+                self.replay = self._call_uncaptured
+            self.replay()
         else:
-            self._call_unrecorded()
+            self._call_uncaptured()
 
     def _call(self) -> None:
         self.function(*self.inputs)
 
-    def _call_unrecorded(self) -> None:
-        unrecorded(self._call, self.inputs[0].device)
+    def _call_uncaptured(self) -> None:
+        uncaptured(self._call, self.inputs[0].device)
 
 
 def supported(device: torch.device) -> bool:
-    """Whether the device can record: only CUDA can."""
+    """Whether the device can capture: only CUDA can."""
     return device.type == "cuda"
 
 
 @functools.cache
 def fault(device: torch.device) -> str | None:
-    """Why nothing can be recorded here, or None: tried once in a process, on one small function."""
+    """Why nothing can be captured here, or None: tried once in a process, on one small function."""
     x = torch.zeros(8, device=device)
     try:
         with one_at_a_time, own_stream(device):
             x.add_(1)
-            play = record(lambda: x.add_(1))
-            play()
+            replay = capture(lambda: x.add_(1))
+            replay()
             assert x.sum().item() == 16
     except Exception as error:
         return first_line(error)
@@ -225,4 +225,4 @@ def first_line(error: Exception) -> str:
 
 
 def warn(why: str) -> None:
-    print(f"warning: iterations cannot be recorded here ({why}): training in eager mode.", file=sys.stderr)
+    print(f"warning: iterations cannot be captured here ({why}): training in eager mode.", file=sys.stderr)

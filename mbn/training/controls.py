@@ -17,7 +17,7 @@ from mbn.measure.other_rules import LAST, Rules, rules
 from mbn.measure.precise_bn import take_precise_statistics
 from mbn.methods import METHODS
 from mbn.norm.as_in_training import kept
-from mbn.system.cuda_graph import unrecorded
+from mbn.system.cuda_graph import uncaptured
 from mbn.system.processes import ALONE, Processes
 from mbn.system.signals import StopRequest
 from mbn.training.iteration import autocast
@@ -28,7 +28,7 @@ from mbn.training.schedule import scheduled
 class Trained:
     """A trained network, and what its controls are measured with; several processes share the images.
 
-    config: of its run. stop: says when to stop. recorded: whether the forwards of precise statistics are recorded.
+    config: of its run. stop: says when to stop. captured: whether the forwards of precise statistics are captured.
     """
 
     config: Config
@@ -37,7 +37,7 @@ class Trained:
     device: torch.device
     stop: StopRequest
     processes: Processes = ALONE
-    recorded: bool = False
+    captured: bool = False
 
     def controls(self, wanted: Collection[str]) -> dict[str, Any]:
         """What `mbn.records.controls.MEASURED` lists under the wanted names. The network is afterwards what it was.
@@ -77,7 +77,7 @@ class Trained:
         config = self.config
         epoch = islice(self.data.train_batches(0, config.batch_size), iterations_per_epoch(config))
         with kept(self.model):
-            gap = take_precise_statistics(self.model, self._alike(epoch), self.recorded)
+            gap = take_precise_statistics(self.model, self._alike(epoch), self.captured)
             return {"test_error_precise": self._error(self._test()), "population_gap": gap}
 
     def _rules(self) -> Rules:
@@ -88,7 +88,7 @@ class Trained:
             return self._alike(islice(self.data.train_batches(first, size), length - first))
 
         found = rules(self.model, size, self._test, self._test_in_batches, last, self.processes)
-        return {name: partial(unrecorded, measure, self.device) for name, measure in found.items()}
+        return {name: partial(uncaptured, measure, self.device) for name, measure in found.items()}
 
     def _train_error(self) -> float:
         """Error in percent on the augmented images of the first epoch, which are the same in batches of any size."""
@@ -98,7 +98,7 @@ class Trained:
         return self._error(self._alike(epoch))
 
     def _error(self, batches: Iterable[Batch]) -> float:
-        return unrecorded(lambda: evaluate(self.model, batches, self.processes).error, self.device)
+        return uncaptured(lambda: evaluate(self.model, batches, self.processes).error, self.device)
 
     def _test(self) -> Iterator[Batch]:
         """The test images, this process's part of them."""

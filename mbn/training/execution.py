@@ -1,4 +1,4 @@
-"""How a run executes: on which device, with how many threads and which arithmetic; eager, compiled, or recorded."""
+"""How a run executes: on which device, with how many threads and which arithmetic; eager, compiled, or captured."""
 
 import functools
 import logging
@@ -86,24 +86,24 @@ def choose_mode(
     threads: int,
     processes: Processes = ALONE,
 ) -> str:
-    """eager, compile, graph (compiled, then recorded) or graph-eager (recorded without a compiler).
+    """eager, compile, graph (compiled, then captured) or graph-eager (captured without a compiler).
 
     auto continues as the run began. A new run uses a graph on CUDA, and is compiled if it is long enough for that to
     pay. The choice depends on the configuration, the device and the number of threads only, not on measured time, so
-    the same command always makes the same choice. Several processes do not record: auto is eager or compile for them.
+    the same command always makes the same choice. Several processes do not capture: auto is eager or compile for them.
 
     Errors: UserError where compile is asked for and there is no compiler, or a graph where there is no CUDA.
     """
-    records = cuda_graph.supported(device) and not processes.several
+    captures = cuda_graph.supported(device) and not processes.several
     if wanted in GRAPHS and processes.several:
         raise UserError(f"machine.mode={wanted} is for one process: leave machine.mode=auto.", code=2)
-    if wanted in GRAPHS and not records:
+    if wanted in GRAPHS and not captures:
         raise UserError(f"machine.mode={wanted} needs a CUDA device, not {device.type}: leave machine.mode=auto.")
     mode = wanted
-    if wanted == "auto" and earlier is not None and (records or earlier not in GRAPHS):
+    if wanted == "auto" and earlier is not None and (captures or earlier not in GRAPHS):
         mode = earlier
     elif wanted == "auto":
-        modes = ("graph-eager", "graph") if records else ("eager", "compile")
+        modes = ("graph-eager", "graph") if captures else ("eager", "compile")
         mode = modes[pays_to_compile(config, model, device, threads * processes.size)]
     if mode in GRAPHS:
         why = cuda_graph.fault(device)
@@ -117,7 +117,7 @@ def choose_mode(
                 f"torch.compile does not work here ({why}): install a C++ compiler, or leave machine.mode=auto."
             )
         if why is not None:
-            what = "training in eager mode" if mode == "compile" else "recording without it"
+            what = "training in eager mode" if mode == "compile" else "capturing without it"
             print(f"warning: torch.compile does not work here ({why}): {what}.", file=sys.stderr)
             return "eager" if mode == "compile" else "graph-eager"
     return mode

@@ -16,7 +16,7 @@ from mbn.norm.functional import statistics_dtype
 from mbn.norm.memories import AllMemories
 from mbn.norm.normprop import project_unit_rows, unit_layers
 from mbn.norm.second_forward import phase
-from mbn.system.cuda_graph import Recorded, first_line, one_at_a_time, unrecorded, warn
+from mbn.system.cuda_graph import Captured, first_line, one_at_a_time, uncaptured, warn
 from mbn.system.processes import ALONE, Processes
 from mbn.training.execution import COMPILED, GRAPHS
 
@@ -53,9 +53,9 @@ class Update:
     """First forward, loss, backward, optimiser step; then, with forwards=2, the second forward that remembers.
 
     mode: "eager"; "compile" to compile both forwards with torch.compile for batches of batch_size images (an epoch's
-    last, smaller one is not worth it); "graph" to record the whole iteration with its compiled forwards, once for each
-    batch size, and play it back (call it inside `own_stream`); "graph-eager" for the same without compiling. Where
-    recording fails `mode` becomes "eager", with a warning.
+    last, smaller one is not worth it); "graph" to capture the whole iteration with its compiled forwards, once for each
+    batch size, and replay it (call it inside `own_stream`); "graph-eager" for the same without compiling. Where
+    capturing fails `mode` becomes "eager", with a warning.
 
     The learning rate and everything a layer remembers are tensors changed in place. The losses and errors of the last
     iterations stay on the device until `drain`, and so do the notes of `watch`: an iteration never waits for the
@@ -94,7 +94,7 @@ class Update:
             kind = (repr(model), forwards, precision, device, batch_size)
             self.first, self.second = compiled(self._first, kind), compiled(self._second, kind)
         # One for each size of batch.
-        self.recorded: dict[int, Recorded] = {}
+        self.captured: dict[int, Captured] = {}
         self.watch = Watch(model, READ_EVERY)
         self.window = torch.zeros(READ_EVERY, 2, device=device)
         self.pending = 0
@@ -120,18 +120,18 @@ class Update:
         The model must be in training mode, and `n` the number of images of all processes, if there are several.
         """
         if self.mode in GRAPHS:
-            if len(labels) not in self.recorded:
-                self.recorded[len(labels)] = Recorded(self._iterate, self._not_recorded)
-            self.recorded[len(labels)](images, labels)
-        elif self.recorded:  # this run could not be recorded, but others may be at this moment
-            unrecorded(lambda: self._iterate(images, labels), self.device)
+            if len(labels) not in self.captured:
+                self.captured[len(labels)] = Captured(self._iterate, self._not_captured)
+            self.captured[len(labels)](images, labels)
+        elif self.captured:  # this run could not be captured, but others may be at this moment
+            uncaptured(lambda: self._iterate(images, labels), self.device)
         else:
             with one_at_a_time if self.mode == "compile" else contextlib.nullcontext():
                 self._iterate(images, labels)
         self.pending += 1
 
     def _iterate(self, images: Tensor, labels: Tensor) -> None:
-        """One iteration without anything that depends on the host, so that it can be recorded."""
+        """One iteration without anything that depends on the host, so that it can be captured."""
         self.watch(images)
         # A process that gets nothing of a batch asks what the others got, which compiled code cannot.
         whole = self.full in (None, len(images)) and len(images) > 0
@@ -162,13 +162,13 @@ class Update:
         torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
         return measured
 
-    def _not_recorded(self, error: Exception) -> None:
-        """Go on in eager mode: the iteration that could not be recorded has changed nothing yet."""
+    def _not_captured(self, error: Exception) -> None:
+        """Go on in eager mode: the iteration that could not be captured has changed nothing yet."""
         warn(first_line(error))
         self.mode = "eager"
         self.first, self.second = self._first, self._second
         self.memories.drop()
-        self.optimizer.zero_grad()  # these gradients were recorded, but never computed
+        self.optimizer.zero_grad()  # these gradients were captured, but never computed
 
     def drain(self) -> list[tuple[float, int]]:
         """Loss (mean over the batch) and number of errors of each iteration since the last call; waits for the device.

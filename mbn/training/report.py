@@ -9,7 +9,7 @@ from mbn.data.in_memory import Data
 from mbn.measure.evaluation import Evaluation, batch_size_for, evaluate
 from mbn.measure.statistics_gap import Statistics, epoch_statistics, named_relus, training_statistics
 from mbn.methods import METHODS, group_of
-from mbn.system.cuda_graph import unrecorded
+from mbn.system.cuda_graph import uncaptured
 from mbn.system.signals import StopRequest
 from mbn.training.iteration import autocast
 from mbn.training.state import State, Sums
@@ -19,7 +19,7 @@ def evaluation(state: State, data: Data, stop: StopRequest) -> Evaluation:
     """Loss and errors on the test images; the model must be in eval mode. Errors: StoppedError after a signal."""
     batches = stop.checked(data.test_batches(batch_size_for(state.config, state.device)))
     with autocast(state.device, state.config.precision):
-        return unrecorded(lambda: evaluate(state.model, batches, state.processes), state.device)
+        return uncaptured(lambda: evaluate(state.model, batches, state.processes), state.device)
 
 
 def statistics_of(state: State, images: Tensor) -> Statistics:
@@ -29,7 +29,7 @@ def statistics_of(state: State, images: Tensor) -> Statistics:
     channel is dead if it is in every process.
     """
     with autocast(state.device, state.config.precision):
-        found = unrecorded(lambda: training_statistics(state.model, images), state.device)
+        found = uncaptured(lambda: training_statistics(state.model, images), state.device)
     if not state.processes.several:
         return found
     relus = {name: found.pop(name) for name in named_relus(state.model) if name in found}

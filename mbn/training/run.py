@@ -97,7 +97,7 @@ def train(
                         raise
                     return run.finish(signals, journal)
             finally:
-                run.update.recorded.clear()  # frees the memory that recordings hold
+                run.update.captured.clear()  # frees the memory that graphs hold
 
 
 def _nothing() -> None:

@@ -206,7 +206,7 @@ class State:
         }
 
     def trained_in(self, mode: str) -> None:
-        """Note the mode in this process's part: an iteration that could not be recorded has changed it."""
+        """Note the mode in this process's part: an iteration that could not be captured has changed it."""
         if mode != self.now["mode"]:
             self.now = self.now | {"mode": mode}
             self.parts = with_part(before(self.parts, self.began), self.began, self.now)

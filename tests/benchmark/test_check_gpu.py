@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_cuda_graph import record
+from fake_cuda_graph import capture
 from little_work import MBN2, SIZES, build, soon
 from running import load_script
 from test_graph import plant
@@ -30,7 +30,7 @@ COMPARISONS = {job.name: job for job in equalities.jobs()}
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(recording, monkeypatch):
+def as_on_a_gpu(graphs, monkeypatch):
     """Graphs. And time enough for every job on a busy CPU."""
     todo = script.todo
     monkeypatch.setattr(script, "todo", lambda sizes: [job._replace(limit=1000.0) for job in todo(sizes)])
@@ -46,7 +46,7 @@ def check(*arguments):
     return script.main(["--device", "cpu", "--limit", "1000", *arguments], SHORT, build)
 
 
-def test_all_jobs_end_with_the_advice_and_a_file(capsys, tmp_path, recording):
+def test_all_jobs_end_with_the_advice_and_a_file(capsys, tmp_path, graphs):
     assert check("--out", str(tmp_path / "check.json")) == 0
     found = json.loads((tmp_path / "check.json").read_text(), parse_constant=pytest.fail)
     names = [
@@ -63,7 +63,7 @@ def test_all_jobs_end_with_the_advice_and_a_file(capsys, tmp_path, recording):
         ),
     ]
     assert {name: case["status"] for name, case in found["cases"].items()} == dict.fromkeys(names, "done")
-    assert recording
+    assert graphs
     mode, (small, large) = found["advice"]["mode"], found["advice"]["lanes"]
     assert mode in ("graph", "graph-eager")
     assert small in (1, 2)
@@ -77,25 +77,25 @@ def test_all_jobs_end_with_the_advice_and_a_file(capsys, tmp_path, recording):
 
 
 def memory_off(monkeypatch):
-    """Recorded iterations make the memory wrong by a hundredth."""
+    """Captured iterations make the memory wrong by a hundredth."""
     original = Memories.enter
 
     def enter(self):
         original(self)
-        if recorded_now:
+        if captured_now:
             self.memory[3].mul_(1.01)  # m
 
-    recorded_now = []
+    captured_now = []
 
     def recorder(function):
-        recorded_now.append(True)
+        captured_now.append(True)
         try:
-            return record(function)
+            return capture(function)
         finally:
-            recorded_now.clear()
+            captured_now.clear()
 
     monkeypatch.setattr(Memories, "enter", enter)
-    monkeypatch.setattr(cuda_graph, "record", recorder)
+    monkeypatch.setattr(cuda_graph, "capture", recorder)
 
 
 def formula_off(monkeypatch):
@@ -105,11 +105,11 @@ def formula_off(monkeypatch):
     )
 
 
-def not_recorded(monkeypatch):
+def not_captured(monkeypatch):
     def fail(function):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(cuda_graph, "record", fail)
+    monkeypatch.setattr(cuda_graph, "capture", fail)
 
 
 def not_deterministic(monkeypatch):
@@ -152,7 +152,7 @@ FAULTS = {
     "learning rate": (lambda patch: plant(patch, "learning rate"), "graph", EVERY),
     "lambda": (lambda patch: plant(patch, "lambda"), "graph", {MBN1, MBN2.name}),
     "bounds": (lambda patch: plant(patch, "bounds"), "graph", {BRN2}),
-    "not recorded": (not_recorded, "graph", EVERY),
+    "not captured": (not_captured, "graph", EVERY),
     "formula off": (formula_off, "layers", FORMULAS),
     "not deterministic": (not_deterministic, "deterministic", TWO),
     "not resumed": (not_resumed, "deterministic", TWO),
@@ -173,7 +173,7 @@ def test_a_fault_is_found_by_its_comparison_and_no_other(fault, monkeypatch, set
     ("put", "only", "said", "wrong"),
     [
         (memory_off, "layers,bf16,graph,deterministic", f"{MBN2.name}: failed: does not hold", "graph"),
-        (not_recorded, "lanes-*", "more lanes: failed: RuntimeError: iterations cannot be recorded", "layers, bf16"),
+        (not_captured, "lanes-*", "more lanes: failed: RuntimeError: iterations cannot be captured", "layers, bf16"),
     ],
 )
 def test_a_fault_gives_eager_mode_and_exit_code_1_and_the_rest_goes_on(put, only, said, wrong, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from mbn.benchmark.jobs import NO_TIME, Job
 from mbn.benchmark.page import CPU_BARS, CUDA_BARS, page
 from mbn.benchmark.side_by_side import Rates
 from mbn.benchmark.timing import Timed
-from mbn.benchmark.workload import BASE, PAIR, PLAIN, RECORDED, Arm, Case, Setup, arms
+from mbn.benchmark.workload import BASE, CAPTURED, PAIR, PLAIN, Arm, Case, Setup, arms
 from mbn.system.errors import UserError
 from mbn.training import iteration
 
@@ -37,7 +37,7 @@ def small_network(monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
 
 
-def test_all_jobs_of_a_gpu_are_done_and_written_one_by_one(tmp_path, monkeypatch, capsys, recording):
+def test_all_jobs_of_a_gpu_are_done_and_written_one_by_one(tmp_path, monkeypatch, capsys, graphs):
     """The CPU stands for the GPU."""
     monkeypatch.setattr(script.suites, "on_cpu", lambda: suites.on_cuda(SIZES))
     files = []
@@ -54,7 +54,7 @@ def test_all_jobs_of_a_gpu_are_done_and_written_one_by_one(tmp_path, monkeypatch
     assert found == {
         "r20-b8": {arm.name for arm in (*arms(PAIR, "graph-eager", "eager"), PLAIN)},
         "compiled-r20-b8": graphs,
-        "bf16-r20-b8": {RECORDED.name} | {f"{name}, bf16" for name in graphs},
+        "bf16-r20-b8": {CAPTURED.name} | {f"{name}, bf16" for name in graphs},
         "resnet50": {f"{name}, bf16" for name in graphs if "eager" in name},
     }
     assert all(len(s) == 2 and min(s) > 0 for case in cases.values() for s in case.get("seconds", {}).values())
@@ -72,7 +72,7 @@ def test_all_jobs_of_a_gpu_are_done_and_written_one_by_one(tmp_path, monkeypatch
     assert all(f"\n## {name}\n" in text.read_text() for name in CUDA_JOBS)
 
 
-def test_skipped_jobs_are_reported_with_the_reason(capsys, recording):
+def test_skipped_jobs_are_reported_with_the_reason(capsys, graphs):
     report, findings = run(only="lanes-*,loader", skip="*-bn,")
     status = {name: case["status"] for name, case in report["cases"].items()}
     assert status == dict.fromkeys(CUDA_JOBS, "skipped: not asked for") | {"lanes-r20-b8-mbn": "done", "loader": "done"}
@@ -92,7 +92,7 @@ def test_a_job_has_its_own_limit_within_that_of_all(monkeypatch, setup):
     assert given == [1005, 1020]
 
 
-def test_failures_are_reported_and_the_rest_goes_on(monkeypatch, capsys, recording):
+def test_failures_are_reported_and_the_rest_goes_on(monkeypatch, capsys, graphs):
     """Too little memory for ResNet-50, no compiler, and a loader that fails."""
 
     def full(*, builder, **rest):
@@ -131,17 +131,17 @@ def timed(case, **ms):
 
 
 def on_gpu():
-    """In ms, ResNet-20: the plain loop 10, MBN recorded 2.1, compiled 2.0, BN 1.5; ResNet-56: BN 3.0, MBN 6."""
+    """In ms, ResNet-20: the plain loop 10, MBN captured 2.1, compiled 2.0, BN 1.5; ResNet-56: BN 3.0, MBN 6."""
     compiled = Arm("mbn", 2, "graph")
     small, large, little = Case("resnet20", 128, 16), Case("resnet56", 128, 16), Case("resnet20", 8, 16)
     return {
-        "r20-b128": timed(small, **{RECORDED.name: 1.5, MBN2.name: 2.1, PLAIN.name: 10, BASE.name: 0.1}),
+        "r20-b128": timed(small, **{CAPTURED.name: 1.5, MBN2.name: 2.1, PLAIN.name: 10, BASE.name: 0.1}),
         "compiled-r20-b128": timed(small, **{compiled.name: 2.0}),
         "bf16-r20-b128": timed(small, **{f"{compiled.name}, bf16": 0.1}),
-        "r56-b128": timed(large, **{RECORDED.name: 3.0, MBN2.name: 6.0}),
-        "lanes-r20-b8-bn": Rates(little, RECORDED, {1: 100.0, 2: 199.0, 4: 350.0, 8: 340.0}),
+        "r56-b128": timed(large, **{CAPTURED.name: 3.0, MBN2.name: 6.0}),
+        "lanes-r20-b8-bn": Rates(little, CAPTURED, {1: 100.0, 2: 199.0, 4: 350.0, 8: 340.0}),
         "lanes-r20-b8-mbn": Rates(little, MBN2, {1: 100.0, 2: 199.0}),
-        "lanes-r20-b128-bn": Rates(small, RECORDED, {1: 100.0, 2: 130.0}),
+        "lanes-r20-b128-bn": Rates(small, CAPTURED, {1: 100.0, 2: 130.0}),
         "compiled-lanes-r20-b8-mbn": Rates(little, compiled, {1: 100.0, 4: 310.0}),
     }
 

@@ -28,7 +28,7 @@ def rate(setup, n, seconds):
 
 @pytest.mark.parametrize(("n", "step", "window"), [(1, 1 / 64, 3 / 8), (3, 1 / 64, 3 / 8), (1, 1 / 4, 1 / 16)], ids=str)
 def test_the_rate_of_lanes_counts_all_their_iterations_and_time(n, step, window, monkeypatch, setup):
-    """The four iterations up to the recording do not count. An iteration longer than the window counts in full."""
+    """The four iterations up to the capture do not count. An iteration longer than the window counts in full."""
 
     class Clock(threading.local):  # each thread's own: lanes take no time from each other
         now, steps = 0.0, 0
@@ -46,7 +46,7 @@ def test_the_rate_of_lanes_counts_all_their_iterations_and_time(n, step, window,
     assert rate(setup, n, window) == n / step
 
 
-def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, setup, recording):
+def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, setup, graphs):
     made, switch = [], set()
 
     def prepare(case, arm, setup, dataset):
@@ -63,14 +63,14 @@ def test_lanes_are_networks_of_their_own_and_take_turns_often(monkeypatch, setup
         assert sys.getswitchinterval() == 0.004
     finally:
         sys.setswitchinterval(interval)
-    assert len(recording) == 2
+    assert len(graphs) == 2
     (one, images), (other, other_images) = made
     assert one.model is not other.model
     assert (images.seed, other_images.seed) == (0, 1)
     assert images.train_images.data_ptr() == other_images.train_images.data_ptr()
 
 
-def test_only_lanes_hold_streams(monkeypatch, setup, recording):
+def test_only_lanes_hold_streams(monkeypatch, setup, graphs):
     """torch has 32 streams, and there are jobs of 32 lanes."""
     inside, most = [], []
 

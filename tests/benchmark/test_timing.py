@@ -14,7 +14,7 @@ from mbn import config
 from mbn.benchmark import imagenet_loader, jobs, suites, timing, workload
 from mbn.benchmark.jobs import NO_TIME
 from mbn.benchmark.timing import Timed, timed
-from mbn.benchmark.workload import BASE, PLAIN, RECORDED, Arm, Setup, Sizes
+from mbn.benchmark.workload import BASE, CAPTURED, PLAIN, Arm, Setup, Sizes
 from mbn.system import cuda_graph
 
 
@@ -56,18 +56,18 @@ def clock(monkeypatch, setup):
 
 def test_a_round_that_the_limit_breaks_off_does_not_count(clock, setup):
     """With 6.5 s, two arms take 2 s to start and 2 s a round: the third round stops after its first arm."""
-    result = timed(CASE, (RECORDED, MBN2), setup, 6.5)
-    assert result.seconds == {RECORDED.name: [3, 5], MBN2.name: [4, 6]}
+    result = timed(CASE, (CAPTURED, MBN2), setup, 6.5)
+    assert result.seconds == {CAPTURED.name: [3, 5], MBN2.name: [4, 6]}
     assert result.missing == {"rounds from 3 to 6": NO_TIME}
 
 
 def test_arms_that_the_limit_leaves_no_time_for_are_named(clock, setup):
     """Each takes a second to start; compiling begins only with 20 s left."""
     setup.sizes = Sizes(rounds=1, memory=False)
-    result = timed(CASE, (RECORDED, Arm("bn", mode="graph"), MBN2), setup, 10)
+    result = timed(CASE, (CAPTURED, Arm("bn", mode="graph"), MBN2), setup, 10)
     assert result.missing == {"BN 1 forward, graph": NO_TIME}
-    assert list(result.seconds) == [RECORDED.name, MBN2.name]
-    result = timed(CASE, (RECORDED, BASE), setup, clock[0] + 1)
+    assert list(result.seconds) == [CAPTURED.name, MBN2.name]
+    result = timed(CASE, (CAPTURED, BASE), setup, clock[0] + 1)
     assert result.missing == {BASE.name: NO_TIME, "rounds from 1 to 1": NO_TIME}
 
 
@@ -82,20 +82,20 @@ def test_an_arm_that_fails_in_a_round_has_no_times(monkeypatch, setup):
 
     fake_workloads(monkeypatch, seconds)
     setup.sizes = Sizes(rounds=3, memory=False)
-    result = timed(CASE, (RECORDED, MBN2), setup, soon())
-    assert result.seconds == {RECORDED.name: [0.5] * 3}
+    result = timed(CASE, (CAPTURED, MBN2), setup, soon())
+    assert result.seconds == {CAPTURED.name: [0.5] * 3}
     assert result.missing == {MBN2.name: "failed: RuntimeError: once"}
 
 
-def test_unrecorded_iterations_do_not_pass_for_recorded_ones(monkeypatch, setup, capsys):
-    def record(function):
+def test_uncaptured_iterations_do_not_pass_for_captured_ones(monkeypatch, setup, capsys):
+    def capture(function):
         raise RuntimeError("not here")
 
-    monkeypatch.setattr(cuda_graph, "record", record)
-    result = timed(CASE, (BASE, RECORDED), setup, soon())
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+    result = timed(CASE, (BASE, CAPTURED), setup, soon())
     assert list(result.seconds) == [BASE.name]
-    assert result.missing == {RECORDED.name: "failed: RuntimeError: iterations cannot be recorded"}
-    assert "warning: iterations cannot be recorded here" in capsys.readouterr().err
+    assert result.missing == {CAPTURED.name: "failed: RuntimeError: iterations cannot be captured"}
+    assert "warning: iterations cannot be captured here" in capsys.readouterr().err
 
 
 def test_peak_memory_is_the_allocators(setup):

@@ -66,7 +66,7 @@ def after(monkeypatch, iterations, action, name=""):
 
 @pytest.mark.parametrize("mode", ["eager", "graph-eager"])
 @pytest.mark.parametrize("norms", [("norm=bn,mbn,brn,gn", "seed=0"), ("norm=mbn", "seed=0,1,2,3,4")], ids=" ".join)
-def test_lanes_give_the_same_results_as_processes(here, left, recording, mode, norms):
+def test_lanes_give_the_same_results_as_processes(here, left, graphs, mode, norms):
     done = here("-m", *norms, f"machine.mode={mode}", "machine.together=4")
     assert (done.code, done.err) == (0, "")
     lines = sweep_lines(list(norms))
@@ -81,41 +81,41 @@ def test_lanes_give_the_same_results_as_processes(here, left, recording, mode, n
         log = (left(*one).folder / "log.txt").read_text()
         times = re.compile(r"[\d.]+ (images/)?s\b")
         assert times.sub("", log) == times.sub("", alone.out).replace("/alone/", "/lanes/")
-    assert bool(recording) == (mode == "graph-eager")
+    assert bool(graphs) == (mode == "graph-eager")
 
 
 @pytest.mark.parametrize("network", ["without dropout", "with dropout"])
 @pytest.mark.parametrize("norm", ["norm=bn", "norm=mbn", "norm=brn"])
-def test_a_recorded_run_equals_an_eager_one_and_goes_on_from_any_iteration(
-    here, left, monkeypatch, recording, norm, network
+def test_a_captured_run_equals_an_eager_one_and_goes_on_from_any_iteration(
+    here, left, monkeypatch, graphs, norm, network
 ):
-    """Stopped in the warm-up, right after a recording, and where iterations are played."""
+    """Stopped in the warm-up, right after a capture, and where iterations are replayed."""
     if network == "with dropout":
         monkeypatch.setattr(running, "build_tiny", BUILD_TINY)
-    eager, played = ("machine.mode=eager", norm), ("machine.mode=graph-eager", norm)
+    eager, replayed = ("machine.mode=eager", norm), ("machine.mode=graph-eager", norm)
     assert here(*eager, folder="eager").code == 0
     for stop in (2, 4, 5):
         with monkeypatch.context() as patch:
             after(patch, stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            assert here(*played).code == 75
-    assert here(*played).code == 0
-    assert recording
-    one, other = left(*eager, folder="eager"), left(*played)
+            assert here(*replayed).code == 75
+    assert here(*replayed).code == 0
+    assert graphs
+    one, other = left(*eager, folder="eager"), left(*replayed)
     for key in ("model", "optimizer", "generators", "iteration"):
         assert_same_bits(one.checkpoint()[key], other.checkpoint()[key], key)
     assert [without(row, TIMES) for row in one.rows()] == [without(row, TIMES) for row in other.rows()]
     assert (one.record()["mode"], other.record()["mode"]) == ("eager", "graph-eager")
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["all recorded", "one not recorded"])
-def test_one_thread_does_for_all_lanes_what_is_not_played_back(here, left, monkeypatch, recording, fails):
-    """cuDNN waits for the device when a thread does a new convolution: that would spoil another thread's recording."""
-    threads, busy, recordings, record = set(), threading.RLock(), itertools.count(), cuda_graph.record
+@pytest.mark.parametrize("fails", [False, True], ids=["all captured", "one not captured"])
+def test_one_thread_does_for_all_lanes_what_is_not_replayed(here, left, monkeypatch, graphs, fails):
+    """cuDNN waits for the device when a thread does a new convolution: that would spoil another thread's capture."""
+    threads, busy, calls, capture = set(), threading.RLock(), itertools.count(), cuda_graph.capture
 
-    def record_but_the_first(function):
-        if fails and next(recordings) == 0:
-            raise RuntimeError("cannot be recorded")
-        return record(function)
+    def capture_but_the_first(function):
+        if fails and next(calls) == 0:
+            raise RuntimeError("cannot be captured")
+        return capture(function)
 
     def watched(work):
         def call(*args):
@@ -130,11 +130,11 @@ def test_one_thread_does_for_all_lanes_what_is_not_played_back(here, left, monke
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_graph, "record", watched(record_but_the_first))
+        patch.setattr(cuda_graph, "capture", watched(capture_but_the_first))
         for owner, name in ((report, "evaluate"), (report, "training_statistics"), (Update, "_iterate")):
             patch.setattr(owner, name, watched(getattr(owner, name)))
         assert here("-m", "norm=mbn", "seed=0,1,2", "machine.mode=graph-eager", "machine.together=3").code == 0
-    assert threads == {"unrecorded_0"}
+    assert threads == {"uncaptured_0"}
     modes = []
     for seed in (0, 1, 2):
         one = left("norm=mbn", f"seed={seed}")

@@ -61,15 +61,15 @@ def test_each_layer_gets_the_moments_of_what_training_forwards_give_it(norm, siz
 
 
 @every_norm
-def test_a_recorded_measurement_has_the_same_bits(norm, recording):
-    """Six whole batches, four of which are played, and a smaller last one."""
+def test_a_captured_measurement_has_the_same_bits(norm, graphs):
+    """Six whole batches, four of which are replayed, and a smaller last one."""
     statistics = []
-    for recorded in (False, True):
+    for captured in (False, True):
         torch.manual_seed(0)
         model, _ = trained(norm)
-        take_precise_statistics(model, split(*images(27), 4), recorded)
+        take_precise_statistics(model, split(*images(27), 4), captured)
         statistics.append([layer.test_statistics() for layer in norm_layers(model)])
-    assert len(recording) == 1
+    assert len(graphs) == 1
     torch.testing.assert_close(*statistics, rtol=0, atol=0)
 
 
@@ -118,10 +118,10 @@ def seen(monkeypatch):
     """For each call of `take_precise_statistics`: the model, its state then, its settings and its batch sizes."""
     calls = []
 
-    def spy(model, batches, recorded):
+    def spy(model, batches, captured):
         sizes = []
         noted = ((sizes.append(len(batch[1])), batch)[1] for batch in batches)
-        gap = take_precise_statistics(model, noted, recorded)
+        gap = take_precise_statistics(model, noted, captured)
         (layer,) = norm_layers(model)
         settings = {name: getattr(layer, name, None) for name in ("lam", "r_max", "d_max")}
         calls.append({"model": model, "state": snapshot(model), "sizes": sizes, "settings": settings})

@@ -96,7 +96,7 @@ def test_a_part_that_has_trained_nothing_is_left_out(capsys):
 
 @pytest.mark.parametrize("began", [0, 3])
 def test_a_mode_that_fails_later_changes_no_earlier_part(here, left, after, began):
-    """Where an iteration cannot be recorded, the process that tries goes on in another mode, from its own beginning."""
+    """Where an iteration cannot be captured, the process that tries goes on in another mode, from its own beginning."""
     if began:
         after(began, send("SIGTERM"))
         here()

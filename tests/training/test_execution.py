@@ -22,7 +22,7 @@ COMPILER_FAULT = execution.compiler_fault
 
 @pytest.fixture(autouse=True)
 def faults(monkeypatch):
-    """A function that sets the reasons why nothing can be compiled, or recorded. At first both are None."""
+    """A function that sets the reasons why nothing can be compiled, or captured. At first both are None."""
 
     def put(compiler=None, graph=None):
         monkeypatch.setattr(execution, "compiler_fault", lambda device: compiler)
@@ -77,11 +77,11 @@ def test_the_mode_follows_from_the_run_the_device_and_what_is_asked_for(override
     ("device", "why", "mode", "warning"),
     [
         (CPU, {"compiler": "no g++"}, "eager", "torch.compile does not work here (no g++): training in eager mode"),
-        (CUDA, {"compiler": "no g++"}, "graph-eager", "torch.compile does not work here (no g++): recording without"),
-        (CUDA, {"graph": "an old driver"}, "eager", "iterations cannot be recorded here (an old driver): training in"),
+        (CUDA, {"compiler": "no g++"}, "graph-eager", "torch.compile does not work here (no g++): capturing without"),
+        (CUDA, {"graph": "an old driver"}, "eager", "iterations cannot be captured here (an old driver): training in"),
     ],
 )
-def test_where_nothing_can_be_compiled_or_recorded_auto_warns_once(faults, capsys, device, why, mode, warning):
+def test_where_nothing_can_be_compiled_or_captured_auto_warns_once(faults, capsys, device, why, mode, warning):
     faults(**why)
     assert chosen(LONG, device=device) == mode
     err = capsys.readouterr().err

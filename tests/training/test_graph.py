@@ -1,4 +1,4 @@
-"""Recorded iterations equal eager ones to the bit, with a stand-in for CUDA graphs on the CPU."""
+"""Captured iterations equal eager ones to the bit, with a stand-in for CUDA graphs on the CPU."""
 
 import contextlib
 import copy
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from fake_cuda_graph import record
+from fake_cuda_graph import capture
 from layer_kinds import set_changing
 from test_iteration import METHODS, batch, prepare, state
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,17 +49,17 @@ def train(layers, forwards, mode, dtype, given):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("method", ALL)
-def test_recorded_iterations_are_eager_ones_to_the_bit(method, dtype, recording):
+def test_captured_iterations_are_eager_ones_to_the_bit(method, dtype, graphs):
     layers, forwards = ALL[method]
     given = batches(dtype)
     _, eager = train(layers, forwards, "eager", dtype, given)
-    assert not recording
-    _, played = train(layers, forwards, "graph-eager", dtype, given)
-    assert len(recording) == 2  # one for each size of batch
-    torch.testing.assert_close(played, eager, rtol=0, atol=0)
+    assert not graphs
+    _, replayed = train(layers, forwards, "graph-eager", dtype, given)
+    assert len(graphs) == 2  # one for each size of batch
+    torch.testing.assert_close(replayed, eager, rtol=0, atol=0)
 
 
-# A value from the host is fixed at recording: the stand-in must show that, as a GPU would.
+# A value from the host is fixed at capture: the stand-in must show that, as a GPU would.
 
 
 def plant(monkeypatch, fault):
@@ -99,20 +99,20 @@ def plant(monkeypatch, fault):
 
 
 @pytest.mark.parametrize("fault", ["none", "learning rate", "lambda", "labels", "bounds"])
-def test_a_value_taken_from_the_host_is_noticed(fault, monkeypatch, recording):
+def test_a_value_taken_from_the_host_is_noticed(fault, monkeypatch, graphs):
     plant(monkeypatch, fault)
     given = batches(torch.float64)
     layers = brn(2) if fault == "bounds" else mbn(2, 0.1, memory=3)
     _, eager = train(layers, 2, "eager", torch.float64, given)
-    _, played = train(layers, 2, "graph-eager", torch.float64, given)
-    equal = all(torch.equal(eager[0][key], played[0][key]) for key in eager[0])
+    _, replayed = train(layers, 2, "graph-eager", torch.float64, given)
+    equal = all(torch.equal(eager[0][key], replayed[0][key]) for key in eager[0])
     assert equal == (fault == "none")
 
 
 # The order of things.
 
 
-def test_the_first_three_iterations_of_a_batch_size_train_without_a_recording(recording):
+def test_the_first_three_iterations_of_a_batch_size_train_without_a_graph(graphs):
     model, _, update = prepare(mbn(2, 0.1), 2, "graph-eager")
     runs = []
     model.register_forward_hook(lambda *_: runs.append(1))
@@ -120,15 +120,15 @@ def test_the_first_three_iterations_of_a_batch_size_train_without_a_recording(re
     for t in range(6):
         update(*batch())
         weights.append(model.conv1.weight.detach().clone())
-        assert len(recording) == (t >= 3)
-    assert len(runs) == 2 * (3 + 1)  # three without recording, and one to record
+        assert len(graphs) == (t >= 3)
+    assert len(runs) == 2 * (3 + 1)  # three without capturing, and one to capture
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
     update(*batch(3))
     assert len(runs) == 2 * 5
-    assert len(recording) == 1
+    assert len(graphs) == 1
 
 
-def test_a_batch_that_is_changed_after_the_call_does_not_matter(recording):
+def test_a_batch_that_is_changed_after_the_call_does_not_matter(graphs):
     """The iteration works on its own copy, so that the images may lie anywhere."""
     results = []
     for spoil in (False, True):
@@ -143,8 +143,8 @@ def test_a_batch_that_is_changed_after_the_call_does_not_matter(recording):
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypatch, capsys, recording):
-    """Recording fails in the middle of an iteration: nothing of it may stay."""
+def test_what_cannot_be_captured_goes_on_in_eager_mode_with_one_warning(monkeypatch, capsys, graphs):
+    """Capturing fails in the middle of an iteration: nothing of it may stay."""
     given = batches(torch.float64)
     _, eager = train(mbn(2, 0.1, memory=3), 2, "eager", torch.float64, given)
 
@@ -154,18 +154,18 @@ def test_what_cannot_be_recorded_goes_on_in_eager_mode_with_one_warning(monkeypa
                 patch.setattr(torch.optim.SGD, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("no\nnot here")))
                 function()
 
-        return record(half)
+        return capture(half)
 
-    monkeypatch.setattr(cuda_graph, "record", fails)
-    update, played = train(mbn(2, 0.1, memory=3), 2, "graph-eager", torch.float64, given)
+    monkeypatch.setattr(cuda_graph, "capture", fails)
+    update, replayed = train(mbn(2, 0.1, memory=3), 2, "graph-eager", torch.float64, given)
     assert update.mode == "eager"
     assert capsys.readouterr().err == (
-        "warning: iterations cannot be recorded here (RuntimeError: no): training in eager mode.\n"
+        "warning: iterations cannot be captured here (RuntimeError: no): training in eager mode.\n"
     )
-    torch.testing.assert_close(played, eager, rtol=0, atol=0)
+    torch.testing.assert_close(replayed, eager, rtol=0, atol=0)
 
 
-def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypatch, recording):
+def test_whether_anything_can_be_captured_is_tried_on_a_small_function(monkeypatch, graphs):
     cpu, fault = torch.device("cpu"), cuda_graph.fault.__wrapped__
     assert fault(cpu) is None
 
@@ -176,9 +176,9 @@ def test_whether_anything_can_be_recorded_is_tried_on_a_small_function(monkeypat
     def cannot(function):
         raise RuntimeError("an old driver\nand more")
 
-    monkeypatch.setattr(cuda_graph, "record", does_it_at_once)
+    monkeypatch.setattr(cuda_graph, "capture", does_it_at_once)
     assert fault(cpu) is not None
-    monkeypatch.setattr(cuda_graph, "record", cannot)
+    monkeypatch.setattr(cuda_graph, "capture", cannot)
     assert fault(cpu) == "RuntimeError: an old driver"
 
 
@@ -272,7 +272,7 @@ def test_the_operations_that_enter_a_batch_into_all_memories_do_not_grow_with_th
         assert count.calls <= most
 
 
-def test_the_shared_thread_works_in_the_modes_of_the_thread_that_asks(recording):
+def test_the_shared_thread_works_in_the_modes_of_the_thread_that_asks(graphs):
     def modes():
         return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
@@ -287,15 +287,15 @@ def test_the_shared_thread_works_in_the_modes_of_the_thread_that_asks(recording)
     with cuda_graph.shared_thread():
         for gradients, casts in itertools.product((True, False), repeat=2):
             with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=casts):
-                assert cuda_graph.unrecorded(found, device) == modes() == (gradients, casts, torch.bfloat16)
+                assert cuda_graph.uncaptured(found, device) == modes() == (gradients, casts, torch.bfloat16)
         with pytest.raises(KeyError, match="of the work"):
-            cuda_graph.unrecorded(fail, device)
-    assert set(threads) == {"unrecorded_0"}
-    cuda_graph.unrecorded(found, device)
+            cuda_graph.uncaptured(fail, device)
+    assert set(threads) == {"uncaptured_0"}
+    cuda_graph.uncaptured(found, device)
     assert threads[-1] == threading.current_thread().name
 
 
-def test_the_shared_thread_casts_weights_anew_after_they_have_changed(recording):
+def test_the_shared_thread_casts_weights_anew_after_they_have_changed(graphs):
     """An autocast around the work's own, even one that casts nothing, keeps the cast weights of the work's first."""
     layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
 
@@ -308,7 +308,7 @@ def test_the_shared_thread_casts_weights_anew_after_they_have_changed(recording)
             return (layer(x) - before).float()
 
     with cuda_graph.shared_thread():
-        change = cuda_graph.unrecorded(twice, torch.device("cpu"))
+        change = cuda_graph.uncaptured(twice, torch.device("cpu"))
     torch.testing.assert_close(change, torch.full((2, 4), 4.0), rtol=0, atol=0.1)
 
 
@@ -331,9 +331,9 @@ def test_beside_other_runs_trials_of_algorithms_keep_memory_and_tests_try_none(m
     assert found() == (True, True)
 
 
-def test_where_nothing_can_be_recorded_other_threads_do_not_wait():
+def test_where_nothing_can_be_captured_other_threads_do_not_wait():
     began = threading.Barrier(2, timeout=200)
-    work = partial(cuda_graph.unrecorded, began.wait, torch.device("cpu"))
+    work = partial(cuda_graph.uncaptured, began.wait, torch.device("cpu"))
     with cuda_graph.shared_thread(), ThreadPoolExecutor(2) as pool:
         assert sorted(future.result() for future in [pool.submit(work), pool.submit(work)]) == [0, 1]
 
@@ -356,7 +356,7 @@ class NotedGraph:
 @pytest.mark.parametrize(
     ("beside_others", "free", "tidies"), [(False, 9, True), (True, 9, False), (True, 4, True)], ids=str
 )
-def test_memory_is_given_back_before_a_recording_unless_that_makes_other_runs_wait(
+def test_memory_is_given_back_before_a_capture_unless_that_makes_other_runs_wait(
     monkeypatch, beside_others, free, tidies
 ):
     calls = NotedGraph.calls = []
@@ -364,11 +364,11 @@ def test_memory_is_given_back_before_a_recording_unless_that_makes_other_runs_wa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("tidy"))
     with cuda_graph.shared_thread() if beside_others else contextlib.nullcontext():
-        play = cuda_graph.record(lambda: calls.append("work"))
-        play()
+        replay = cuda_graph.capture(lambda: calls.append("work"))
+        replay()
         assert calls == ["tidy"] * tidies + ["begin thread_local", "work", "end", "replay"]
         del calls[:]
         with pytest.raises(ZeroDivisionError):
-            cuda_graph.record(lambda: 1 / 0)
-    assert calls[-1] == "end"  # else the stream would go on recording
+            cuda_graph.capture(lambda: 1 / 0)
+    assert calls[-1] == "end"  # else the stream would go on capturing
     assert gc.isenabled()

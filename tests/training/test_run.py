@@ -362,7 +362,7 @@ def test_without_its_record_a_run_that_diverged_goes_on_from_its_last_checkpoint
     assert left(*TOO_LARGE).record()["diverged_at"] in (6, 7)
 
 
-def test_a_run_that_could_not_be_recorded_and_diverged_has_the_mode_that_trained_it(here, left, monkeypatch):
+def test_a_run_that_could_not_be_captured_and_diverged_has_the_mode_that_trained_it(here, left, monkeypatch):
     original = Update.__call__
 
     def call(self, *batch):
