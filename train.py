@@ -235,6 +235,13 @@ def one_after_another(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> 
             instead.pop(one.name, None)
         except Exception as error:
             if isinstance(error, UserError) and error.code in signals.CODES.values():  # a signal stops them all
+                if done := sum(other.config.machine.again and other.name not in instead for other in runs):
+                    finished = f"{done} runs again that are" if done > 1 else "1 run again that is"
+                    print(
+                        f"note: with machine.again=true the same command trains {finished} finished now: leave what is "
+                        "finished out of it.",
+                        file=sys.stderr,
+                    )
                 raise
             if type(error).__name__ == "AcceleratorError":  # the device no longer answers this process
                 raise

@@ -4,11 +4,12 @@
 #   rented_gpu.sh check LOAD OUT [...]                run first: check_gpu.py (165 s)
 #   rented_gpu.sh benchmark LOAD OUT [...]            or, in a later rental: benchmark.py
 #   rented_gpu.sh train LOAD OUT BUDGET TABLE [...]   run second: reproduce.py with its arguments, for a time (490s, 9m)
-#   rented_gpu.sh home OUT                            at home: import the records, put checkpoints into results/runs
+#   rented_gpu.sh home OUT [...]                      at home: reproduce.py --import, and checkpoints into results/runs
 #
 # LOAD may hold: wheels/ (packages that the machine lacks), data/ (a folder of data, or restore.py that writes one),
 # inductor.* (an earlier rental's compiled kernels). OUT gets at most 8 files of 16 MB: logs, results, checkpoints and
-# compiled kernels. Checkpoints of unfinished runs in results/unfinished/ are continued.
+# compiled kernels. `train` wants an OUT without an earlier command's results. Checkpoints of unfinished runs in
+# results/unfinished/ are continued.
 #
 # MPS=1 rented_gpu.sh train ...: runs are processes instead of threads of one process. They share the GPU through
 # NVIDIA's MPS server, which this script starts and ends.
@@ -25,12 +26,18 @@ export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${
 # Up to 32 lanes, each with a stream, may reach the device at a time.
 export CUDA_DEVICE_MAX_CONNECTIONS=32
 
-usage() { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+folder() { # its absolute path; it is made if it is not there
+  mkdir -p "$1"
+  (cd "$1" && pwd)
+}
 
 start_mps() {
   if ! command -v nvidia-cuda-mps-control >/dev/null; then
-    echo "error: there is no nvidia-cuda-mps-control here: leave MPS=1 out." >&2
-    exit 2
+    fail "there is no nvidia-cuda-mps-control here: leave MPS=1 out."
   fi
   export CUDA_MPS_PIPE_DIRECTORY="$work/mps" CUDA_MPS_LOG_DIRECTORY="$work/mps"
   mkdir -p "$work/mps"
@@ -94,6 +101,21 @@ pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   split_up "$1" finished "$((8 - $(find "$1" -type f | wc -l)))" "${finished[@]}"
 }
 
+bring_runs() { # FROM TO: of a run that is in both, the folder whose journal is longer
+  local path run there
+  while IFS= read -r path; do
+    run=${path#"$1/"}
+    run=${run%/metrics.jsonl}
+    there="$2/$run/metrics.jsonl"
+    if [ -f "$there" ] && [ "$(wc -l <"$path")" -le "$(wc -l <"$there")" ]; then
+      echo "$run: $2 has as much of it: left as it is there"
+      continue
+    fi
+    mkdir -p "$2/$run"
+    cp -r "${path%/*}/." "$2/$run/"
+  done < <(find "$1" -name metrics.jsonl)
+}
+
 split_up() { # OUT NAME MOST PATH...
   local out=$1 name=$2 most=$3
   shift 3
@@ -113,7 +135,7 @@ shift
 [ "$command" = home ] || [ "$#" -ge 2 ] || usage
 case $command in
 check | benchmark)
-  load=$1 out=$2
+  load=$1 out=$(folder "$2")
   shift 2
   unpack "$load"
   cd "$checkout"
@@ -128,8 +150,11 @@ check | benchmark)
   ;;
 train)
   [ "$#" -ge 4 ] || usage
-  load=$1 out=$2 budget=$3
+  load=$1 out=$(folder "$2") budget=$3
   shift 3
+  [[ $budget =~ ^([0-9]+(\.[0-9]+)?[smh])+$ ]] || fail "BUDGET is a time, such as 490s, 9m or 1h30m, not $budget."
+  ! compgen -G "$out/*.??" >/dev/null && [ ! -e "$out/results.tgz" ] ||
+    fail "$out holds what an earlier command brought: name an empty folder."
   began=$SECONDS
   unpack "$load"
   data=$(data_folder)
@@ -137,7 +162,6 @@ train)
   mkdir -p "$work/results/runs" "$work/results/records" "$work/results/other_records"
   bring_unfinished
   cp -r "$here/results/records/." "$work/results/records/"
-  find "$work/results/records" -name '*.json' >"$work/known"
   seconds=$(python3 - "$budget" "$((SECONDS - began))" <<'PYTHON'
 import re, sys
 parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", sys.argv[1])
@@ -150,29 +174,34 @@ PYTHON
   # If it hangs, it is killed, so that what has come so far is taken home.
   timeout --foreground -k 10 "$((${seconds%.*} + 20))" \
     python3 scripts/reproduce.py "${settings[@]}" --budget "${seconds}s" "$@" 2>&1 | tee "$out/log" || code=$?
-  # Records that were brought along are not taken home again.
-  xargs -r rm -f <"$work/known"
+  # Records that were brought along are not taken home again; those of an earlier command of this rental are.
+  (cd "$here/results/records" && find . -name '*.json' -print0) | (cd "$work/results/records" && xargs -0 -r rm -f)
   pack "$out"
   exit "$code"
   ;;
 home)
-  out=$1
+  [ -d "$1" ] || fail "$1 is not a folder: name what the rental brought."
+  out=$(folder "$1")
+  shift
   cd "$here"
   unpacked=$(mktemp -d)
   trap 'rm -rf "$unpacked"' EXIT
-  for archive in "$out"/*.tgz; do tar xzf "$archive" -C "$unpacked"; done
+  for archive in "$out"/*.tgz; do [ ! -e "$archive" ] || tar xzf "$archive" -C "$unpacked"; done
   for name in unfinished finished; do
     if compgen -G "$out/$name.??" >/dev/null; then
       # The end is missing if not all fitted: take the files that are complete.
       cat "$out/$name".?? | tar x --ignore-zeros -C "$unpacked" || echo "$name: not all checkpoints came home"
     fi
   done
+  code=0
   if [ -n "$(find "$unpacked" -path '*records/*' -name '*.json')" ]; then
-    python3 scripts/reproduce.py --import "$unpacked" "machine.results='${RESULTS:-results}'"
+    # Whatever it refuses, the checkpoints come home.
+    python3 scripts/reproduce.py --import "$unpacked" "machine.results='${RESULTS:-results}'" "$@" || code=$?
   fi
   mkdir -p "${RESULTS:-results}/runs"
-  if [ -d "$unpacked/runs" ]; then cp -rn "$unpacked/runs/." "${RESULTS:-results}/runs/"; fi
+  if [ -d "$unpacked/runs" ]; then bring_runs "$unpacked/runs" "${RESULTS:-results}/runs"; fi
   if [ -d "$unpacked/benchmarks" ]; then cp -r "$unpacked/benchmarks" "${RESULTS:-results}/"; fi
+  exit "$code"
   ;;
 *) usage ;;
 esac

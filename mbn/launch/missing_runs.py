@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,26 @@ def _filtered(candidates: Candidates, filters: Sequence[str]) -> Candidates:
         key, _, values = text.partition("=")
         if key == "seed":
             raise UserError(f"{text}: seeds are chosen by --seeds 5 or --seed 3.", code=2)
-        found = {setting(config, key) for _, config in candidates} - {None}
+        found = {one for _, config in candidates if (one := setting(config, key)) is not None}
         if not found:
             raise UserError(f"none of these runs has a setting {key!r}: `python train.py --cfg job` shows all.", code=2)
-        wanted = set(values.split(","))
-        if wanted - found:
-            has = ", ".join(sorted(map(str, found)))
-            raise UserError(f"none of these runs has {key}={min(wanted - found)}: they have {has}.", code=2)
-        left = [(cell, config) for cell, config in left if setting(config, key) in wanted]
+        wanted = {_typed(value): value for value in re.split(r",(?![^\[]*\])", values)}
+        if unknown := wanted.keys() - set(map(_typed, found)):
+            named = min(wanted[value] for value in unknown)
+            raise UserError(f"none of these runs has {key}={named}: they have {', '.join(sorted(found))}.", code=2)
+        left = [(cell, config) for cell, config in left if _typed(setting(config, key)) in wanted]
     if not left:
         raise UserError(f"none of these runs has {' and '.join(filters)} together.", code=2)
     return left
+
+
+def _typed(text: str | None) -> Hashable:
+    """A value that was typed, so that 0 equals 0.0 and [0.1,0.5] equals [0.1, 0.5]."""
+    try:
+        value = json.loads(text or "")
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else json.dumps(value)
 
 
 def setting(config: Config, key: str) -> str | None:

@@ -32,21 +32,12 @@ START_SECONDS = 5.0
 class StopAll(signals.Stop):
     """Context manager: inside, the first signal is noted in `code`; a second one calls `kill` and exits at once.
 
-    SIGCONT calls `went_on`.
+    SIGCONT calls `went_on`. The children have sessions of their own: a closed terminal (SIGHUP) reaches this process.
     """
-
-    # SIGHUP: a closed terminal stops the children too. They have sessions of their own and would not get the signal.
-    codes = signals.CODES | {"SIGHUP": 75}
 
     def __init__(self, kill: Callable[[], None], went_on: Callable[[], None]) -> None:
         super().__init__()
         self._kill, self._went_on = kill, went_on
-
-    def _numbers(self) -> list[int]:
-        # Where nohup has set SIGHUP to be ignored, it stays ignored. SIGINT, which a shell script sets to be ignored in
-        # its background jobs, is answered all the same, as in train.py.
-        ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        return [n for n in super()._numbers() if not (ignored and n == signal.SIGHUP)]
 
     def _end(self, code: int) -> None:
         self._kill()

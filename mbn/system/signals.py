@@ -10,8 +10,9 @@ from typing import Any, Self, TypeVar
 
 Item = TypeVar("Item")
 
-# Exit codes: 130 for Ctrl-C, as in shells; 75 (EX_TEMPFAIL) for a pre-emption, after which the same command resumes.
-CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
+# Exit codes: 130 for Ctrl-C, as in shells; 75 (EX_TEMPFAIL) for a pre-emption, or a closed terminal (SIGHUP), after
+# which the same command resumes.
+CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGHUP": 75, "SIGUSR1": 75, "SIGUSR2": 75}
 
 
 def say(text: str) -> None:
@@ -23,14 +24,16 @@ def say(text: str) -> None:
 class Answered:
     """Context manager: inside, `_answer` handles these signals; afterwards the earlier handlers do again."""
 
-    codes = CODES
-
     def __init__(self) -> None:
         super().__init__()
         self._before: dict[int, Any] = {}
 
     def _numbers(self) -> list[int]:
-        return [getattr(signal, name) for name in self.codes if hasattr(signal, name)]  # Windows lacks some
+        # Windows lacks some. Where nohup has set SIGHUP to be ignored, it stays ignored. SIGINT, which a shell script
+        # sets to be ignored in its background jobs, is answered all the same.
+        known = [getattr(signal, name) for name in CODES if hasattr(signal, name)]
+        ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        return [number for number in known if not (ignored and number == signal.SIGHUP)]
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._answer) for number in self._numbers()}
@@ -47,7 +50,7 @@ class Answered:
         """End the process with the signal's code and a line that says when it came."""
         name = signal.Signals(number).name
         say(f"stopped by {name} {when}: the same command goes on from there.")
-        os._exit(self.codes[name])
+        os._exit(CODES[name])
 
 
 class Exit(Answered):
@@ -133,7 +136,7 @@ class Stop(StopRequest, Answered):
         if name == "SIGCONT":
             self._continue()
             return
-        code = self.codes[name]
+        code = CODES[name]
         if self.code is not None:
             if not self.patient:
                 self._end(code)

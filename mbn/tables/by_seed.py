@@ -40,4 +40,5 @@ def by_seed(cells: list[RunCell]) -> list[list[str]]:
 def _order(method: str) -> tuple[int, str]:
     """BN first, and so on as in METHODS."""
     labels = [one.label for one in METHODS.values()]
-    return labels.index(method.partition(" ")[0].partition("-")[0]), method
+    own = max((label for label in labels if method.startswith(label)), key=len)
+    return labels.index(own), method

@@ -64,8 +64,9 @@ def _of(cell: RunCell) -> list[str]:
         having = [one for one in runs if measure(one) is not None]
         texts += _two(_mean(having, TEST_ERROR), _mean(having, measure), len(having), "") if having else [NONE, NONE]
     for distance in DISTANCES:
-        known = sorted({f"{number:.4f}" for number in map(distance, runs) if number is not None})
-        texts.append(" to ".join(dict.fromkeys([known[0], known[-1]])) if known else NONE)
+        known = [number for number in map(distance, runs) if number is not None]
+        ends = [f"{number:.4f}" for number in (min(known), max(known))] if known else [NONE]
+        texts.append(" to ".join(dict.fromkeys(ends)))
     lost = [f"{seed}: {n:g}" for seed, one in sorted(cell.runs.items()) if (n := _layers_lost(one)) is not None]
     return [*texts, ", ".join(lost) or NONE]
 

@@ -8,7 +8,7 @@ from mbn.grid import METRICS, Cell
 from mbn.launch.table_status import RunCounts, roughly
 from mbn.tables import claims
 from mbn.tables.cells import Table, heading, heads, label, lines, network
-from mbn.tables.measures import BESIDE, TEST_ERROR
+from mbn.tables.measures import BESIDE, TEST_ERROR, Record
 from mbn.tables.over_seeds import SEEDS, Values, detectable
 
 
@@ -108,7 +108,8 @@ def _difference_table(table: Table) -> str:
 
 
 def detectable_sentence(tables: list[Table]) -> str:
-    """The standard deviation of test errors of each network, and what five seeds would show; or nothing."""
+    """The standard deviation of test errors of each network, and what the planned seeds would show; or nothing, where
+    another number is asked for."""
     cells = [cell for table in tables for cell in table.grid.cells if cell.overrides is not None]
     said = []
     for name in dict.fromkeys(map(network, cells)):
@@ -116,7 +117,7 @@ def detectable_sentence(tables: list[Table]) -> str:
         if spread.sd is not None:
             of = f"standard deviation {spread.sd:.2f}, known with {spread.freedom} degrees of freedom"
             said.append(f"{detectable(spread.sd):.2f} on {name} ({of})")
-    if not said:
+    if not said or tables[0].seeds != SEEDS:
         return ""
     return (
         f"{SEEDS} seeds of each cell are planned, whatever they show. In a t test of two cells alone they would show a "
@@ -166,11 +167,16 @@ def pipes(rows: list[list[str]]) -> str:
 def _cost(table: Table) -> str:
     """Hours by kind of device and the devices, over the runs of the table, each counted once."""
     runs = {r["name"]: r for cell in table.grid.cells for r in table.runs(cell).values()}
-    several = sum(r["seconds"] for r in runs.values() if ", then " in r["device"])
-    alone = [r for r in runs.values() if ", then " not in r["device"]]
-    gpu = sum(r["seconds"] for r in alone if not r["device"].startswith("cpu"))
-    cpu = sum(r["seconds"] * (r["threads"] or 1) for r in alone if r["device"].startswith("cpu"))
-    kinds = ((gpu, "GPU hours"), (cpu, "CPU hours (time x threads)"), (several, "hours on several devices in turn"))
+    spent = {name: r["seconds"] * _processes(r) for name, r in runs.items()}
+    several = sum(spent[name] for name, r in runs.items() if ", then " in r["device"])
+    alone = {name: r for name, r in runs.items() if ", then " not in r["device"]}
+    gpu = sum(spent[name] for name, r in alone.items() if not r["device"].startswith("cpu"))
+    cpu = sum(spent[name] * (r["threads"] or 1) for name, r in alone.items() if r["device"].startswith("cpu"))
+    kinds = (
+        (gpu, "GPU hours (each run's, alone or beside others)"),
+        (cpu, "CPU hours (time x threads)"),
+        (several, "hours on several devices in turn"),
+    )
     hours = [f"{s / 3600:.1f} {kind}" for s, kind in kinds if s]
     devices = sorted({r["device"] for r in runs.values()})
     commits = sorted({(r["commit"] or "unknown")[:7] for r in runs.values()})
@@ -178,6 +184,15 @@ def _cost(table: Table) -> str:
     text = f"{len(runs)} run{'s' * (len(runs) > 1)}, {' and '.join(hours) or 'no time'}, on {'; '.join(devices)}."
     text += f" Commits: {', '.join(commits)}"
     return text + (f"; {dirty} with uncommitted changes." if dirty else ".")
+
+
+def _processes(record: Record) -> float:
+    """How many processes trained a run, over its parts by their iterations."""
+    parts = record.get("parts") or [{"from": 0}]
+    ends = [*(part["from"] for part in parts[1:]), record["iterations"]]
+    numbers = [(end - part["from"], part.get("processes", 1)) for part, end in zip(parts, ends, strict=True)]
+    length = sum(n for n, _ in numbers)
+    return sum(n * processes for n, processes in numbers) / length if length else 1.0
 
 
 def missing(runs: RunCounts) -> str:

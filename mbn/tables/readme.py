@@ -101,9 +101,10 @@ def _outcome(verdict: Verdict, decided: bool) -> str:
             return "MBN has a lower test error than BN, as in the paper"
         case claims.FAILS:
             return "MBN's advantage in the paper does not hold: BN has the lower test error"
-    if verdict.excluded:
+    mean, paper = verdict.number.mean, verdict.paper
+    if verdict.excluded and mean is not None and paper is not None and mean > paper:
         return "an advantage of MBN over BN as large as the paper's did not come out"
-    if verdict.number.mean is not None and verdict.number.mean < 0:
+    if mean is not None and mean < 0:
         return "MBN has a lower test error than BN so far, but too few seeds have run to be sure"
     return "MBN's advantage over BN in the paper has not reproduced so far"
 

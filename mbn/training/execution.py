@@ -24,6 +24,9 @@ COMPILES_FROM = 900.0
 # and MBN, batch 8 and 128), sooner with a warm cache or with lanes.
 COMPILES_FROM_ITERATIONS = 30_000
 
+# How many threads torch chooses, before a run of this process sets another number.
+TORCHS_THREADS = torch.get_num_threads()
+
 GRAPHS = ("graph", "graph-eager")
 COMPILED = ("compile", "graph")
 
@@ -41,7 +44,8 @@ def choose_device(wanted: str, earlier: str | None, processes: Processes = ALONE
     available = {"cpu": True, "cuda": int(number or 0) < gpus, "mps": torch.backends.mps.is_available()}
     if not available[kind]:
         began = "the run began on it, and " if wanted == "auto" else ""
-        raise UserError(f"there is no {name} here: {began}machine.device=cpu uses the CPU.")
+        gpu = f"machine.device=cuda uses {'the GPU' if gpus == 1 else 'the first GPU'}, " if gpus else ""
+        raise UserError(f"there is no {name} here: {began}{gpu}machine.device=cpu uses the CPU.")
     if not processes.several or not name.startswith("cuda"):
         return torch.device(name)
     if ":" in wanted:
@@ -56,12 +60,12 @@ def choose_device(wanted: str, earlier: str | None, processes: Processes = ALONE
 
 
 def choose_threads(wanted: int | None, earlier: int | None, processes: Processes = ALONE) -> int:
-    """CPU threads: the number asked for, else the one the run began with, else the smaller of torch's and this
-    process's part of `cores`.
+    """CPU threads: the number asked for, else the one the run began with, else the smaller of torch's own choice and
+    this process's part of `cores`.
 
     It affects the last bits.
     """
-    return wanted or earlier or min(torch.get_num_threads(), processes.part_of(cores()))
+    return wanted or earlier or min(TORCHS_THREADS, processes.part_of(cores()))
 
 
 def set_arithmetic(device: torch.device, tf32: bool, deterministic: bool) -> None:

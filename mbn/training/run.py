@@ -136,7 +136,7 @@ def add_controls(
     folder, path = results / "runs" / name, record.path_of(results, name)
     with lock(folder / "lock") as run_lock, _memory_is_enough(config):
         result = record.read(path)
-        run = Run(config, build, folder, run_lock.check)
+        run = Run(config, build, folder, run_lock.check, trains=False)
         ended = run.state.iteration == run.state.length
         controls.check_end(result, path, run.checkpoint_path, ended, run.journal_hash)
         with own_stream(run.state.device), _signals(stop) as signals:
@@ -149,6 +149,7 @@ class Run:
     """A run: its state, its data, and the loop that trains it.
 
     check_lock: called before a checkpoint or a record is written; raises UserError where the run's lock is lost.
+    trains: False for a finished run that is only measured, perhaps under other conditions than those of its training.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Run:
         check_lock: Callable[[], None],
         open_data: OpenData | None = None,
         processes: Processes = ALONE,
+        trains: bool = True,
     ) -> None:
         self.config, self.folder, self.check_lock, self.processes = config, folder, check_lock, processes
         self.checkpoint_path = folder / "checkpoint.pt"
@@ -197,7 +199,7 @@ class Run:
         self.journal_lines: int | None = None
         self.journal_hash: str | None = None
         if saved:
-            self._restore(saved)
+            self._restore(saved, trains)
         # The iteration of the last checkpoint, and when it was written.
         self.saved = self.state.iteration if saved else None
         self.saved_at = time.monotonic()
@@ -214,9 +216,9 @@ class Run:
                     everywhere=True,
                 )
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self, saved: dict[str, Any], trains: bool) -> None:
         try:
-            self.state.restore(saved)
+            self.state.restore(saved, trains)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if lacks_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
@@ -298,8 +300,9 @@ class Run:
         if self.processes.lost_launcher:
             stop.code = stop.code or CODES["SIGTERM"]
         due, code = self.processes.highest(save_is_due, stop.code or 0)
-        stop.code = int(code) or None
-        return bool(due), stop.code is not None and self.state.iteration < self.state.length
+        if code:  # else a signal may have come meanwhile, which is for the next time
+            stop.code = int(code)
+        return bool(due), bool(code) and self.state.iteration < self.state.length
 
     def set_schedule(self, iteration: int) -> None:
         """Set the learning rate and the method's scheduled values for this 0-based iteration."""
@@ -404,6 +407,7 @@ class Run:
                 controls.check_near(trained.test_error(), expected, self.checkpoint_path)
             return trained.controls(wanted)
         except StoppedError:
+            self._agree(stop, False)  # the signal may have come to another process alone
             raise self._stopped(stop) from None
 
     def finish(self, stop: StopRequest, journal: Journal | NoJournal) -> dict[str, Any]:

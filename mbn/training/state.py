@@ -141,8 +141,11 @@ class State:
         if self.generators is None and processes.rank:
             torch.manual_seed(_own_seed(config.seed, processes, 0))  # not the masks of another process
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what a checkpoint holds. Errors: KeyError, TypeError, ValueError, RuntimeError for another's."""
+    def restore(self, saved: dict[str, Any], trains: bool = True) -> None:
+        """Go on from what a checkpoint holds. trains: whether more is trained.
+
+        Errors: KeyError, TypeError, ValueError, RuntimeError for another's.
+        """
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for group in self.optimizer.param_groups:
@@ -158,9 +161,10 @@ class State:
         untested = saved.get("untested")
         if untested is not None:
             self.untested = {name: tuple(t.to(self.device) for t in of_one) for name, of_one in untested.items()}
-        print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
-        self.began = self.iteration
-        self.parts = go_on(parts_of(saved), self.began, self.now)
+        self.began, self.parts = self.iteration, parts_of(saved)
+        if trains:
+            print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
+            self.parts = go_on(self.parts, self.began, self.now)
 
     def _restore_generators(self, saved: dict[str, Any]) -> None:
         """Go on with this process's draws; with new ones if the number of processes is another."""

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,15 @@ def rental(tmp_path, write_toy):
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "WORK": str(tmp_path / "work"),
+            "WORK": str(tmp_path / "my work"),
             "RESULTS": str(tmp_path / "home"),
             "MBN_COMMIT": COMMIT,
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             **more,
         }
-        done = subprocess.run(["bash", str(script), *arguments], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", str(script), *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode in codes, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -90,7 +93,7 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
 
 
 def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(rental, tmp_path):
-    """The checkpoints that were brought along are older than those of the first command."""
+    """The checkpoints that were brought along are older than those of the first command, whose record stays."""
     checkout, load, out = (tmp_path / name for name in ("checkout", "load", "out"))
     unfinished = checkout / "results" / "unfinished" / "cifar10" / "resnet20" / "one"
     for folder in ("configs", "mbn", "models", "tests", "scripts", "results/records"):
@@ -99,17 +102,42 @@ def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(rental, tmp_
     for name in ("train.py", "pyproject.toml"):
         (checkout / name).touch()
     (unfinished / "checkpoint.pt").write_text("0")
+    (checkout / "results" / "records" / "brought along.json").touch()
     shutil.copy(SCRIPT, checkout / "scripts")
     (checkout / "scripts" / "reproduce.py").write_text(
         "import pathlib, sys\n"
         "(folder,) = [part.split('=')[1].strip(\"'\") for part in sys.argv if part.startswith('machine.results=')]\n"
         "(path,) = pathlib.Path(folder).rglob('checkpoint.pt')\n"
-        "path.write_text(str(int(path.read_text()) + 1))\n"
+        "count = int(path.read_text()) + 1\n"
+        "path.write_text(str(count))\n"
+        "(pathlib.Path(folder) / 'records' / f'{count}.json').touch()\n"
     )
-    for _ in range(2):
-        rental("train", str(load), str(out), "60s", "table4", script=checkout / "scripts" / SCRIPT.name)
-    with tarfile.open(out / "unfinished.aa") as archive:
+    train = partial(rental, "train", str(load), script=checkout / "scripts" / SCRIPT.name)
+    train(str(out), "60s", "table4")
+    train("new folder", "60s", "table4")
+    with tarfile.open(tmp_path / "new folder" / "unfinished.aa") as archive:
         assert archive.extractfile("runs/cifar10/resnet20/one/checkpoint.pt").read() == b"2"
+    with tarfile.open(tmp_path / "new folder" / "results.tgz") as archive:
+        assert sorted(archive.getnames()) == ["records/1.json", "records/2.json"]
+    said = train(str(out), "60s", "table4", codes=(2,))
+    assert f"error: {out} holds what an earlier command brought: name an empty folder." in said
+
+
+def test_checkpoints_come_home_beside_a_refused_record_and_only_newer_ones_replace_others(rental, tmp_path):
+    out = tmp_path / "out"
+    for number, lines in enumerate((2, 3, 1)):
+        run = tmp_path / str(number) / "runs" / "one"
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("row\n" * lines)
+        (run / "checkpoint.pt").write_text(str(number))
+        (tmp_path / str(number) / "records").mkdir()
+        (tmp_path / str(number) / "records" / "wrong.json").write_text("{}")
+        with tarfile.open(out / "results.tgz", "w:gz") as archive:
+            archive.add(tmp_path / str(number), ".")
+        said = rental("home", "out", codes=(1,))
+        assert "wrong.json" in said
+        assert (tmp_path / "home" / "runs" / "one" / "checkpoint.pt").read_text() == "011"[number]
+        assert ("left as it is there" in said) == (number == 2)
 
 
 def test_half_an_archive_of_kernels_does_not_end_a_rental(rental, tmp_path):
@@ -130,7 +158,7 @@ def test_a_package_and_compiled_kernels_come_along(rental, tmp_path):
     with tarfile.open(load / "inductor.aa", "w:gz") as archive:
         archive.add(load / "kernels", "kernels")
     said = rental("check", str(load), str(out))
-    assert (tmp_path / "work" / "inductor" / "kernels" / "one.py").exists()
+    assert (tmp_path / "my work" / "inductor" / "kernels" / "one.py").exists()
     assert "error:" in said
     assert "error:" in (out / "log").read_text()
 
@@ -138,3 +166,16 @@ def test_a_package_and_compiled_kernels_come_along(rental, tmp_path):
 @pytest.mark.parametrize("arguments", [(), ("train", "a", "b"), ("check", "a"), ("fly", "a", "b")], ids=" ".join)
 def test_mistakes_show_the_usage(rental, arguments):
     assert "rented_gpu.sh train LOAD OUT" in rental(*arguments, codes=(2,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("train", "load", "out", "9m30", "table4"), "BUDGET is a time, such as 490s, 9m or 1h30m, not 9m30."),
+        (("home", "nowhere"), "nowhere is not a folder: name what the rental brought."),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_done(rental, tmp_path, arguments, says):
+    assert f"error: {says}" in rental(*arguments, codes=(2,))
+    assert not (tmp_path / "my work").exists()
+    assert not (tmp_path / "nowhere").exists()

@@ -223,7 +223,10 @@ def test_other_code_than_trained_measures_and_the_record_says_which(older, here,
     monkeypatch.setattr("mbn.records.provenance.versions", lambda: versions)
     monkeypatch.setattr(running, "COMMIT", "e" * 40)
     monkeypatch.setattr(running, "DIRTY", True)
-    assert here(PRECISE).code == 0
+    done = here(PRECISE)
+    assert done.code == 0
+    assert "conditions change" not in done.err  # nothing is trained
+    assert "resuming" not in done.out
     after = left().record()
     assert {key for key in after if after[key] != before[key]} == {"controls", "checksum"}
     by = without(after["controls"]["by"], ["date", "device"])

@@ -71,14 +71,14 @@ def test_bn_stands_beside_mbn_under_the_rules_that_each_has(records):
 
 def test_the_page_of_controls_has_means_over_the_runs_and_the_seeds_that_have_them(records):
     assert controls_page(cells_of(records)) == ""
-    put(records, "BN", 0, train_error=6.0, population_gap={"mean": 0.004, "std": 0.01}, test_error_precise=9.1)
-    put(records, "BN", 1, train_error=5.0, population_gap={"mean": 0.0061, "std": 0.01})
+    put(records, "BN", 0, train_error=6.0, population_gap={"mean": 9.5, "std": 0.01}, test_error_precise=9.1)
+    put(records, "BN", 1, train_error=5.0, population_gap={"mean": 12.25, "std": 0.01})  # sorted as numbers
     put(records, "MBN", 1, train_error=5.5, test_error_precise=7.5)
     records[grid.read("table4").cell("8", "MBN").name(0)]["curves"]["dead_layers"] = [0, 3]
     gone = records[grid.read("table4").cell("8", "MBN").name(2)]
     gone |= {"test_error": None, "diverged_at": 70000, "curves": {"dead_layers": [9]}}
     by_cell, against = controls_page(cells_of(records)).split("## Against BN")
-    bn = "| 8.50 | 5.50 (2) | 9.00 | 9.10 (1) | 0.0040 to 0.0061 | 0.0100 | - |"
+    bn = "| 8.50 | 5.50 (2) | 9.00 | 9.10 (1) | 9.5000 to 12.2500 | 0.0100 | - |"
     mbn = "| 7.60 | 5.50 (1) | 7.60 | 7.50 (1) | - | - | 0: 3 |"
     assert f"| {PLACE}, BN-1 {bn}\n| {PLACE}, MBN-2 {mbn}\n" in by_cell
     # Seed 1 alone has the training error of both, and none has the precise error of both.

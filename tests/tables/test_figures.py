@@ -12,7 +12,7 @@ from mbn import grid
 from mbn.methods import METHODS
 from mbn.tables import figures as drawing
 from mbn.tables.cells import read_records
-from mbn.tables.figures.style import look
+from mbn.tables.figures.style import curve, look
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,29 @@ def test_error_against_batch_size(figures):
     bars = [bar for c in panel.collections for bar in c.get_segments()]
     assert sorted({2 ** round(log2(x)) for (x, _), _ in bars}) == [8, 128]
     assert [high - low for (_, low), (_, high) in bars] == [pytest.approx(2 * 0.1 / 2**0.5)] * 4
+
+
+def test_a_seed_without_a_curve_does_not_take_it_from_the_others(tmp_path):
+    """Older records lack some."""
+    g = grid.read("table4")
+    cell = g.cell("8", "BN")
+    for seed in (0, 1):
+        toy_records.write(tmp_path, cell, seed, 15.0)
+    records = read_records(tmp_path)
+    table = toy_records.table(g, records)
+    both = curve(table, cell, "gap_mean")
+    del records[cell.name(1)]["curves"]["gap_mean"]
+    assert curve(table, cell, "gap_mean") == [(x, ys[:1]) for x, ys in both]
+    del records[cell.name(0)]["curves"]["gap_mean"]
+    assert curve(table, cell, "gap_mean") == []
+
+
+def test_a_table_whose_runs_have_all_diverged_has_no_panel(tmp_path):
+    toy_records.write_diverged(tmp_path, grid.read("table4-resnet20").cell("8", "MBN-1"), 0, at=5)
+    assert drawing.draw(read_records(tmp_path))["batch-size"] is None
+    toy_records.write(tmp_path, grid.read("table4").cell("8", "BN"), 0, 15.4)
+    (panel,) = drawing.draw(read_records(tmp_path))["batch-size"].axes
+    assert panel.get_title() == "ResNet-56 on CIFAR-10"
 
 
 def test_a_far_error_is_an_arrow_and_a_panel_shows_only_the_sizes_that_it_has(tmp_path):

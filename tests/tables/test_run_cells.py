@@ -6,12 +6,19 @@ import pytest
 import toy_records
 
 from mbn import grid
-from mbn.tables.by_seed import by_seed
+from mbn.methods import METHODS
+from mbn.tables.by_seed import _order, by_seed
 from mbn.tables.cells import read_records, read_tables
 from mbn.tables.evidence import evidence_part
 from mbn.tables.run_cells import run_cells
 
 PLACE = "ResNet-20 on CIFAR-10, batch 8"
+
+
+def test_methods_are_sorted_by_labels_that_may_have_several_words(monkeypatch):
+    monkeypatch.setitem(METHODS, "another", dataclasses.replace(METHODS["bn"], label="Batch Norm"))
+    methods = ["Batch Norm-2", "MBN-2 batch", "BRN-2", "BN-1", "Batch Norm-1", "GN"]
+    assert sorted(methods, key=_order) == ["BN-1", "BRN-2", "MBN-2 batch", "GN", "Batch Norm-1", "Batch Norm-2"]
 
 
 def with_settings(cell, *settings):

@@ -105,9 +105,10 @@ def test_what_is_asked_for_and_cannot_be_done_is_refused(faults, wanted, says):
 
 def test_choices_are_made_once(monkeypatch):
     assert choose_threads(None, 3) == 3
-    assert choose_threads(None, None) == torch.get_num_threads()
+    assert choose_threads(None, None) == min(execution.TORCHS_THREADS, execution.cores())
     monkeypatch.setattr(execution, "cores", lambda: 2)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(execution, "TORCHS_THREADS", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as an earlier run of this process has set it
     assert choose_threads(None, None) == 2  # a container may use 2 of 64
     assert choose_device("auto", "cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -120,7 +121,7 @@ def test_a_gpu_of_a_number_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1", None) == torch.device("cuda:1")
-    with pytest.raises(UserError, match=r"^there is no cuda:2 here: machine\.device=cpu uses the CPU\.$"):
+    with pytest.raises(UserError, match=r"^there is no cuda:2 here: machine\.device=cuda uses the first GPU, "):
         choose_device("cuda:2", None)
 
 

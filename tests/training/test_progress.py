@@ -131,7 +131,7 @@ def test_a_busy_machine_is_said_in_one_line_that_names_the_setting(monkeypatch, 
 def test_threads_that_were_asked_for_are_not_commented_on(here, monkeypatch):
     monkeypatch.setattr("mbn.training.execution.cores", lambda: 2)
     monkeypatch.setattr(progress, "tasks_of_others", lambda: 99)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("mbn.training.execution.TORCHS_THREADS", 2)
     assert here("machine.threads=2").err == ""
     assert "machine.threads=1" in here("machine.threads=null", "seed=1").err
 

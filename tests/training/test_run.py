@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import running
@@ -19,11 +20,13 @@ from mbn.methods import METHODS
 from mbn.records import sense
 from mbn.system.errors import UserError
 from mbn.system.files import lock
-from mbn.system.signals import Stop
+from mbn.system.signals import Stop, StopRequest
 from mbn.training import run as run_module
 from mbn.training.iteration import Update
 
 SIGNALS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+    SIGNALS["SIGHUP"] = 75
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -35,6 +38,22 @@ def test_a_signal_finishes_the_iteration_saves_and_ends_with_its_code(here, left
     assert "stopped at iteration 4 of 8" in stopped.err
     assert left().checkpoint()["iteration"] == 4
     assert [signal.getsignal(getattr(signal, other)) for other in SIGNALS] == before
+
+
+def test_a_signal_that_comes_while_processes_agree_is_kept_for_the_next_time():
+    stop, state = StopRequest(), types.SimpleNamespace(iteration=3, length=8)
+
+    class Others:
+        lost_launcher = False
+
+        def highest(self, *numbers):
+            stop.code = 75  # a handler of signals runs meanwhile
+            return list(numbers)
+
+    run = types.SimpleNamespace(processes=Others(), state=state)
+    assert run_module.Run._agree(run, stop, True) == (True, False)
+    assert stop.code == 75
+    assert run_module.Run._agree(run, stop, False) == (False, True)
 
 
 def test_a_signal_in_the_last_iteration_still_ends_the_run(here, left, after):
@@ -509,3 +528,11 @@ def test_a_sweep_that_is_trained_again_and_stopped_shows_no_earlier_result(here,
     done = here("-m", "seed=0,1", "machine.again=true")
     assert done.code == 75
     assert done.out.count("  not trained again\n") == 2
+    assert "note: with machine.again=true" not in done.err  # the first run itself was stopped
+
+
+def test_a_sweep_that_is_trained_again_and_stopped_later_says_what_the_same_command_would_do(here, after):
+    after(10, send("SIGTERM"))  # in the second run
+    done = here("-m", "seed=0,1", "machine.again=true")
+    assert done.code == 75
+    assert "note: with machine.again=true the same command trains 1 run again that is finished now" in done.err

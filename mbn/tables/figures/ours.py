@@ -35,7 +35,9 @@ def batch_size(tables: Sequence[Table], paper: Table) -> Figure | None:
 
     paper: the table whose printed numbers are drawn in grey, in the panel of the network that they belong to.
     """
-    drawn = [(table, _by_size(table), _printed(paper, table)) for table in tables if table.has_runs]
+    found = [(table, _by_size(table), _printed(paper, table)) for table in tables if table.has_runs]
+    # Of a table may all runs have diverged, and the paper may print nothing there.
+    drawn = [(table, ours, theirs) for table, ours, theirs in found if any(points for _, points in ours + theirs)]
     if not drawn:
         return None
     sizes = [sorted({x for _, points in ours + theirs for x, _ in points}) for _, ours, theirs in drawn]

@@ -79,8 +79,8 @@ def over_training(table: Table, row: str, key: str) -> Lines:
 
 
 def curve(table: Table, cell: Cell, key: str, of_training: bool = False) -> Points:
-    """A curve of a cell: (x, one value for each seed) at the points that the records of all seeds have, except of those
-    that diverged.
+    """A curve of a cell: (x, one value for each seed) at the points that all seeds have whose records have this curve;
+    those that diverged are left out.
 
     key: a curve with one point per epoch, or "loss" or "error" for the finer ones of training. x: images seen, in
     epochs, or in percent of training. Empty where nothing has run.
@@ -91,6 +91,7 @@ def curve(table: Table, cell: Cell, key: str, of_training: bool = False) -> Poin
         curves = one["curves"].get("training", {}) if key in ("loss", "error") else one["curves"]
         images, numbers = curves.get("images", []), curves.get(key, [])
         found.append({i / unit: y for i, y in zip(images, numbers, strict=False)})
+    found = [one for one in found if one]
     common = sorted(set.intersection(*map(set, found))) if found else []
     return [(x, [f[x] for f in found]) for x in common]
 
