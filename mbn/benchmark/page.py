@@ -165,8 +165,8 @@ def page(report: dict[str, Any], findings: Findings, bars: list[Bar]) -> str:
         "process, and ratios are taken round by round. compile: the forwards are compiled; graph-eager: the iteration "
         "is captured as a CUDA graph and replayed; graph: both; a bar takes the faster one. On a GPU fp32 is with "
         "TF32 in convolutions and matrix products. The plain loop is PIL images with torchvision's transforms, a "
-        f"DataLoader with {WORKERS} workers, `nn.BatchNorm2d` and `torch.optim.SGD`; all others have the data on the "
-        "device.",
+        f"DataLoader with {WORKERS} worker{'s' * (WORKERS > 1)}, `nn.BatchNorm2d` and `torch.optim.SGD`; all others "
+        "have the data on the device.",
         "",
         "| bar | measured | bound | |",
         "|---|---|---|---|",

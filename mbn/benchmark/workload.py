@@ -24,7 +24,7 @@ from mbn.training.iteration import READ_EVERY, Update
 
 Build = Callable[..., nn.Module]
 # The plain loop's loader prepares this many batches ahead; they must not count as its speed.
-WORKERS, PREFETCHED = 2, 4
+WORKERS, PREFETCHED = min(2, configuration.cores()), 4
 
 
 @dataclass(frozen=True)
