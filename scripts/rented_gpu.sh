@@ -101,19 +101,20 @@ pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   split_up "$1" finished "$((8 - $(find "$1" -type f | wc -l)))" "${finished[@]}"
 }
 
-bring_runs() { # FROM TO: of a run that is in both, the folder whose journal is longer
-  local path run there
+rows() { if [ -f "$1/metrics.jsonl" ]; then wc -l <"$1/metrics.jsonl"; else echo 0; fi; }
+
+bring_runs() { # FROM TO: a checkpoint that is there already makes way only for one with a longer journal
+  local path run
   while IFS= read -r path; do
     run=${path#"$1/"}
-    run=${run%/metrics.jsonl}
-    there="$2/$run/metrics.jsonl"
-    if [ -f "$there" ] && [ "$(wc -l <"$path")" -le "$(wc -l <"$there")" ]; then
+    if [ -f "$2/$run/checkpoint.pt" ] &&
+      { [ ! -f "$path/checkpoint.pt" ] || [ "$(rows "$path")" -le "$(rows "$2/$run")" ]; }; then
       echo "$run: $2 has as much of it: left as it is there"
       continue
     fi
     mkdir -p "$2/$run"
-    cp -r "${path%/*}/." "$2/$run/"
-  done < <(find "$1" -name metrics.jsonl)
+    cp -r "$path/." "$2/$run/"
+  done < <(find "$1" \( -name metrics.jsonl -o -name checkpoint.pt \) -exec dirname {} \; | sort -u)
 }
 
 split_up() { # OUT NAME MOST PATH...

@@ -110,6 +110,8 @@ def _difference_table(table: Table) -> str:
 def detectable_sentence(tables: list[Table]) -> str:
     """The standard deviation of test errors of each network, and what the planned seeds would show; or nothing, where
     another number is asked for."""
+    if tables[0].seeds != SEEDS:
+        return ""
     cells = [cell for table in tables for cell in table.grid.cells if cell.overrides is not None]
     said = []
     for name in dict.fromkeys(map(network, cells)):
@@ -117,7 +119,7 @@ def detectable_sentence(tables: list[Table]) -> str:
         if spread.sd is not None:
             of = f"standard deviation {spread.sd:.2f}, known with {spread.freedom} degrees of freedom"
             said.append(f"{detectable(spread.sd):.2f} on {name} ({of})")
-    if not said or tables[0].seeds != SEEDS:
+    if not said:
         return ""
     return (
         f"{SEEDS} seeds of each cell are planned, whatever they show. In a t test of two cells alone they would show a "

@@ -140,6 +140,22 @@ def test_checkpoints_come_home_beside_a_refused_record_and_only_newer_ones_repla
         assert ("left as it is there" in said) == (number == 2)
 
 
+def test_a_checkpoint_comes_home_after_its_journal_and_a_journal_alone_replaces_no_checkpoint(rental, tmp_path):
+    """As many checkpoints come as there is room for; the journals come always."""
+    out, here = tmp_path / "out", tmp_path / "home" / "runs" / "one"
+    for number, (lines, checkpoint) in enumerate([(2, False), (2, True), (3, False)]):
+        run = tmp_path / str(number) / "runs" / "one"
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("row\n" * lines)
+        if checkpoint:
+            (run / "checkpoint.pt").write_text(str(number))
+        with tarfile.open(out / "results.tgz", "w:gz") as archive:
+            archive.add(tmp_path / str(number), ".")
+        rental("home", "out")
+    assert (here / "checkpoint.pt").read_text() == "1"
+    assert (here / "metrics.jsonl").read_text() == "row\n" * 2
+
+
 def test_half_an_archive_of_kernels_does_not_end_a_rental(rental, tmp_path):
     load = tmp_path / "load"
     with tarfile.open(load / "inductor.aa", "w:gz") as archive:
