@@ -56,10 +56,13 @@ class AllRuns:
         named = {seed: cell.name(seed, self.scale) for seed in range(self.seeds)}
         return {seed: self.records[name] for seed, name in named.items() if name in self.records}
 
+    def lost(self, cell: Cell) -> int:
+        """How many of a cell's runs diverged."""
+        return sum(map(record.diverged, self.of(cell).values()))
+
     def diverge(self, cell: Cell) -> bool:
         """Whether a cell has runs, and all of them diverged."""
-        runs = self.of(cell).values()
-        return bool(runs) and all(map(record.diverged, runs))
+        return 0 < self.lost(cell) == len(self.of(cell))
 
     def values(self, cell: Cell, measure: Taken) -> Values:
         """One number of each of a cell's runs, by seed, without those that have none."""
@@ -93,7 +96,8 @@ class AllRuns:
         if not values:
             return None
         group, mean = pooled_with(cell), statistics.fmean(values.values())
-        return Sample(cell.name(0, self.scale), mean, len(values), group, self.spread(group, measure))
+        spread, lost = self.spread(group, measure), self.lost(cell)
+        return Sample(cell.name(0, self.scale), mean, len(values), group, spread, lost)
 
 
 def network(cell: Cell) -> str:
@@ -171,9 +175,8 @@ class Table:
         ]
 
     def entry(self, cell: Cell, metric: str) -> "Entry":
-        runs, measure = self.runs(cell), Measure(metric)
-        sample = self.all_runs.sample(cell, measure)
-        values, lost = self.values(cell, metric), sum(map(record.diverged, runs.values()))
+        measure = Measure(metric)
+        sample, values = self.all_runs.sample(cell, measure), self.values(cell, metric)
         to_bn, papers = None, None
         if cell.overrides is not None and (bn := cell.baseline()).name(0) != cell.name(0):
             of_bn = self.all_runs.sample(bn, measure)
@@ -181,7 +184,7 @@ class Table:
             printed = [c.paper.get(metric) for c in self.grid.cells if c.overrides and c.name(0) == bn.name(0)]
             ours = cell.paper.get(metric)
             papers = float(ours) - float(printed[0]) if ours and printed and printed[0] else None
-        return Entry(cell, metric, self.seeds, values, lost, sample, to_bn, papers)
+        return Entry(cell, metric, self.seeds, values, self.all_runs.lost(cell), sample, to_bn, papers)
 
 
 @dataclass(frozen=True)

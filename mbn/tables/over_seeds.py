@@ -46,13 +46,17 @@ def pooled(cells: Iterable[Values]) -> Spread:
 
 @dataclass(frozen=True)
 class Sample:
-    """The mean of a cell over its n seeds, and the Spread of its group. name: the cell's."""
+    """The mean of a cell over its n seeds, and the Spread of its group.
+
+    name: the cell's. diverged: how many more seeds have no number, because their runs diverged.
+    """
 
     name: str
     mean: float
     n: int
     group: str
     spread: Spread
+    diverged: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,12 @@ class Contrast:
     of freedom, or (Satterthwaite) (sum V_g)² / sum (V_g² / freedom_g) of them where there are several groups. There is
     no interval (None) where a group has no sd.
 
-    ns: the seeds of each mean, as they are printed.
+    ns: the seeds of each mean, as they are printed; diverged: those beside them that diverged.
     """
 
     parts: tuple[tuple[Sample, float], ...] = ()
     ns: tuple[int, ...] = ()
+    diverged: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float | None:
@@ -125,25 +130,32 @@ class Contrast:
 
     @property
     def n(self) -> str:
-        """Examples: 5+5; 5 each, of more than two."""
-        same = len(self.ns) > 2 and len({*self.ns}) == 1
-        return f"{self.ns[0]} each" if same else "+".join(map(str, self.ns))
+        """Examples: 5+5; 4 (1 diverged)+5; 5 each, of more than two."""
+        counts = [f"{n} ({lost} diverged)" if lost else f"{n}" for n, lost in zip(self.ns, self.diverged, strict=True)]
+        same = len(counts) > 2 and len({*counts}) == 1
+        return f"{counts[0]} each" if same else "+".join(counts)
 
 
 def contrast(samples: Sequence[Sample], weights: Sequence[float]) -> Contrast:
-    return Contrast(tuple(zip(samples, weights, strict=True)), tuple(sample.n for sample in samples))
+    return Contrast(
+        tuple(zip(samples, weights, strict=True)), tuple(s.n for s in samples), tuple(s.diverged for s in samples)
+    )
 
 
 def together(contrasts: Sequence[Contrast]) -> tuple[Contrast, list[float]]:
     """The mean of several contrasts, weighted by precision, and the weights. All must have one; their means may be
-    shared, and ns are added up place by place."""
+    shared, and ns and diverged are added up place by place."""
     precisions = [contrast.precision or 0.0 for contrast in contrasts]
     weights = [precision / sum(precisions) for precision in precisions]
     found: dict[str, tuple[Sample, float]] = {}
     for one, weight in zip(contrasts, weights, strict=True):
         for sample, own in one.parts:
             found[sample.name] = (sample, found.get(sample.name, (sample, 0.0))[1] + weight * own)
-    return Contrast(tuple(found.values()), tuple(map(sum, zip(*(one.ns for one in contrasts), strict=True)))), weights
+    ns, lost = (
+        tuple(map(sum, zip(*counts, strict=True)))
+        for counts in ([one.ns for one in contrasts], [one.diverged for one in contrasts])
+    )
+    return Contrast(tuple(found.values()), ns, lost), weights
 
 
 @dataclass(frozen=True)

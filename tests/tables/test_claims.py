@@ -125,7 +125,7 @@ def test_seeds_that_diverged_have_no_part_in_a_claim():
     cells["one forward", "BN"][1] = {"test_error": 7.0}
     (verdict,) = claims.judge(claim, all_runs(FIGURE1, cells))
     assert not verdict.diverges
-    assert (verdict.number.ns, verdict.number.mean) == ((2, 1), pytest.approx(-0.9))
+    assert (verdict.number.n, verdict.number.mean) == ("2 (1 diverged)+1 (1 diverged)", pytest.approx(-0.9))
     (drop, *_) = [claim for claim in FIGURE2.claims if isinstance(claim, grid.Drop)]
     runs = all_runs(FIGURE2, {("VGG", "MBN"): {0: lost}})
     assert not any(v.has_run for v in claims.judge(drop, runs))

@@ -100,6 +100,16 @@ def test_contrasts_together_are_weighted_by_precision():
     assert shared.precision**-1 == pytest.approx(a.spread.sd**2 * (1 / 4 + 1 / 16 + 1 / 16))
 
 
+def test_seeds_that_diverged_are_named_beside_n():
+    a, b, _ = samples(A, B, C)
+    some = Sample("d", 6.0, 3, "g", a.spread, diverged=2)
+    assert (contrast([a, b], (1, -1)).n, contrast([some, b], (1, -1)).n) == ("4+4", "3 (2 diverged)+4")
+    every = together([contrast([a, some], (1, -1)), contrast([some, b], (1, -1))])[0]
+    assert every.n == "7 (2 diverged)+7 (2 diverged)"
+    assert contrast([a, a, some], (1, -1, -1)).n == "4+4+3 (2 diverged)"
+    assert contrast([some, some, some], (1, -1, -1)).n == "3 (2 diverged) each"
+
+
 def test_a_printed_number_is_compared_with_the_interval_for_one_more_run():
     """The variance by hand, in sd²: of one cell, of two, and of two places that share a cell, which has one more run
     and not two."""
