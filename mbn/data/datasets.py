@@ -1,6 +1,7 @@
 """Opens a run's data set: scikit-learn's digits, CIFAR from its official files, ImageNet from folders."""
 
 import contextlib
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -101,8 +102,7 @@ def _fetch_missing(cifar, folder: Path, files: list[Path]) -> None:
                 return
             if not (archive.is_file() and md5(archive) == cifar.tgz_md5):
                 download(addresses, archive, cifar.tgz_md5)
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+            _unpack(archive, folder / cifar.base_folder)
     except (UserError, OSError) as error:
         with contextlib.suppress(OSError):  # a folder that was perhaps mistyped does not stay
             if new and list(folder.iterdir()) == [lock]:
@@ -114,3 +114,16 @@ def _fetch_missing(cifar, folder: Path, files: list[Path]) -> None:
             f"{cifar.base_folder} from one of {' or '.join(addresses)} into {folder}, or set "
             "machine.data=FOLDER to where it is; `python train.py experiment=quickstart` needs no download."
         ) from None
+
+
+def _unpack(archive: Path, base: Path) -> None:
+    """Unpack base, the one folder of an archive. Each file comes there whole: a process that is stopped meanwhile
+    leaves no half file, and another one that looks meanwhile sees none.
+    """
+    part = base / ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(part, filter="data")
+    for path in (part / base.name).iterdir():
+        path.replace(base / path.name)
+    shutil.rmtree(part)

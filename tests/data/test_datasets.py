@@ -434,6 +434,25 @@ def test_missing_cifar_is_downloaded_once_and_read(tmp_path, monkeypatch, serve,
     assert server.asked == [None]
 
 
+def test_cifar_that_is_stopped_while_it_is_unpacked_leaves_no_half_file(tmp_path, monkeypatch, little_cifar):
+    archive, unpack, folder = little_cifar[1], tarfile.TarFile.extractall, tmp_path / "cifar-10-batches-py"
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive)
+
+    def stopped(tar, path, **more):
+        unpack(tar, path, **more)
+        assert not [file for file in folder.iterdir() if file.is_file()]  # as another process sees it
+        for file in Path(path).rglob("*_batch*"):
+            file.write_bytes(file.read_bytes()[:10])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            datasets.load_cifar("cifar10", tmp_path)
+    assert len(datasets.load_cifar("cifar10", tmp_path).train_labels) == 5 * 4
+    assert {path.name for path in folder.iterdir()} == {*little_cifar[0]}
+
+
 def test_one_of_two_processes_downloads_cifar_and_the_other_waits_for_it(
     tmp_path, monkeypatch, capsys, serve, little_cifar
 ):
