@@ -50,7 +50,8 @@ def as_in_training(
         def take(x: Any) -> Any:
             with torch.no_grad(), phase(of_two, "second") if roll else held(module):
                 y = (forward or module)(x)
-            enter_noted(layers)
+            if roll:
+                enter_noted(layers)
             return y
 
         yield take

@@ -339,12 +339,18 @@ class BatchStatisticsNorm(nn.Module):
 
     @torch.no_grad()
     def _add_to_tally(self, x: Tensor, mean: Tensor, variance: Tensor, n: Tensor) -> None:
-        """Take the values of x into their mean, variance and number (Chan et al. 1979), in place."""
+        """Take the values of x into their mean, variance and number (Chan et al. 1979), in place.
+
+        A batch that is empty (in all processes), or whose moments are not finite in a channel, is left out.
+        """
         if x.numel() == 0 and self.joint_group() is None:
             return
         new_mean, new_variance, new_n = self.moments(x)
-        n += new_n
-        share = new_n / n
+        finite = (new_mean.isfinite() & new_variance.isfinite()).all()
+        new_mean, new_variance = (torch.where(finite, new, 0) for new in (new_mean, new_variance))
+        counted = finite.to(n.dtype) * new_n
+        n += counted
+        share = counted / n.clamp(min=1)
         distance = new_mean - mean
         mean += share * distance
         variance.mul_(1 - share).add_(share * new_variance).add_(share * (1 - share) * distance.square())
@@ -550,10 +556,13 @@ def in_backward() -> bool:
 
 
 def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
-    """Whether a BatchNorm's running statistics come from data. The counter alone does not say so: files may lack it."""
+    """Whether a BatchNorm's running statistics come from data. The counter alone does not say so: files may lack it.
+
+    A new BatchRenorm becomes a BatchNorm of variance 1 - eps, which is not from data either.
+    """
     if mean.is_meta or not bool((mean.isfinite() & var.isfinite()).all()):
         return False
-    return (tracked is not None and bool(tracked > 0)) or bool(((mean != 0) | (var != 1)).any())
+    return (tracked is not None and bool(tracked > 0)) or bool(((mean != 0) | ((var - 1).abs() > 0.01)).any())
 
 
 def _shortest(value: float, dtype: torch.dtype) -> float:

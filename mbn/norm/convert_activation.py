@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ def what_follows(old: nn.Module, dims: tuple[int, ...]) -> Follows | None:
     """
     if type(old) in PLAIN and not old._modules:
         return {}, ()
+    if len(inspect.signature(type(old).forward).parameters) != 2:  # it may be called with more than x, as ours cannot
+        return None
     # The device innermost, so that the caller's default changes nothing.
     with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

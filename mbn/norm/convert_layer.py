@@ -8,6 +8,7 @@ from .base import BatchStatisticsNorm
 from .batch import _BatchNorm
 from .convert_activation import ACTIVATION, what_follows
 from .convert_attributes import cannot_carry, carry_parameters, more_attributes
+from .freeze import require_gradients_again
 from .functional import statistics_dtype
 from .memorized import _MemorizedBatchNorm
 
@@ -126,6 +127,8 @@ def to_torchs(old: Any, ours: type[Any], torchs: type[Any], wide: dict[nn.Parame
     torchs: the BatchNorm for its number of dimensions, if old was not converted from another. wide: for parameters in
     half precision the same in float32.
     """
+    if old.frozen:  # which a BatchNorm cannot be; it stays in eval mode until train() is called
+        require_gradients_again(old)
     new: Any = old.origin if old.origin is not None else torchs(1, affine=False)
     mean, var = old.test_statistics()
     seen = new.__dict__.pop("num_batches_tracked", 0)

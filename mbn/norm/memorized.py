@@ -219,6 +219,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         for name in ("memory_mean", "memory_var", "memory_count", "memory_weight", "running_mean"):
             getattr(self, name).zero_()
         self.running_var.fill_(1)
+        if self.origin is not None:
+            self.origin.__dict__["num_batches_tracked"] = 0
 
     reset_running_stats = forget
 

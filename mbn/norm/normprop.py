@@ -69,7 +69,9 @@ class UnitConv2d(nn.Conv2d):
         self.weight.div_(self._norms().view(-1, 1, 1, 1))
 
     def _norms(self) -> Tensor:
-        return self.weight.flatten(1).norm(dim=1)
+        """1 for a filter that is zero: it stays so, and its output is beta."""
+        norms = self.weight.flatten(1).norm(dim=1)
+        return torch.where(norms == 0, 1, norms)
 
 
 class StandardReLU(nn.Module):

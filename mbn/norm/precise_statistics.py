@@ -22,7 +22,8 @@ def set_precise_statistics(
 ) -> None:
     """Replace the test statistics of our layers inside module by those of their inputs over batches.
 
-    A layer that no batch reaches keeps what it has. Every value counts the same, in whichever batch it is. For
+    A layer that no batch reaches keeps what it has. Every value counts the same, in whichever batch it is; a batch that
+    is not finite where it reaches a layer (an overflow) does not count there, as in training. For
     evaluation after training, above all with batches too small for the memory to hold many images;
     `torch.optim.swa_utils.update_bn` does the same for nn.BatchNorm. To train on afterwards use a copy for this:
     MemorizedBatchNorm would take the new statistics for its memory's pool.

@@ -24,16 +24,18 @@ def phase(layers: Iterable[BatchStatisticsNorm], name: str) -> Iterator[None]:
     before = [layer.phase for layer in layers]
     for layer in layers:
         layer.phase = name
-        if name == "second":
-            layer.noted = ()  # of a forward that was interrupted
+    ended = False
     try:
         yield
+        ended = True
         if name == "second":
             for layer in layers:
                 layer.second_forward_was_run()
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.phase = old
+            if name == "second" and not ended:  # what it has noted so far is to be entered nowhere
+                layer.noted = ()
 
 
 def held(module: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -80,8 +82,12 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling():
         _check_order(layers)
     torch.clear_autocast_cache()  # it may hold the weights from before the step
-    with torch.no_grad(), phase(layers, "second"):
-        output = module(*args, **kwargs)
+    try:
+        with torch.no_grad(), phase(layers, "second"):
+            output = module(*args, **kwargs)
+    finally:
+        # Before torch 2.11 or so it would keep casts without a gradient, and the next forward would train nothing.
+        torch.clear_autocast_cache()
     enter_noted(layers)
     return output
 

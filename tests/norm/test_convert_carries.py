@@ -185,6 +185,16 @@ def test_the_counter_comes_back_so_that_the_statistics_count_as_trained(norm, co
     assert untouched.num_batches_tracked == torch.tensor(0)
 
 
+def test_what_was_forgotten_is_not_counted_on_the_way_back():
+    old = nn.BatchNorm2d(3)
+    old(torch.randn(4, 3, 2, 2))
+    for reset in ("reset_parameters", "reset_running_stats"):
+        model = convert(nn.Sequential(copy.deepcopy(old)))
+        getattr(model[0], reset)()
+        assert to_batch_norm(model)[0].num_batches_tracked == 0
+    assert to_batch_norm(convert(nn.Sequential(old)))[0].num_batches_tracked > 0
+
+
 def test_a_layer_that_convert_did_not_make_becomes_a_plain_batch_norm():
     for dims, torchs in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
         assert type(to_batch_norm(NORMS["mbn"][dims](3))) is torchs

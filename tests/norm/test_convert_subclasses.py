@@ -227,6 +227,11 @@ class AlwaysEval(nn.BatchNorm2d):
         return super().train(False)
 
 
+class PerhapsTwoInputs(nn.BatchNorm2d):
+    def forward(self, x, mask=None):
+        return super().forward(x if mask is None else x * mask)
+
+
 class Halves(nn.BatchNorm2d):
     """As timm's SplitBatchNorm2d, whose statistics are taken over parts of the batch."""
 
@@ -250,6 +255,7 @@ class OfItsOwnKind(nn.modules.batchnorm._BatchNorm):
         with_function(lambda x: x.mean()),
         with_function(lambda x: (x, x)),
         TwoInputs(3),
+        PerhapsTwoInputs(3),
         AlwaysEval(3),
         Halves(3),
         OfItsOwnKind(3),

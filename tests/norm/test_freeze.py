@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from layer_kinds import kinds, network, one_or_two, snapshot, unchanged
+from layer_kinds import kinds, make, network, one_or_two, snapshot, unchanged
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
-from mbn import freeze, second_forward, unfreeze
+from mbn import convert, freeze, second_forward, to_batch_norm, unfreeze
 from mbn.norm.base import norm_layers
 
 
@@ -49,6 +50,52 @@ def test_unfrozen_layers_are_as_before(kind):
     freeze(net.eval())
     unfreeze(net)
     assert not any(layer.training for layer in norm_layers(net))
+
+
+@kinds
+def test_what_was_made_to_need_gradients_meanwhile_needs_them_after(kind):
+    """First the head alone, then everything. Two layers may share their gamma."""
+    net = nn.Sequential(make(kind), nn.ReLU(), make(kind))
+    net[2].weight = net[0].weight
+    freeze(net)
+    unfreeze(net)
+    assert all(p.requires_grad for p in net.parameters())
+    net.requires_grad_(False)
+    freeze(net)
+    unfreeze(net)
+    assert not any(p.requires_grad for p in net.parameters())
+    freeze(net)
+    net.requires_grad_(True)
+    unfreeze(net)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_pruned_and_parametrized_layers_are_frozen_too():
+    net = network("mbn paper")
+    pruned, parametrized, _ = norm_layers(net)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    parametrize.register_parametrization(parametrized, "weight", nn.Softplus(), unsafe=True)
+    x = torch.randn(4, 3, 5, 5).double()
+    freeze(net)
+    net(x).sum().backward()
+    changing = {name for name, p in net.named_parameters() if p.grad is not None}
+    assert changing == {"0.weight", "3.weight", "7.weight", "9.weight", "9.bias"}
+    unfreeze(net)
+    net(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("norm", ["brn", "bn", "mbn"])
+def test_a_frozen_network_becomes_one_that_is_not(norm):
+    net = network("mbn paper")
+    norm_layers(net)[0].bias.requires_grad_(False)
+    freeze(net)
+    new = convert(to_batch_norm(net), norm=norm)
+    for copied in (to_batch_norm(net), new):
+        needed = [p.requires_grad for i in (1, 4, 8) for p in copied[i].parameters()]
+        assert needed == [True, False, *[True] * 4]
+    assert not any(p.requires_grad for layer in norm_layers(net) for p in layer.parameters())  # itself is still
+    assert {layer.train().training for layer in norm_layers(new)} == {True}
 
 
 @pytest.mark.parametrize("part", [lambda net: net[1], lambda net: net], ids=["a layer", "its network"])

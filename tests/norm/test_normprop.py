@@ -62,6 +62,21 @@ def test_projection_gives_every_unit_layer_unit_rows_and_leaves_the_output_and_o
     assert_close(model(x), before, atol=1e-12, rtol=1e-12)
 
 
+def test_a_filter_of_zeros_gives_its_shift_and_stays_zero():
+    layer = UnitConv2d(3, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight[0].zero_()
+        layer.shift.fill_(0.5)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    for _ in range(2):
+        y = layer(x)
+        assert (y[:, 0] == 0.5).all()
+        y.sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+        layer.project_()
+    assert_close(layer.weight.flatten(1).norm(dim=1), torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
 def test_the_constants_follow_from_pi_and_are_the_printed_ones():
     """The mean and deviation of max(u, 0) for u ~ N(0, 1), integrated here by the trapezoidal rule."""
     u = torch.linspace(0, 12, 200_001, dtype=torch.float64)

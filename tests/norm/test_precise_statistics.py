@@ -58,6 +58,23 @@ def test_an_empty_batch_does_not_count(kind):
     assert_close(list(first.test_statistics()), list(second.test_statistics()), atol=0, rtol=0)
 
 
+@kinds
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_batch_that_is_not_finite_does_not_count(kind, value):
+    """Of a layer that all values of that batch reach; where none counts, it keeps what it has."""
+    first, second = (nn.Sequential(make(kind), make(kind)) for _ in range(2))
+    xs = [inputs(4, 3, 2, 2, at=n) for n in range(3)]
+    bad = xs[1].clone()
+    bad[0, 0, 0, 0] = value
+    set_precise_statistics(first, [xs[0], bad, xs[2]])
+    set_precise_statistics(second, [xs[0], xs[2]])
+    for one, other in zip(first, second, strict=True):
+        assert_close(list(one.test_statistics()), list(other.test_statistics()), atol=0, rtol=0)
+    with pytest.raises(ValueError, match="no layer saw a value"):
+        set_precise_statistics(first, [bad])
+    assert_close(list(first[0].test_statistics()), list(second[0].test_statistics()), atol=0, rtol=0)
+
+
 def test_frozen_layers_and_modes_stay_and_a_forward_can_be_given():
     net = network("mbn paper")
     freeze(net[1])
@@ -194,6 +211,17 @@ def test_layers_in_eval_mode_are_left_alone_unless_all_are(modes, taken, root):
     set_precise_statistics(net, [torch.randn(4, 3, 2, 2)])
     assert [not unchanged(*pair) for pair in zip(before, net, strict=True)] == taken
     assert (net.training, *(layer.training for layer in net)) == (root, *modes)
+
+
+def test_nothing_of_a_second_forward_that_failed_enters_a_held_memory():
+    net = nn.Sequential(make("mbn paper"), nn.Linear(9, 1).double())  # which does not fit
+    with pytest.raises(RuntimeError):
+        second_forward(net, inputs(4, 3, 2, 2))
+    assert net[0].noted == ()
+    other = make("mbn paper")
+    for layer in (net[0], other):
+        set_precise_statistics(layer, [inputs(4, 3, 2, 2, at=3)] * 3, roll=False)
+        assert layer.memory_count.sum() == 0
 
 
 def test_an_error_leaves_everything_as_it_was():

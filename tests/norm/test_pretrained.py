@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.testing import assert_close
 
-from mbn import MemorizedBatchNorm2d, convert, second_forward
+from mbn import BatchRenorm2d, MemorizedBatchNorm2d, convert, second_forward, to_batch_norm
 from mbn.norm.memories import AllMemories
 from mbn.norm.second_forward import phase
 
@@ -132,6 +132,15 @@ def test_convert_brings_them_and_a_network_that_was_not_trained_has_none():
     model = convert(copy.deepcopy(old))
     assert [layer.memory_count[0].item() for layer in model] == [-10, 0]
     assert convert(old, pretrained_batches=0)[0].memory_count[0] == 0
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-4, 1e-5, 1e-6])
+def test_a_batch_renorm_that_was_not_trained_brings_none(eps):
+    """Its running sigma has eps inside, so that the variance of the BatchNorm that it becomes is not quite 1."""
+    for new in (convert(nn.Sequential(nn.BatchNorm2d(3, eps=eps)), norm="brn"), nn.Sequential(BatchRenorm2d(3, eps))):
+        plain = to_batch_norm(new)
+        assert convert(copy.deepcopy(plain))[0].memory_count[0] == 0
+        assert convert(plain, norm="brn")[0].num_batches_tracked == 0
 
 
 def test_lambda_weighs_them_like_the_rest_of_the_memory():
