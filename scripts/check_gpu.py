@@ -95,7 +95,8 @@ def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build
     if options.out is not None:
         jobs.write_report(options.out, report)
     lanes = ", ".join(f"{n} for batch {batch}" for n, batch in zip(use["lanes"], sizes.batches, strict=True))
-    print(f"\n{use['why']}\nuse: machine.mode={use['mode']} ; reproduce.py --jobs {lanes}", flush=True)
+    measured = " (measured without compiling)" if use["mode"] == "graph" else ""
+    print(f"\n{use['why']}\nuse: machine.mode={use['mode']} ; reproduce.py --jobs {lanes}{measured}", flush=True)
     compared = {job.name for job in equalities.jobs()}
     bad = [why.startswith("failed") or (why == jobs.NO_TIME and name in compared) for name, why in status.items()]
     return 1 if any(bad) else jobs.exit_code(report)

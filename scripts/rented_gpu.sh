@@ -21,6 +21,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-/tmp/mbn}
 checkout=$work/checkout
+part=${PART:-15M} # of an archive: so much may a file have that is brought home
 export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$(nproc)}
 # Up to 32 lanes, each with a stream, may reach the device at a time.
@@ -88,14 +89,18 @@ pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   [ "${#names[@]}" -eq 0 ] || tar czf "$1/results.tgz" "${names[@]}"
   while IFS= read -r path; do
     local run=${path#runs/}
-    if compgen -G "*records/${run%/checkpoint.pt}.json" >/dev/null; then finished+=("$path"); else unfinished+=("$path"); fi
+    if compgen -G "*records/${run%/checkpoint.pt}.json" >/dev/null; then
+      finished+=("$path")
+    elif ! cmp -s "$path" "$here/results/unfinished/$run"; then # else it is as it was brought along
+      unfinished+=("$path")
+    fi
   done < <(find runs -name checkpoint.pt)
   # Unfinished runs first: without their checkpoints they are lost. Then as many finished ones as there is room for.
   split_up "$1" unfinished 4 "${unfinished[@]}"
   # A file may change while it is read: compilers can outlive training for a moment.
-  (tar cz -C "$work/inductor" . || true) | split -b 15M - "$1/inductor."
+  (tar cz -C "$work/inductor" . || true) | split -b "$part" - "$1/inductor."
   if [ -f "$1/inductor.ab" ]; then
-    echo "inductor: more than 15 MB, and half an archive of kernels is useless: left behind"
+    echo "inductor: more than $part, and half an archive of kernels is useless: left behind"
     rm "$1"/inductor.??
   fi
   split_up "$1" finished "$((8 - $(find "$1" -type f | wc -l)))" "${finished[@]}"
@@ -121,11 +126,11 @@ split_up() { # OUT NAME MOST PATH...
   local out=$1 name=$2 most=$3
   shift 3
   [ "$#" -gt 0 ] && [ "$most" -gt 0 ] || return 0
-  tar c "$@" | split -b 15M - "$out/$name."
+  tar c "$@" | split -b "$part" - "$out/$name."
   # The first files of half a tar can still be read.
   mapfile -t parts < <(find "$out" -name "$name.??" | sort)
   if [ "${#parts[@]}" -gt "$most" ]; then
-    echo "$name: ${#parts[@]} parts of 15 MB, of which $most fit"
+    echo "$name: ${#parts[@]} parts of $part, of which $most fit"
     rm "${parts[@]:$most}"
   fi
 }
@@ -170,6 +175,8 @@ print(sum(float(n) * {"s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts) - 
 PYTHON
 )
   settings=("machine.data='$data'" "machine.results='$work/results'" machine.checkpoint_seconds=60)
+  # A run that a CPU has begun or carried on stays on one if nothing is said.
+  [[ " $* " == *" machine.device="* ]] || settings+=(machine.device=cuda)
   [ -z "${MPS:-}" ] || { start_mps; settings+=(--no-lanes); }
   code=0
   # If it hangs, it is killed, so that what has come so far is taken home.
@@ -191,7 +198,10 @@ home)
   for name in unfinished finished; do
     if compgen -G "$out/$name.??" >/dev/null; then
       # The end is missing if not all fitted: take the files that are complete.
-      cat "$out/$name".?? | tar x --ignore-zeros -C "$unpacked" || echo "$name: not all checkpoints came home"
+      cat "$out/$name".?? | tar xv --ignore-zeros -C "$unpacked" >"$unpacked/names" || {
+        [ ! -s "$unpacked/names" ] || rm -f "$unpacked/$(tail -n 1 "$unpacked/names")" # it is cut off
+        echo "$name: not all checkpoints came home"
+      }
     fi
   done
   code=0

@@ -29,7 +29,8 @@ class Estimate:
         for one in records:
             # Tables and imports refuse a record that lacks one of these, or in which one cannot be true.
             with contextlib.suppress(AttributeError, KeyError, TypeError):
-                if diverged(one):  # after a part of these iterations
+                # Diverged: after a part of these iterations. On two kinds of device: at two speeds.
+                if diverged(one) or all(kind in one.get("device", "") for kind in ("cuda", "cpu")):
                     continue
                 numbers = ("iterations", "images", "seconds")
                 if not all(RULES[key].holds(one[key]) for key in numbers) or one["iterations"] < SHORTEST:

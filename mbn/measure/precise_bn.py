@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mbn.norm.base import norm_layers
 from mbn.norm.memories import enter_noted
 from mbn.norm.precise_statistics import set_precise_statistics
-from mbn.system.cuda_graph import Captured, first_line, warn
+from mbn.system.cuda_graph import Captured, first_line, uncaptured, warn
 
 
 def take_precise_statistics(
@@ -44,9 +44,12 @@ def take_precise_statistics(
         enter_noted(layers)
 
     def forward(images: Tensor) -> None:
-        if captured and len(images) not in forwards:
-            forwards[len(images)] = Captured(take, lambda error: warn(first_line(error)))
-        forwards.get(len(images), model)(images)
+        if captured:
+            if len(images) not in forwards:
+                forwards[len(images)] = Captured(take, lambda error: warn(first_line(error)))
+            forwards[len(images)](images)
+        else:
+            uncaptured(lambda: model(images), images.device)
 
     before = [[statistic.clone() for statistic in layer.test_statistics()] for layer in layers]
     set_precise_statistics(model, batches, forward=forward)

@@ -1,6 +1,5 @@
 """One iteration of training (Algorithm 1 of the paper)."""
 
-import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from mbn.norm.functional import statistics_dtype
 from mbn.norm.memories import AllMemories
 from mbn.norm.normprop import project_unit_rows, unit_layers
 from mbn.norm.second_forward import phase
+from mbn.system import cuda_graph
 from mbn.system.cuda_graph import Captured, first_line, one_at_a_time, uncaptured, warn
 from mbn.system.processes import ALONE, Processes
 from mbn.training.execution import COMPILED, GRAPHS
@@ -123,11 +123,11 @@ class Update:
             if len(labels) not in self.captured:
                 self.captured[len(labels)] = Captured(self._iterate, self._not_captured)
             self.captured[len(labels)](images, labels)
-        elif self.captured:  # this run could not be captured, but others may be at this moment
-            uncaptured(lambda: self._iterate(images, labels), self.device)
-        else:
-            with one_at_a_time if self.mode == "compile" else contextlib.nullcontext():
+        elif self.mode == "compile" and not cuda_graph.supported(self.device):
+            with one_at_a_time:
                 self._iterate(images, labels)
+        else:  # other runs of this process may be captured at this moment
+            uncaptured(lambda: self._iterate(images, labels), self.device)
         self.pending += 1
 
     def _iterate(self, images: Tensor, labels: Tensor) -> None:

@@ -180,7 +180,10 @@ class Run:
         model = build(from_config(config))
         for layer in norm_layers(model):
             layer.sync = processes.several  # statistics of the whole batch
-        mode = choose_mode(machine.mode, earlier.get("mode"), config, model, device, threads, processes)
+        # Another kind of device has other modes: a run that a GPU goes on with is captured.
+        same_kind = bool(earlier) and torch.device(earlier["device"]).type == device.type
+        earlier_mode = earlier["mode"] if same_kind else None
+        mode = choose_mode(machine.mode, earlier_mode, config, model, device, threads, processes)
         now = conditions(machine, device, threads, mode, self.data.fingerprint, processes.size)
         self._check_alike(now)
         self.state = State(config, model, device, now, processes)
@@ -227,7 +230,9 @@ class Run:
 
     def open_journal(self) -> Journal:
         """The journal, opened to continue from the checkpoint; rows after the checkpoint are cut off."""
-        text = to_yaml(to_dict(self.config))
+        plain = to_dict(self.config)
+        plain["machine"]["data"] = str(Path(self.config.machine.data).absolute())  # says where, wherever it is read
+        text = to_yaml(plain)
         write_atomically(self.folder / "config.yaml", text.encode())
         return Journal(self.folder, text, self.journal_lines, self.journal_hash)
 

@@ -13,6 +13,7 @@ from torch import nn
 from mbn import config
 from mbn.benchmark import imagenet_loader, jobs, suites, timing, workload
 from mbn.benchmark.jobs import NO_TIME
+from mbn.benchmark.side_by_side import repeat_until
 from mbn.benchmark.timing import Timed, timed
 from mbn.benchmark.workload import BASE, CAPTURED, PLAIN, Arm, Setup, Sizes
 from mbn.system import cuda_graph
@@ -23,6 +24,18 @@ def test_ratios_are_taken_round_by_round():
     result = Timed(CASE, {BASE.name: [1.0, 2.0, 1.0, 2.0], "other": [1.1, 2.2, 1.1, 2.2]}, {BASE.name: 1, "other": 1})
     assert result.ratios("other", BASE.name) == pytest.approx([1.1] * 4)
     assert result.rows()[-1] == "| other | 1650 (1100 to 2200) | 5 | 1.10 (1.10 to 1.10) | 1.0 | - |"
+
+
+def test_a_time_ends_when_the_device_has_done_all(monkeypatch):
+    """The steps that are not timed, wait, the timed ones, wait: work that is only queued is no speed."""
+    done = []
+    monkeypatch.setattr(workload.Workload, "wait", lambda self: done.append("wait"))
+    work = workload.Workload(lambda: done.append("step"), CPU, untimed=2)
+    work.seconds(3)
+    assert done == ["step"] * 2 + ["wait"] + ["step"] * 3 + ["wait"]
+    done.clear()
+    count = repeat_until(work, time.perf_counter() + 0.01)
+    assert done == ["step"] * count + ["wait"]
 
 
 def test_every_arm_is_timed_in_every_round(monkeypatch, setup):

@@ -81,6 +81,8 @@ def test_the_estimate_is_from_records_of_the_same_kind_else_of_the_same_network(
         write(seconds, seconds=seconds)
     write("trial", seconds=9000.0, iterations=20, images=160)
     write("diverged", seconds=1.0, diverged_at=1)
+    for name in ("moved", "moved again", "moved once more"):
+        write(name, seconds=1.0, device="cuda: NVIDIA H200, then cpu: AMD EPYC")
     for nonsense in (math.nan, math.inf, -3, "1", None, True, [1], 10**400):
         for key in ("seconds", "iterations", "images"):
             write(f"{key}{str(nonsense)[:9]}", **({"seconds": 9000.0} | {key: nonsense}))

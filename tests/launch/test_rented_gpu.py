@@ -92,19 +92,73 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
         assert "error: there is no nvidia-cuda-mps-control here" in said
 
 
-def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(rental, tmp_path):
+@pytest.fixture
+def checkout(tmp_path):
+    """A function that makes a checkout whose reproduce.py is this code. The folder of its unfinished runs."""
+
+    def make(code):
+        for folder in ("configs", "mbn", "models", "tests", "scripts", "results/records"):
+            (tmp_path / "checkout" / folder).mkdir(parents=True)
+        for name in ("train.py", "pyproject.toml"):
+            (tmp_path / "checkout" / name).touch()
+        shutil.copy(SCRIPT, tmp_path / "checkout" / "scripts")
+        (tmp_path / "checkout" / "scripts" / "reproduce.py").write_text(code)
+        return tmp_path / "checkout" / "results" / "unfinished" / "cifar10" / "resnet20"
+
+    return make
+
+
+def test_at_most_8_files_come_home_and_no_checkpoint_that_is_cut_off(rental, checkout, tmp_path):
+    """Unfinished runs go first, but not those that are as they were brought along; kernels only if all fit."""
+    unfinished = checkout(
+        "import os, pathlib, random, sys\n"
+        "print(*sys.argv)\n"
+        "if '--import' in sys.argv:\n"
+        "    sys.exit()\n"
+        "(folder,) = [part.split('=')[1].strip(\"'\") for part in sys.argv if part.startswith('machine.results=')]\n"
+        "runs = pathlib.Path(folder) / 'runs/cifar10/resnet20'\n"
+        "for name in ('new 1', 'new 2', 'new 3', 'new 4', 'end 1', 'end 2'):\n"
+        "    (runs / name).mkdir(parents=True)\n"
+        "    (runs / name / 'checkpoint.pt').write_bytes(random.randbytes(12_000))\n"
+        "    (runs / name / 'metrics.jsonl').write_text('row\\n' * 9)\n"
+        "records = pathlib.Path(folder) / 'records/cifar10/resnet20'\n"
+        "records.mkdir(parents=True)\n"
+        "for name in ('end 1', 'end 2'):\n"
+        "    (records / f'{name}.json').touch()\n"
+        "kernels = pathlib.Path(os.environ['TORCHINDUCTOR_CACHE_DIR'])\n"
+        "(kernels / 'kernel').write_bytes(random.randbytes(30_000))\n"
+    )
+    (unfinished / "old").mkdir(parents=True)
+    (unfinished / "old" / "checkpoint.pt").write_text("old")
+    before = [tmp_path / "home" / "runs" / "cifar10" / "resnet20" / f"new {n}" for n in range(1, 5)]
+    for run in before:
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("row\n")
+        (run / "checkpoint.pt").write_text("before")
+    script = tmp_path / "checkout" / "scripts" / SCRIPT.name
+    said = rental("train", str(tmp_path / "load"), "out", "60s", "table4", script=script, PART="10k")
+    assert " machine.device=cuda " in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("log", "results.tgz", "finished.aa", "finished.ab"),
+        *(f"unfinished.a{letter}" for letter in "abcd"),
+    }
+    assert "unfinished: 6 parts of 10k, of which 4 fit" in said
+    assert "half an archive of kernels is useless" in said
+    said = rental("home", "out", script=script)
+    assert "unfinished: not all checkpoints came home" in said
+    here = {path.parent.name: path.read_bytes() for path in (tmp_path / "home" / "runs").rglob("checkpoint.pt")}
+    there = {path.parent.name: path.read_bytes() for path in (tmp_path / "my work" / "results").rglob("checkpoint.pt")}
+    assert there["old"] == b"old"
+    assert "old" not in here
+    came = {name for name, content in here.items() if content == there[name]}
+    assert len([name for name in came if name.startswith("new")]) == 3
+    assert {here[run.name] for run in before if run.name not in came} == {b"before"}
+
+
+def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(rental, checkout, tmp_path):
     """The checkpoints that were brought along are older than those of the first command, whose record stays."""
-    checkout, load, out = (tmp_path / name for name in ("checkout", "load", "out"))
-    unfinished = checkout / "results" / "unfinished" / "cifar10" / "resnet20" / "one"
-    for folder in ("configs", "mbn", "models", "tests", "scripts", "results/records"):
-        (checkout / folder).mkdir(parents=True)
-    unfinished.mkdir(parents=True)
-    for name in ("train.py", "pyproject.toml"):
-        (checkout / name).touch()
-    (unfinished / "checkpoint.pt").write_text("0")
-    (checkout / "results" / "records" / "brought along.json").touch()
-    shutil.copy(SCRIPT, checkout / "scripts")
-    (checkout / "scripts" / "reproduce.py").write_text(
+    load, out = (tmp_path / name for name in ("load", "out"))
+    unfinished = checkout(
         "import pathlib, sys\n"
         "(folder,) = [part.split('=')[1].strip(\"'\") for part in sys.argv if part.startswith('machine.results=')]\n"
         "(path,) = pathlib.Path(folder).rglob('checkpoint.pt')\n"
@@ -112,7 +166,10 @@ def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(rental, tmp_
         "path.write_text(str(count))\n"
         "(pathlib.Path(folder) / 'records' / f'{count}.json').touch()\n"
     )
-    train = partial(rental, "train", str(load), script=checkout / "scripts" / SCRIPT.name)
+    (unfinished / "one").mkdir(parents=True)
+    (unfinished / "one" / "checkpoint.pt").write_text("0")
+    (tmp_path / "checkout" / "results" / "records" / "brought along.json").touch()
+    train = partial(rental, "train", str(load), script=tmp_path / "checkout" / "scripts" / SCRIPT.name)
     train(str(out), "60s", "table4")
     train("new folder", "60s", "table4")
     with tarfile.open(tmp_path / "new folder" / "unfinished.aa") as archive:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import threading
 
 import pytest
 import reference
@@ -19,6 +20,7 @@ from mbn.network_layers import from_config
 from mbn.norm.base import norm_layers
 from mbn.norm.renorm import set_renorm
 from mbn.records import controls, provenance, record
+from mbn.system import cuda_graph
 from mbn.training import checkpoint_file
 
 PRECISE, RULES = "evaluate.precise=true", "evaluate.rules=true"
@@ -45,6 +47,17 @@ def split(x, size):
 
 
 # The statistics.
+
+
+@every_norm
+def test_what_is_not_captured_is_done_in_the_thread_of_all_lanes(norm, graphs):
+    """Other lanes may be captured meanwhile, which a new convolution in this thread would spoil."""
+    model, _, x = remembering(norm)
+    threads = []
+    model.register_forward_hook(lambda *_: threads.append(threading.current_thread().name))
+    with cuda_graph.shared_thread():
+        take_precise_statistics(model, split(x, 4))
+    assert threads == ["uncaptured_0"] * 3
 
 
 @every_norm

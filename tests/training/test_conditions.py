@@ -16,7 +16,7 @@ from running import TIMES, assert_same_run, digits, send, without
 from mbn.records import provenance
 from mbn.system.errors import UserError
 from mbn.system.signals import StoppedError, StopRequest
-from mbn.training import checkpoint_file, run, state
+from mbn.training import checkpoint_file, iteration, run, state
 from mbn.training.conditions import devices, go_on, made_by, parts_of
 
 HASH = "[0-9a-f]{12}"
@@ -106,6 +106,20 @@ def test_a_mode_that_fails_later_changes_no_earlier_part(here, left, after, bega
     expected = [(0, "eager"), (3, "compile")] if began else [(0, "compile")]
     assert [(part["from"], part["mode"]) for part in result["parts"]] == expected
     assert result["mode"] == "compile"
+
+
+@pytest.mark.parametrize(("began", "mode"), [("cuda", "eager"), ("cpu", "compile")])
+def test_the_mode_is_chosen_anew_on_another_kind_of_device(here, left, after, monkeypatch, began, mode):
+    """A CPU's compile would keep a GPU from capturing iterations, and a GPU's from what suits a CPU."""
+    after(3, send("SIGTERM"))
+    here()
+    content = left().checkpoint()
+    checkpoint_file.save(
+        content | {"machine": content["machine"] | {"device": began, "mode": "compile"}}, left().checkpoint_path
+    )
+    monkeypatch.setattr(iteration, "compiled", lambda function, kind: function)  # which takes long
+    assert here("machine.device=cpu").code == 0
+    assert left().record()["mode"] == mode
 
 
 def test_another_commit_with_the_same_code_is_listed_without_a_word(here, left, after, monkeypatch):
