@@ -184,7 +184,8 @@ def warn_of_other_code(result: dict[str, Any]) -> None:
 
 def warn_of_other_data(config: configuration.Config, folder: Path) -> None:
     """One line if a run was trained on another folder of images than would be used now. folder: the run's, if it is
-    there; it alone says. Data sets whose files have checksums are the same anywhere.
+    there; it alone says, unless it is old and names the images by a relative path. Data sets whose files have checksums
+    are the same anywhere.
     """
     from mbn.system.yaml_file import read_yaml
 
@@ -195,7 +196,7 @@ def warn_of_other_data(config: configuration.Config, folder: Path) -> None:
     except (OSError, UserError, KeyError, TypeError, ValueError):
         return
     now = config.machine.data
-    if isinstance(then, str) and Path(then).resolve() != Path(now).resolve():
+    if isinstance(then, str) and Path(then).is_absolute() and Path(then).resolve() != Path(now).resolve():
         print(
             f"warning: this run was trained on the images in {printable(then)}, not on those in {printable(now)}: "
             "machine.again=true trains it again, on these.",
@@ -216,6 +217,7 @@ def sweep(overrides: list[str]) -> int:
     machine = runs[0].config.machine
     if machine.together > 1:
         check_together([run.config for run in runs])
+    check_apart(runs)
     if not all(one.finished(Path(machine.results)) and not one.config.machine.again for one in runs):
         provenance.import_all()
     instead: dict[str, str] = {}  # by a run's name, what the table says in place of a result
@@ -258,6 +260,19 @@ def tell_of(one: "PlannedRun", reason: str, instead: dict[str, str]) -> None:
     instead[one.name] = f"failed: {reason}"
 
 
+def check_apart(runs: "Sequence[PlannedRun]") -> None:
+    """Check that what a sweep varies makes several runs. Errors: UserError."""
+    first: dict[str, PlannedRun] = {}
+    for one in runs:
+        other = first.setdefault(one.name, one)
+        if differ := [text for text in one.overrides if text not in other.overrides]:
+            raise UserError(
+                f"with {' '.join(differ)} this is the run {one.name} again: sweep what makes another run of it, and "
+                "set the rest for each command.",
+                code=2,
+            )
+
+
 def check_together(configs: list[configuration.Config]) -> None:
     """Check that runs can be trained at a time in this process. Errors: UserError."""
     from mbn.launch.lanes import check_alike
@@ -274,7 +289,9 @@ def sweep_together(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> int
     """
     from mbn.launch.lanes import Lanes, fits
     from mbn.launch.pool import Pool
+    from mbn.system.cuda_graph import allow_many_streams
 
+    allow_many_streams()  # before the first run uses CUDA
     results, together = Path(runs[0].config.machine.results), runs[0].config.machine.together
     alone = [one for one in runs if one.finished(results) or not fits(one.config)]
     code = one_after_another(alone, instead)

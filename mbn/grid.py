@@ -1,5 +1,6 @@
 """The tables as data: rows x columns of overrides, the paper's numbers, and its claims (scripts/grids/*.yaml)."""
 
+import re
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -19,6 +20,8 @@ from mbn.system.yaml_file import read_yaml
 GRIDS = REPOSITORY / "scripts" / "grids"
 # The fields of a record that a table may show, and what it calls them.
 METRICS = {"test_error": "test error", "test_error_top5": "top-5 test error", "train_error": "training error"}
+# A number as the paper prints it.
+PRINTED = re.compile(r"\d+(\.\d+)?")
 # The paper's claims that are tested together, each over all tables whose claims name it (`primary`); they were
 # chosen when two networks had run at batch 8, and one at batch 16. All other claims are exploratory.
 PRIMARY = ("MBN < BN", "two forwards < one (MBN)", "MBN < BRN")
@@ -226,9 +229,21 @@ def _check(grid: Grid) -> None:
     unknown = sorted({*grid.paper, *grid.shown} - {*METRICS})
     if unknown:
         raise TypeError(f"there is no {unknown[0]!r}")
-    for row in (row for rows in grid.paper.values() for row in rows.items()):
-        if len(row[1]) != len(grid.columns):
-            raise TypeError(f"paper: {row[0]} needs a number or null for each of the {len(grid.columns)} columns")
+    for row, numbers in (row for rows in grid.paper.values() for row in rows.items()):
+        if row not in grid.rows:
+            raise TypeError(f"paper: there is no row {row!r}")
+        if len(numbers) != len(grid.columns) or not all(n is None or PRINTED.fullmatch(n) for n in numbers):
+            raise TypeError(f"paper: {row} needs a number or null for each of the {len(grid.columns)} columns")
+    for name in (*grid.own, *grid.absent):
+        if name not in {f"{cell.row}/{cell.column}" for cell in grid.cells}:
+            raise TypeError(f"there is no cell {name!r}: a cell is called ROW/COLUMN")
+    for cell in grid.cells:
+        keys = [override.partition("=")[0] for override in cell.overrides or ()]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise TypeError(f"{cell.row}/{cell.column} has {key} twice")
+            if key in ("seed", "schedule.scale") or key.startswith(("machine.", "evaluate.")):
+                raise TypeError(f"{key} is not for a table: its runs get it from the command")
 
 
 def check_data_sets(grid: Grid) -> None:

@@ -87,6 +87,8 @@ def rules(path: Path, overrides: list[str], write: bool) -> None:
         return
     results, name = Path(trained.config.machine.results), configuration.run_name(trained.config)
     home = record.path_of(results, name)
+    if not home.exists():
+        raise UserError(f"there is no {home}: finish this run, or name the folder of its record, machine.results=DIR.")
     record.read(home)  # before its folder gets a lock
     with lock(results / "runs" / name / "lock") as held:
         add_to_record(home, path, weights, trained, held.check)

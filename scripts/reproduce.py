@@ -156,6 +156,8 @@ def common(settings: list[str], scale: float) -> Config:
             "machine.again is for a single run, and this trains only runs without a record: use train.py for it.",
             code=2,
         )
+    if any(text.lstrip("+").startswith("machine.together=") for text in settings):
+        raise UserError("machine.together is for train.py -m: here --jobs N trains N runs side by side.", code=2)
     return load([*settings, f"schedule.scale={scale}"])
 
 

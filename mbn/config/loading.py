@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import os.path
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mbn.config.registry import DATASETS, NETWORKS
 from mbn.config.run_identity import iterations
 from mbn.config.schema import CONFIGS, REPOSITORY, Config, check
-from mbn.config.typed_paths import quoted
+from mbn.config.typed_paths import PATHS, quoted
 from mbn.methods import METHODS
 from mbn.system.errors import ConfigError
 from mbn.system.setting_fields import fitted, in_words, leaves, shortened, shown
@@ -199,7 +200,10 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
 
 def checked(composed: DictConfig) -> Config:
     """Merge a composed configuration into the schema and check every value. Errors: ConfigError."""
-    return _filled(resolved(composed), _from_text)
+    config = _filled(resolved(composed), _from_text)
+    for name in (key.partition(".")[2] for key in PATHS):  # one of an experiment's file; a typed one has none
+        setattr(config.machine, name, os.path.expanduser(getattr(config.machine, name)))  # noqa: PTH111  (as typed_paths)
+    return config
 
 
 def from_dict(plain: dict[str, Any]) -> Config:

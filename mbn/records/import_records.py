@@ -47,7 +47,7 @@ def gather(source: Path, results: Path, allow_dirty: bool = False) -> Gathered:
     gathered = Gathered()
     try:
         for path, size, read in _members(source):
-            if path.suffix == ".json":
+            if path.suffix == ".json" and not path.name.startswith("."):  # macOS's ._ files
                 try:
                     _take(path, size, read, results, allow_dirty, gathered)
                 except UserError as error:

@@ -97,9 +97,9 @@ def _git(*arguments: str, **environment: str) -> str:
 
 
 def _is_changed() -> bool:
-    """Whether the code may be other than the commit's."""
-    outside_results = ("--", ".", ":(exclude)results")
-    if _git("status", "--porcelain", "--untracked-files=no", *outside_results):
+    """Whether the code may be other than the commit's. Results and documents are no code: `tables.py` writes both."""
+    code = ("--", ".", ":(exclude)results", ":(exclude)*.md")
+    if _git("status", "--porcelain", "--untracked-files=no", *code):
         return True
     listed = [line.partition(" ") for line in _git("ls-files", "-v", "-z").split("\0") if line]
     if any(tag == "S" or tag.islower() for tag, _, _ in listed):
@@ -108,7 +108,7 @@ def _is_changed() -> bool:
             index = {"GIT_INDEX_FILE": f"{folder}/index"}
             _git("read-tree", "HEAD", **index)
             different = ("diff", "--no-ext-diff", "--name-only", "--diff-filter=d", "HEAD")
-            if _git(*different, *outside_results, **index):
+            if _git(*different, *code, **index):
                 return True
     tracked = {name for _, _, name in listed}
     return any(path.relative_to(REPOSITORY).as_posix() not in tracked for path in _possible_code())

@@ -29,7 +29,7 @@ def read_records(results: Path) -> Records:
     """All records by name. Errors: UserError for one that was changed, or is not in its place."""
     folder = results / "records"
     found = {}
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(path for path in folder.rglob("*.json") if not path.name.startswith(".")):  # macOS's ._ files
         one = record.read(path)
         if path != record.path_of(results, one["name"]):
             raise UserError(

@@ -44,8 +44,8 @@ def overview_part(tables: dict[str, Table]) -> str:
 
 
 def _not_measured(every: list[Place], tables: dict[str, Table]) -> str:
-    compared = [place.verdict for place in every if not place.joint]
-    empty = [verdict.diverges for verdict in compared if not verdict.has_run]
+    compared = {place.compared: place.verdict for place in every if not place.joint}  # what two tables print is one
+    empty = [verdict.diverges for verdict in compared.values() if not verdict.has_run]
     diverge = f"; for {empty.count(True)} more, training diverges" if any(empty) else ""
     runs = whole(table.status.whole for table in tables.values())
     return f"Not measured: {empty.count(False)} of {len(compared)} comparisons{diverge}. {missing(runs)}"

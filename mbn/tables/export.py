@@ -55,7 +55,8 @@ CSV_FIELDS = (
 def cells_csv(tables: list[Table]) -> str:
     """One line for each number, empty where there is none.
 
-    seeds: those that have records. p_paper: of the paper's difference, taken for that of one more run of each cell.
+    seeds: those that have the number; bn_seeds: how many BN has, where there is a difference to it. p_paper: of the
+    paper's difference, taken for that of one more run of each cell.
     mark: better or worse, where the interval of the difference to BN is on one side of zero.
     """
     file = io.StringIO()
@@ -71,7 +72,7 @@ def cells_csv(tables: list[Table]) -> str:
                     *(table.grid.name, e.cell.row, e.cell.column, e.metric, e.paper or "", len(e.values)),
                     " ".join(map(str, sorted(e.values))),
                     *map(_plain, (e.sample.mean if e.sample else None, e.sd)),
-                    *("" if e.to_bn is None else d.ns[1] if d.ns else 0, *map(_plain, (d.mean, low, high, d.p()))),
+                    *(d.ns[1] if d.ns else "", *map(_plain, (d.mean, low, high, d.p()))),
                     *map(_plain, (e.paper_to_bn, one_more.p if one_more else None)),
                     *(e.mark, e.diverged or ""),
                     "" if e.cell.overrides is None else command(e.cell, table.scale),

@@ -96,7 +96,8 @@ def _difference_table(table: Table) -> str:
             row = [label(e.cell), *of, d.n, f"{d.mean:+.2f}", shown, p_cell(d.p())]
             rows.append([*row, *(theirs if paper else [])])
     if len(rows) == 1:
-        return "No run can be compared yet: BN has not run."
+        bn_has_run = any(e.to_bn is None and e.sample for e in table.entries)
+        return f"No run can be compared yet: {'only BN has a number' if bn_has_run else 'BN has not run'}."
     text = (
         "BN: one forward, on the same network, data and schedule. n: seeds of the cell + seeds of BN, unpaired. "
         "The variance is pooled over all cells of a network and data set, of GN and NormProp over their own. No p is "

@@ -17,6 +17,8 @@ from mbn.system.errors import UserError
 from mbn.system.files import write_atomically
 from mbn.training import checkpoint_file
 
+SAFETENSORS = ".safetensors"
+
 
 class Weights(NamedTuple):
     """What a file holds: a state_dict, and of a file of ours the configuration (identity) of its run.
@@ -35,7 +37,7 @@ def read(path: Path) -> Weights:
     """What a file holds. Runs no code from it. Errors: UserError."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: name a checkpoint or a file of weights.")
-    if path.suffix == ".safetensors":
+    if path.suffix == SAFETENSORS:
         return _read_safetensors(path)
     none = UserError(f"{path} holds no state_dict of tensors: torch.save(model.state_dict(), FILE) writes one.")
     try:
@@ -123,11 +125,16 @@ def fill(model: nn.Module, state: dict[str, Any], misfit: str, path: Path) -> No
 
 
 def check_target(export: Path, weights: Path) -> None:
-    """Check that nothing is lost by writing a file. Errors: UserError unless it is new or was exported before."""
+    """Check that nothing is lost by writing a file, and that it can be read again.
+
+    Errors: UserError unless it is new or was exported before, and is called .safetensors.
+    """
     if export.exists() and weights.exists() and export.samefile(weights):
         raise UserError(f"{export} holds the weights that are to be exported: name another file.", code=2)
     if export.is_symlink() or (export.exists() and not _is_exported(export)):
         raise UserError(f"{export} is there, and --export did not write it: name another file.", code=2)
+    if export.suffix != SAFETENSORS:
+        raise UserError(f"{export} would hold safetensors: call it {export.with_suffix(SAFETENSORS).name}.", code=2)
 
 
 def _is_exported(path: Path) -> bool:

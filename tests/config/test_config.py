@@ -97,6 +97,13 @@ def test_an_unknown_key_or_an_impossible_value_in_an_experiment_file_is_refused(
     assert says in refusal("experiment=mine")
 
 
+def test_a_path_in_an_experiment_file_may_begin_with_home(experiment, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    experiment("machine:\n  data: ~/sets\n  results: a/~\n")
+    machine = load(["experiment=mine"]).machine
+    assert (machine.data, machine.results) == ("/home/me/sets", "a/~")
+
+
 def test_a_good_experiment_file_is_read_and_the_command_line_wins(experiment):
     experiment("defaults:\n  - override /norm: bn\nseed: 5\nbatch_size: 7\n")
     c = load(["experiment=mine", "seed=6"])

@@ -16,6 +16,7 @@ from running import load_script
 from mbn import grid
 from mbn.config import DATASETS, REPOSITORY, cores, load, run_name
 from mbn.launch.missing_runs import runs
+from mbn.launch.pool import Outcome
 from mbn.records import record
 from mbn.system import files
 
@@ -45,6 +46,42 @@ def dry(here):
         return [line[2:] for line in lines]
 
     return call
+
+
+@pytest.mark.parametrize(
+    ("device", "driver", "visible", "expected"),
+    [
+        ("auto", True, None, True),
+        ("auto", True, "0", True),
+        ("auto", True, "", False),
+        ("auto", True, "-1", False),
+        ("auto", False, None, False),
+        ("cpu", True, None, False),
+        ("cuda", False, None, True),
+    ],
+)
+def test_a_gpu_is_known_by_its_driver_and_stopped_later_before_the_budget_ends(
+    script, monkeypatch, device, driver, visible, expected
+):
+    config, margins = load([f"machine.device={device}"]), []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: driver if str(path) == "/dev/nvidiactl" else exists(path))
+    assert script.accelerated(config) == expected
+
+    class NoPool:
+        def __init__(self, missing, results, jobs, start, budget, margin):
+            margins.append(margin)
+
+        def work(self):
+            return Outcome()
+
+    monkeypatch.setattr("mbn.launch.pool.Pool", NoPool)
+    options = script.parser().parse_args(["table4"])
+    assert script.train([], Path("results"), 1, [], config, options) == 0
+    assert margins == [15.0 if expected else 60.0]
 
 
 def wait_until(condition, seconds=200):
@@ -133,6 +170,7 @@ def test_runs_side_by_side_share_the_cores(table, jobs, settings, shares, dry, t
         ("table6 norm=bn", "they have mbn", 2),
         ("table6 +norm.eps=1", "norm.eps", 2),
         ("table6 machine.again=true", "machine.again", 2),
+        ("table6 machine.together=4", "--jobs N", 2),
         ("table6 machine.thread=1", "no setting", 2),
         ("--import nowhere", "cannot import", 1),
         ("--import=", "argument --import: must be a folder or an archive, not ''", 2),

@@ -140,7 +140,7 @@ def test_what_cannot_be_measured_or_written_is_one_sentence(here, left, script, 
         ((path, "--rules", "--train"), "leave out --train"),
         ((path, "--rules", "norm=bn"), "leave out norm=bn"),
         ((plain, "--rules"), "names no run"),
-        ((path, "--rules", "--record", f"machine.results={tmp_path / 'nowhere'}"), "cannot read"),
+        ((path, "--rules", "--record", f"machine.results={tmp_path / 'nowhere'}"), "there is no "),
     ):
         code, out, err = script(*arguments)
         assert code in (1, 2)

@@ -275,5 +275,7 @@ def test_an_export_replaces_only_what_an_export_wrote(state, tmp_path, result, r
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     for name in ("downloaded.safetensors", "notes.txt", "folder", "dangling"):
         assert "--export did not write it" in refusal(tmp_path / "weights.pt", "--export", tmp_path / name)
+    assert "call it new.safetensors" in refusal(tmp_path / "weights.pt", "--export", tmp_path / "new.pt")
+    assert not (tmp_path / "new.pt").exists()
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert (tmp_path / "dangling").is_symlink()

@@ -53,7 +53,7 @@ def asked(tmp_path, monkeypatch):
 def tree(tmp_path, asked):
     """A small checkout's files, without git."""
     files = ("mbn/norm/base.py", "models/nin.py", "scripts/tables.py", "configs/a.yaml", "train.py", "tests/test_a.py")
-    for name in (*files, "results/tracked.json"):
+    for name in (*files, "results/tracked.json", "README.md", "mbn/norm/README.md"):
         path = tmp_path / "checkout" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1\n")
@@ -74,6 +74,8 @@ CHANGES = [
     ("train.py", True),
     ("tests/test_a.py", True),
     ("results/tracked.json", False),
+    ("README.md", False),  # tables.py writes a part of it
+    ("mbn/norm/README.md", False),
     # Untracked.
     ("notes.txt", False),
     ("tests/test_b.py", False),

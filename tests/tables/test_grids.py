@@ -190,6 +190,37 @@ def test_a_table_with_wrong_keys_is_refused(tmp_path):
         grid.read("mine", tmp_path)
 
 
+MINE = """\
+title: Mine
+about: Mine.
+base: [dataset=cifar10, model=resnet20]
+rows: {A: [batch_size=8], B: [batch_size=16]}
+columns: {BN: [norm=bn], MBN: [norm=mbn]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("cells: {A/MBM: [seed=1]}", "no cell 'A/MBM'"),
+        ("absent: [MBN/A]", "no cell 'MBN/A'"),
+        ("paper: {test_error: {C: [null, null]}}", "no row 'C'"),
+        ("paper: {test_error: {A: ['8.2 ± 0.1', null]}}", "A needs a number or null"),
+        ("paper: {test_error: {A: ['8.2']}}", "A needs a number or null"),
+        ("cells: {A/MBN: [batch_size=16]}", "A/MBN has batch_size twice"),
+        ("cells: {A/MBN: [schedule.scale=0.1]}", "schedule.scale is not for a table"),
+        ("cells: {A/MBN: [seed=1]}", "seed is not for a table"),
+        ("cells: {A/MBN: [machine.tf32=true]}", "machine.tf32 is not for a table"),
+    ],
+)
+def test_an_entry_of_a_table_that_would_be_ignored_or_mean_two_things_is_refused(tmp_path, more, says):
+    (tmp_path / "mine.yaml").write_text(MINE)
+    assert len(grid.read("mine", tmp_path).cells) == 4
+    (tmp_path / "mine.yaml").write_text(f"{MINE}{more}\n")
+    with pytest.raises(UserError, match=re.escape(says)):
+        grid.read("mine", tmp_path)
+
+
 def test_the_registry_knows_which_data_sets_tables_have():
     used = {cell.config(0).dataset.name for name in grid.names() for cell in grid.read(name).cells if cell.overrides}
     assert used == {name for name, source in DATASETS.items() if source.in_tables}, "set in_tables in the registry"

@@ -156,6 +156,14 @@ def test_a_run_without_bn_beside_it(tmp_path):
     assert "; the time of 50 is unknown (no finished run has such a network)." in page
 
 
+def test_bn_alone_is_said_to_have_run(tmp_path):
+    g = grid.read("table1")
+    toy_records.write(tmp_path, g.cell("BN", "VGG"), 0, 6.0)
+    table = toy_records.table(g, read_records(tmp_path))
+    assert "No run can be compared yet: only BN has a number." in markdown(table)
+    assert {row["bn_seeds"] for row in csv.DictReader(io.StringIO(cells_csv([table])))} == {""}
+
+
 def rows_of(text):
     body = text.partition(r"\toprule")[2].partition(r"\bottomrule")[0]
     return [line.removesuffix(r" \\") for line in body.strip().splitlines() if line != r"\midrule"]
@@ -254,6 +262,8 @@ def test_a_record_that_was_edited_or_moved_is_refused(results, tmp_path):
     assert path.name in done.stderr
     assert not (tmp_path / "copy" / "tables").exists()
     path.write_text(whole)
+    path.with_name("._macos.json").write_bytes(b"\0")  # as macOS leaves them on disks of others
+    assert path.stem in {name.rpartition("/")[2] for name in read_records(tmp_path / "copy")}
     path.rename(path.with_name(f"{path.stem}x.json"))
     with pytest.raises(UserError, match="move it to"):
         read_records(tmp_path / "copy")

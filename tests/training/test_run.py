@@ -188,7 +188,7 @@ def test_a_finished_run_of_another_folder_of_images_is_shown_with_a_warning(here
         f"warning: this run was trained on the images in {tmp_path / 'a'}, not on those in {tmp_path / 'b'}\\x1b: "
         "machine.again=true trains it again, on these.\n"
     )
-    for text in ("", "[", "machine: 3", "machine: {data: 3}"):
+    for text in ("", "[", "machine: 3", "machine: {data: 3}", "machine: {data: a}"):  # the last says not where
         (left().folder / "config.yaml").write_text(text)
         assert here().err == ""
     (left().folder / "config.yaml").unlink()
@@ -474,6 +474,15 @@ def test_a_lack_of_memory_is_one_sentence_that_names_the_batch_size(here, monkey
 def table(out):
     """The words of each line of the table that ends a sweep."""
     return [line.split() for line in out.partition("\n\n")[2].splitlines()]
+
+
+def test_a_sweep_in_which_two_are_one_run_is_refused_before_it_trains(here, left):
+    for line in (("norm=bn", "machine.mode=eager,compile"), ("evaluate.rules=true,false", "seed=0,1")):
+        done = here("-m", *line)
+        assert (done.code, "this is the run digits/" in done.err) == (2, True)
+        assert line[-1].partition("=")[0].removeprefix("seed") in done.err
+    assert not left("norm=bn").record_path.exists()
+    assert here("-m", "seed=0,0").code == 0  # the same command twice
 
 
 def test_a_sweep_runs_one_after_another(here, left):
