@@ -21,6 +21,7 @@ from .functional import (
     joint_batch_norm,
     joint_moments,
     one_after_another,
+    pool,
     renormalized_batch_norm,
     side_by_side,
     statistics_dtype,
@@ -314,10 +315,16 @@ class BatchStatisticsNorm(nn.Module):
 
     def take(self, mu: Tensor, s2: Tensor, n: int | Tensor) -> None:
         """Remember a batch: now, or at the end of the second forward with what other calls of the layer have noted."""
-        if self.waits:
-            self.noted = (*self.noted, (mu, s2, n))
-        else:
+        if not self.waits:
             self.enter(mu, s2, n)
+            return
+        self.noted = (*self.noted, (mu, s2, n))
+        if len(self.noted) > 1 and torch.compiler.is_compiling():
+            # One note, however often it is called: code is compiled again for every other number of them.
+            means, variances, counts = zip(*self.noted, strict=True)
+            each = torch.cat([n.to(mu.dtype) if isinstance(n, Tensor) else mu.new_full((1,), n) for n in counts])
+            mu, s2, n = pool(torch.stack(means), torch.stack(variances), each)
+            self.noted = ((mu, s2, n.reshape(1)),)
 
     @property
     def waits(self) -> bool:

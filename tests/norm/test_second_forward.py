@@ -16,7 +16,8 @@ import mbn.norm.base as base
 import mbn.norm.second_forward as home
 from mbn import BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d, convert, freeze, held, second_forward
 from mbn.norm.base import BatchStatisticsNorm, norm_layers
-from mbn.norm.memories import AllMemories
+from mbn.norm.memories import AllMemories, enter_noted
+from mbn.norm.second_forward import phase
 
 layers = pytest.mark.parametrize("layer", [BatchNorm1d, BatchRenorm1d, MemorizedBatchNorm1d])
 
@@ -484,6 +485,29 @@ def test_nothing_is_noted_under_a_transform_or_of_inference_tensors():
         second_forward(layer, x[0])
     with pytest.raises(RuntimeError, match="cannot be saved for backward"):  # torch's own error, not one of versions
         layer(x[0])
+
+
+@layers
+def test_a_compiled_block_may_be_called_any_number_of_times(layer):
+    """As in a recurrent network: beyond eight variants torch.compile gives up."""
+    torch._dynamo.reset()
+    block, x = small(layer).double(), torch.randn(4, 3, dtype=torch.float64)
+    plain = copy.deepcopy(block)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+
+    def unrolled(f):
+        def forward(x):
+            for _ in range(12):
+                x = f(x)
+            return x
+
+        return forward
+
+    for module, f in ((block, compiled), (plain, plain)):
+        with torch.no_grad(), phase(norm_layers(module), "second"):
+            unrolled(f)(x)
+        enter_noted(norm_layers(module))
+    assert_close(block.state_dict(), plain.state_dict(), atol=1e-12, rtol=1e-12)
 
 
 @layers
