@@ -181,9 +181,9 @@ class Run:
         for layer in norm_layers(model):
             layer.sync = processes.several  # statistics of the whole batch
         # Another kind of device has other modes: a run that a GPU goes on with is captured.
-        same_kind = bool(earlier) and torch.device(earlier["device"]).type == device.type
-        earlier_mode = earlier["mode"] if same_kind else None
-        mode = choose_mode(machine.mode, earlier_mode, config, model, device, threads, processes)
+        same_kind = torch.device(earlier.get("device", device)).type == device.type
+        began = earlier.get("mode") if same_kind else None
+        mode = choose_mode(machine.mode, began, config, model, device, threads, processes)
         now = conditions(machine, device, threads, mode, self.data.fingerprint, processes.size)
         self._check_alike(now)
         self.state = State(config, model, device, now, processes)
