@@ -488,6 +488,20 @@ def test_nothing_is_noted_under_a_transform_or_of_inference_tensors():
 
 
 @layers
+def test_everything_trains_where_one_autocast_holds_several_iterations(layer):
+    """In torch 2.6 the casts that a second forward left in autocast's cache had no gradient."""
+    model, x = small(layer), torch.randn(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            model(x).square().sum().backward()
+            assert all(p.grad is not None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+            second_forward(model, x)
+
+
+@layers
 def test_a_compiled_block_may_be_called_any_number_of_times(layer):
     """As in a recurrent network: beyond eight variants torch.compile gives up."""
     torch._dynamo.reset()
