@@ -88,7 +88,7 @@ def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), phase(layers, "second"):
             output = module(*args, **kwargs)
     finally:
-        # In older torch (2.6, not 2.11) it would keep casts without a gradient, and the next forward would train nothing.
+        # In older torch (2.6; not 2.11) it would keep casts without a gradient, and the next forward train nothing.
         torch.clear_autocast_cache()
     enter_noted(layers)
     return output
