@@ -122,9 +122,11 @@ def _unpack(archive: Path, base: Path) -> None:
     """
     part = base / ".part"
     shutil.rmtree(part, ignore_errors=True)
-    filtered = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 has it
     with tarfile.open(archive) as tar:
-        tar.extractall(part, **filtered)
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(part, filter="data")
+        else:  # before Python 3.11.4; its checksum is known
+            tar.extractall(part)
     for path in (part / base.name).iterdir():
         path.replace(base / path.name)
     shutil.rmtree(part)
