@@ -234,9 +234,9 @@ def _check(grid: Grid) -> None:
             raise TypeError(f"paper: there is no row {row!r}")
         if len(numbers) != len(grid.columns) or not all(n is None or PRINTED.fullmatch(n) for n in numbers):
             raise TypeError(f"paper: {row} needs a number or null for each of the {len(grid.columns)} columns")
-    for name in (*grid.own, *grid.absent):
-        if name not in {f"{cell.row}/{cell.column}" for cell in grid.cells}:
-            raise TypeError(f"there is no cell {name!r}: a cell is called ROW/COLUMN")
+    unknown = sorted({*grid.own, *grid.absent} - {f"{cell.row}/{cell.column}" for cell in grid.cells})
+    if unknown:
+        raise TypeError(f"there is no cell {unknown[0]!r}: a cell is called ROW/COLUMN")
     for cell in grid.cells:
         keys = [override.partition("=")[0] for override in cell.overrides or ()]
         for key in keys:

@@ -32,6 +32,22 @@ from .functional import (
 Note = tuple[Tensor, Tensor, int | Tensor]
 
 
+def one_note(notes: tuple[Note, ...]) -> Note:
+    """Several notes as that of one batch."""
+    if len(notes) == 1:
+        return notes[0]
+    mus, s2s, ns = zip(*notes, strict=True)
+    mu, s2, n = pool(torch.stack(mus), torch.stack(s2s), counts_of(ns, mus[0]))
+    return mu, s2, n.reshape(1)
+
+
+def counts_of(ns: tuple[int | Tensor, ...], like: Tensor) -> Tensor:
+    """Numbers of values, as integers or tensors of shape (1,), as one tensor of like's dtype."""
+    if all(isinstance(n, int) for n in ns):
+        return torch.tensor(ns, device=like.device, dtype=like.dtype)
+    return torch.cat([like.new_full((1,), n) if isinstance(n, int) else n.to(like.dtype) for n in ns])
+
+
 class Joint(NamedTuple):
     """The batch of all processes in group together: its mean and biased variance (C,), and n (1,)."""
 
@@ -318,13 +334,9 @@ class BatchStatisticsNorm(nn.Module):
         if not self.waits:
             self.enter(mu, s2, n)
             return
-        self.noted = (*self.noted, (mu, s2, n))
-        if len(self.noted) > 1 and torch.compiler.is_compiling():
-            # One note, however often it is called: code is compiled again for every other number of them.
-            means, variances, counts = zip(*self.noted, strict=True)
-            each = torch.cat([n.to(mu.dtype) if isinstance(n, Tensor) else mu.new_full((1,), n) for n in counts])
-            mu, s2, n = pool(torch.stack(means), torch.stack(variances), each)
-            self.noted = ((mu, s2, n.reshape(1)),)
+        notes = (*self.noted, (mu, s2, n))
+        # Code would be compiled again for every other number of notes.
+        self.noted = (one_note(notes),) if torch.compiler.is_compiling() else notes
 
     @property
     def waits(self) -> bool:

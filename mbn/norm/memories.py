@@ -6,9 +6,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .base import BatchStatisticsNorm
+from .base import BatchStatisticsNorm, counts_of, one_note
 from .batch import _BatchNorm
-from .functional import enter_batch, is_capturing, is_transformed, move_averages, pool
+from .functional import enter_batch, is_capturing, is_transformed, move_averages
 from .memorized import _MemorizedBatchNorm
 from .renorm import _BatchRenorm
 
@@ -94,10 +94,10 @@ class Memories:
         mean, var, n = _take_notes(self.layers, self.memory[0])
         if all(isinstance(each, int) for each in n):
             if n not in self.counts:  # on the device, made once for each size of batch
-                self.counts[n] = _counts(n, mean)
+                self.counts[n] = counts_of(n, mean)
             count = self.counts[n]
         else:
-            count = _counts(n, mean)
+            count = counts_of(n, mean)
         enter_batch(self.memory, (mean, var, count), self.powers, self.owner)
 
 
@@ -125,7 +125,7 @@ class Averages:
 
 def _enter_one_by_one(layers: Iterable[BatchStatisticsNorm]) -> None:
     for layer in layers:
-        layer.enter(*_pooled(layer))
+        layer.enter(*one_note(layer.noted))
         layer.noted = ()
 
 
@@ -133,7 +133,7 @@ def _enter_memorized(layers: list[_MemorizedBatchNorm]) -> None:
     """Enter what the layers have noted, into memories that each layer has on its own."""
     memory = _joined(layers)
     mean, var, n = _take_notes(layers, memory[0])
-    enter_batch(memory, (mean, var, _counts(n, mean)), layers[0].powers(), _owner(layers))
+    enter_batch(memory, (mean, var, counts_of(n, mean)), layers[0].powers(), _owner(layers))
     buffers = [getattr(layer, name) for layer in layers for name in MEMORY]
     torch._foreach_copy_(buffers, [part for parts in _split(layers, memory) for part in parts])
 
@@ -168,28 +168,11 @@ def _take_notes(layers: Sequence[BatchStatisticsNorm], like: Tensor) -> tuple[Te
     """What each layer has noted, as one batch: the means and variances of all channels, and each layer's n."""
     if not all(layer.noted for layer in layers):
         raise RuntimeError("a layer noted nothing since the last batch was entered: its forward did not run")
-    batches = [_pooled(layer) for layer in layers]
+    batches = [one_note(layer.noted) for layer in layers]
     for layer in layers:
         layer.noted = ()
     mean, var = torch.cat([mu for mu, _, _ in batches]), torch.cat([s2 for _, s2, _ in batches])
     return mean.to(like.dtype), var.to(like.dtype), tuple(n for _, _, n in batches)
-
-
-def _pooled(layer: BatchStatisticsNorm) -> tuple[Tensor, Tensor, int | Tensor]:
-    """What a layer has noted, as one batch."""
-    if len(layer.noted) == 1:
-        return layer.noted[0]
-    mus, s2s, ns = zip(*layer.noted, strict=True)
-    weight = _counts(ns, mus[0])
-    mu, s2, n = pool(torch.stack(mus), torch.stack(s2s), weight)
-    return mu, s2, n.reshape(1)
-
-
-def _counts(counts: tuple[int | Tensor, ...], like: Tensor) -> Tensor:
-    """Numbers of values, as integers or tensors of shape (1,), as one tensor of like's dtype."""
-    if all(isinstance(n, int) for n in counts):
-        return torch.tensor(counts, device=like.device, dtype=like.dtype)
-    return torch.cat([like.new_full((1,), n) if isinstance(n, int) else n.to(like.dtype) for n in counts])
 
 
 def _share(layers: Sequence[BatchStatisticsNorm], names: tuple[str, ...], parts: Iterable[tuple[Tensor, ...]]) -> None:

@@ -94,7 +94,17 @@ def test_the_server_for_processes_is_started_and_ended(rental, tmp_path, install
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A function that makes a checkout whose reproduce.py is this code. The folder of its unfinished runs."""
+    """A function that makes a checkout whose reproduce.py is this code, which finds machine.results in `folder`.
+
+    It returns the folder of the checkout's unfinished runs.
+    """
+    begins = (
+        "import pathlib, sys\n"
+        "if '--import' in sys.argv:\n"
+        "    sys.exit()\n"
+        "(path,) = [part.split('=')[1].strip(\"'\") for part in sys.argv if part.startswith('machine.results=')]\n"
+        "folder = pathlib.Path(path)\n"
+    )
 
     def make(code):
         for folder in ("configs", "mbn", "models", "tests", "scripts", "results/records"):
@@ -102,7 +112,7 @@ def checkout(tmp_path):
         for name in ("train.py", "pyproject.toml"):
             (tmp_path / "checkout" / name).touch()
         shutil.copy(SCRIPT, tmp_path / "checkout" / "scripts")
-        (tmp_path / "checkout" / "scripts" / "reproduce.py").write_text(code)
+        (tmp_path / "checkout" / "scripts" / "reproduce.py").write_text(begins + code)
         return tmp_path / "checkout" / "results" / "unfinished" / "cifar10" / "resnet20"
 
     return make
@@ -111,17 +121,14 @@ def checkout(tmp_path):
 def test_at_most_8_files_come_home_and_no_checkpoint_that_is_cut_off(rental, checkout, tmp_path):
     """Unfinished runs go first, but not those that are as they were brought along; kernels only if all fit."""
     unfinished = checkout(
-        "import os, pathlib, random, sys\n"
+        "import os, random\n"
         "print(*sys.argv)\n"
-        "if '--import' in sys.argv:\n"
-        "    sys.exit()\n"
-        "(folder,) = [part.split('=')[1].strip(\"'\") for part in sys.argv if part.startswith('machine.results=')]\n"
-        "runs = pathlib.Path(folder) / 'runs/cifar10/resnet20'\n"
+        "runs = folder / 'runs/cifar10/resnet20'\n"
         "for name in ('new 1', 'new 2', 'new 3', 'new 4', 'end 1', 'end 2'):\n"
         "    (runs / name).mkdir(parents=True)\n"
         "    (runs / name / 'checkpoint.pt').write_bytes(random.randbytes(12_000))\n"
         "    (runs / name / 'metrics.jsonl').write_text('row\\n' * 9)\n"
-        "records = pathlib.Path(folder) / 'records/cifar10/resnet20'\n"
+        "records = folder / 'records/cifar10/resnet20'\n"
         "records.mkdir(parents=True)\n"
         "for name in ('end 1', 'end 2'):\n"
         "    (records / f'{name}.json').touch()\n"
@@ -159,12 +166,10 @@ def test_a_second_command_of_a_rental_goes_on_where_the_first_ended(rental, chec
     """The checkpoints that were brought along are older than those of the first command, whose record stays."""
     load, out = (tmp_path / name for name in ("load", "out"))
     unfinished = checkout(
-        "import pathlib, sys\n"
-        "(folder,) = [part.split('=')[1].strip(\"'\") for part in sys.argv if part.startswith('machine.results=')]\n"
-        "(path,) = pathlib.Path(folder).rglob('checkpoint.pt')\n"
+        "(path,) = folder.rglob('checkpoint.pt')\n"
         "count = int(path.read_text()) + 1\n"
         "path.write_text(str(count))\n"
-        "(pathlib.Path(folder) / 'records' / f'{count}.json').touch()\n"
+        "(folder / 'records' / f'{count}.json').touch()\n"
     )
     (unfinished / "one").mkdir(parents=True)
     (unfinished / "one" / "checkpoint.pt").write_text("0")
