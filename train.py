@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mbn import config as configuration
 from mbn.system.command_line import Parser, entry_point, failure
 from mbn.system.errors import DivergedError, UserError, printable
-from mbn.system.processes import Processes, another_may_end, from_environment, join, leave
+from mbn.system.processes import Processes, another_may_end, end, from_environment, join, leave
 
 if TYPE_CHECKING:
     from mbn.launch.missing_runs import PlannedRun
@@ -307,4 +307,4 @@ def sweep_together(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> int
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

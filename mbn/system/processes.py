@@ -1,13 +1,15 @@
 """The processes that train one run, started by torchrun: which one this is, its share, what they tell each other."""
 
+import atexit
 import contextlib
 import datetime
 import functools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mbn.system.errors import UserError
 from mbn.system.signals import Item, StoppedError, StopRequest, say
@@ -211,6 +213,26 @@ def leave(processes: Processes) -> None:
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
             dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End this process with the exit code, as sys.exit does; one of several runs what atexit knows, and ends at once.
+
+    Python's own end would take the interpreter down while a thread of gloo's may still let go of a tensor, which aborts
+    the process (https://github.com/pytorch/pytorch/issues/190489). Nor does destroy_process_group end these threads:
+    defaults of functions that torch defines after `join` (in torch.distributed.nn.functional) hold the group.
+    """
+    try:
+        several = from_environment().several
+    except UserError:  # what the command has ended with
+        several = False
+    if several:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or none
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import os
+import signal
+import subprocess
+import sys
 from unittest import mock
 
 import jpegs
@@ -11,6 +15,7 @@ import torch.distributed as dist
 from running import TIMES, assert_same_run, without
 from several_runs import RUN, Stops, command, from_files, left
 
+from mbn.config import REPOSITORY
 from mbn.records import provenance
 from mbn.system import processes as system_processes
 from mbn.training import conditions
@@ -225,6 +230,30 @@ def test_shares_differ_by_one_image_and_keep_groups_whole():
         assert all(share.start % whole == 0 or not share for share in shares)
         groups = [-(-len(share) // whole) for share in shares]
         assert max(groups) - min(groups) <= 1
+
+
+ENDS = """
+import atexit, os
+from mbn.system.processes import end, from_environment
+class Aborts:
+    def __del__(self, abort=os.abort):
+        abort()
+aborts = Aborts()  # what gloo's threads may do while Python ends
+atexit.register(print, "atexit")
+print("output")
+end(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "code"), [("2", 3), ("1", -signal.SIGABRT), ("two", -signal.SIGABRT)], ids=["several", "one", "mistake"]
+)
+def test_one_of_several_processes_ends_without_pythons_own_end(size, code):
+    there = dict(zip(system_processes.NAMES, ("1", size, "1", size, "localhost", "0"), strict=True))
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS], env={**os.environ, **there}, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (code, "output\natexit\n"), ended.stderr
 
 
 @pytest.mark.parametrize("missing", [AttributeError, PermissionError], ids=["macOS", "sandbox"])

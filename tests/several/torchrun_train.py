@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from mbn.system.processes import from_environment
+from mbn.system.processes import end, from_environment
 
 
 def main(results, *overrides):
@@ -61,4 +61,4 @@ def policies():
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    end(main(*sys.argv[1:]))
