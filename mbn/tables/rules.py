@@ -14,15 +14,24 @@ ABOUT = (
     "averages, MBN with its memory's pool. Then under other rules."
 )
 OF_RULES = (
-    "- test batch of N: training mode (dropout off) with test batches of N images: 8, 128, and as many as in training. "
-    "BN normalises a batch by its own statistics, BRN and MBN by these and their averages or memory, which stay as "
-    "training left them (held) or take in each test batch (rolling).\n"
+    "- batches of N: training mode (dropout off) with test batches of N images, or of as many as in training. BN "
+    "normalises a batch by its own statistics, BRN and MBN by these and their averages or memory, which stay as "
+    "training left them (held) or take in each test batch (rolling). With BN both are the same number.\n"
     "- averages with momentum m: BN's moving averages, taken anew over the last 100 batches of training with m as the "
     "weight of the new batch (the tables' is 0.1).\n"
     "- newest entry as the batch: MBN's newest entry has the weight 1 of a current batch, the older ones lambda "
     "eta^(a-1).\n"
     "- `-`: the method has no such rule, or it was not measured."
 )
+# The columns, and by which names records have them, {batch} for the batch size of training; '' is a table's own number.
+AS_IN_THE_TABLES = "as in the tables"
+BATCHES = {
+    f"batches {of}, {memory}": (f"test batch of {n}, {memory}", f"test batch of {n}")
+    for of, n in (("as in training", "{batch}"), ("of 8", "8"), ("of 128", "128"))
+    for memory in ("held", "rolling")
+}
+AVERAGES = {name: (name,) for name in ("averages with momentum 0.9", "averages with momentum 1.0")}
+COLUMNS = {AS_IN_THE_TABLES: ("",), **BATCHES, **AVERAGES, "newest entry as the batch": ("newest entry as the batch",)}
 
 
 def measured_by_rules(cells: list[RunCell]) -> list[tuple[RunCell, list[Record]]]:
@@ -36,11 +45,13 @@ def rules_page(cells: list[RunCell]) -> str:
     found = measured_by_rules(cells)
     if not found:
         return ""
-    rules = list(dict.fromkeys(rule for _, runs in found for one in runs for rule in control(one, "rules")))
-    head = ["as in the tables", *rules]
-    means = [[cell.label, str(len(runs)), *_texts(runs, rules)] for cell, runs in found]
+    head = [name for name in COLUMNS if any(_error(one, name) is not None for _, runs in found for one in runs)]
+    means = [[cell.label, str(len(runs)), *(_mean(runs, name) for name in head)] for cell, runs in found]
     each = [
-        [f"[{cell.label}](../records/{one['name']}.json), seed {one['config']['seed']}", *_texts([one], rules)]
+        [
+            f"[{cell.label}](../records/{one['name']}.json), seed {one['config']['seed']}",
+            *(_mean([one], name) for name in head),
+        ]
         for cell, runs in found
         for one in runs
     ]
@@ -48,39 +59,33 @@ def rules_page(cells: list[RunCell]) -> str:
     return "\n\n".join([*parts, "## Runs", pipes([["", *head], *each])]) + "\n"
 
 
-def _texts(runs: list[Record], rules: list[str]) -> list[str]:
-    return [_mean(runs, rule) for rule in ("", *rules)]
+def _error(one: Record, column: str) -> float | None:
+    """A run's test error in percent under the rule of a column; None where it has none."""
+    of_rules = {**control(one, "rules"), "": one["test_error"]}
+    names = [name.format(batch=one["config"]["batch_size"]) for name in COLUMNS[column]]
+    return next((of_rules[name] for name in names if name in of_rules), None)
 
 
-def _mean(runs: list[Record], rule: str) -> str:
-    """The mean test error under a rule ('' is that of the tables), with n where fewer runs have it."""
-    numbers = [one["test_error"] if not rule else control(one, "rules").get(rule) for one in runs]
-    known = [number for number in numbers if number is not None]
+def _mean(runs: list[Record], column: str) -> str:
+    """The mean test error under the rule of a column, with n where fewer runs have it."""
+    known = [error for error in (_error(one, column) for one in runs) if error is not None]
     if not known:
         return "-"
     return f"{statistics.fmean(known):.2f}" + (f" (n = {len(known)})" if len(known) < len(runs) else "")
 
 
-# The rows of the table of BN beside MBN: their rules, {batch} for the batch size of training; '' as in the tables.
+# The methods and the columns of the table of BN beside MBN.
 PAIR = ("BN-1", "MBN-2")
-AS_TRAINED, OF_128 = "test batch of {batch}", "test batch of 128"
-ROWS = {
-    "as in the tables": ("", ""),
-    "training mode, test batches as in training, memory held": (AS_TRAINED, AS_TRAINED + ", held"),
-    "the same, memory rolling": (AS_TRAINED, AS_TRAINED + ", rolling"),
-    "training mode, test batches of 128, memory held": (OF_128, OF_128 + ", held"),
-    "the same, rolling": (OF_128, OF_128 + ", rolling"),
-    "evaluation mode, BN's momentum 0.9": ("averages with momentum 0.9", ""),
-    "evaluation mode, BN's momentum 1": ("averages with momentum 1.0", ""),
-}
+OF_PAIR = (AS_IN_THE_TABLES, *(name for name in BATCHES if not name.startswith("batches of 8,")), *AVERAGES)
 OF_BN_AND_MBN = (
-    "Means over equal seeds of BN / MBN, in brackets. BN has no memory: where it is held and where it rolls, its "
-    "number is the same. MBN has no averages. What the rules are: [other rules](tables/rules.md)."
+    "Means over equal seeds of BN / MBN, in brackets. *Batches*: training mode, with the memory held or rolling; BN "
+    "has no memory, and both times the same number. *Averages*: evaluation mode, BN's averages with another momentum; "
+    "MBN has none. What the rules are: [other rules](tables/rules.md)."
 )
 
 
 def bn_and_mbn(cells: list[RunCell], table4: Table) -> str:
-    """A column for each place where runs of BN with one forward or of MBN with two and the paper's gradient have such
+    """A row for each place where runs of BN with one forward or of MBN with two and the paper's gradient have such
     errors, over the seeds that both have, and Table 4's numbers of the paper."""
     runs: dict[str, dict[str, list[Record]]] = {}
     bn: dict[str, Cell] = {}
@@ -90,18 +95,17 @@ def bn_and_mbn(cells: list[RunCell], table4: Table) -> str:
             bn[cell.place] = cell.bn
     if not runs:
         return "None yet."
-    for of in runs.values():
-        if equal := set.intersection(*({_seed(one) for one in some} for some in of.values())):
-            of |= {method: [one for one in some if _seed(one) in equal] for method, some in of.items()}
-    rows = [["BN / MBN", *(f"{place} ({_seeds(of)})" for place, of in runs.items())]]
-    for name, rules in ROWS.items():
-        rows.append([name])
-        for place, of in runs.items():
-            named = [rule.format(batch=bn[place].config(0).batch_size) for rule in rules]
-            rows[-1].append(_pair(_mean(of[method], rule) for method, rule in zip(PAIR, named, strict=True)))
     printed = [table4.grid.row(row) for row in table4.grid.rows]
     paper = {of_bn.name(0): _pair(cell.paper["test_error"] or "-" for cell in (of_bn, mbn)) for of_bn, mbn in printed}
-    rows.append(["the paper", *(paper.get(bn[place].name(0), "-") for place in runs)])
+    rows = [["BN / MBN", *OF_PAIR, "the paper"]]
+    for place, of in runs.items():
+        if equal := set.intersection(*({_seed(one) for one in some} for some in of.values())):
+            of |= {method: [one for one in some if _seed(one) in equal] for method, some in of.items()}
+        row = [f"{place} ({_seeds(of)})"]
+        for name in OF_PAIR:
+            names = (name, AS_IN_THE_TABLES if name in AVERAGES else name)
+            row.append(_pair(_mean(of[method], one) for method, one in zip(PAIR, names, strict=True)))
+        rows.append([*row, paper.get(bn[place].name(0), "-")])
     return f"{pipes(rows)}\n\n{OF_BN_AND_MBN}"
 
 

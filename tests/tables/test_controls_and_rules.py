@@ -2,12 +2,15 @@
 
 import pytest
 import toy_records
+from torch import nn
 
+import mbn
 from mbn import grid
+from mbn.measure.other_rules import rules
 from mbn.tables.cells import read_records, read_tables
 from mbn.tables.controls import controls_page
 from mbn.tables.export import contents
-from mbn.tables.rules import bn_and_mbn, rules_page
+from mbn.tables.rules import COLUMNS, bn_and_mbn, rules_page
 from mbn.tables.run_cells import run_cells
 
 PLACE = "ResNet-56 on CIFAR-10, batch 8"
@@ -34,14 +37,17 @@ def test_the_page_of_other_rules_has_every_run_and_the_means_of_cells(records):
     assert rules_page(cells_of(records)) == ""
     put(records, "BN", 0, rules={"test batch of 8": 9.0})
     put(records, "BN", 1, rules={"test batch of 8": 9.5})
-    put(records, "MBN", 0, rules={"newest entry as the batch": 7.1, "test batch of 8, held": 7.3})
+    of_mbn = {"newest entry as the batch": 7.1, "test batch of 8, held": 7.3, "test batch of 128, rolling": 7.2}
+    put(records, "MBN", 0, rules=of_mbn)
     page = contents(read_tables(records), every=True)["rules.md"]
-    head = "as in the tables | test batch of 8 | newest entry as the batch | test batch of 8, held |"
-    assert f"|  | runs | {head}" in page
-    means = f"| {PLACE}, BN-1 | 2 | 8.50 | 9.25 | - | - |\n| {PLACE}, MBN-2 | 1 | 7.00 | - | 7.10 | 7.30 |"
-    assert means in page
+    head = "batches of 8, held | batches of 8, rolling | batches of 128, rolling | newest entry as the batch |"
+    training = "batches as in training, held | batches as in training, rolling"
+    assert f"|  | runs | as in the tables | {training} | {head}\n" in page
+    bn = f"| {PLACE}, BN-1 | 2 | 8.50 | 9.25 | 9.25 | 9.25 | 9.25 | - | - |\n"
+    mbn = f"| {PLACE}, MBN-2 | 1 | 7.00 | 7.30 | - | 7.30 | - | 7.20 | 7.10 |\n"
+    assert bn + mbn in page
     name = grid.read("table4").cell("8", "BN").name(1)
-    assert f"| [{PLACE}, BN-1](../records/{name}.json), seed 1 | 8.00 | 9.50 | - | - |" in page
+    assert f"| [{PLACE}, BN-1](../records/{name}.json), seed 1 | 8.00 | 9.50 | 9.50 | 9.50 | 9.50 | - | - |\n" in page
     assert "rules.md" not in contents(read_tables(records, ["table4"]), every=False)
 
 
@@ -56,17 +62,22 @@ def test_bn_stands_beside_mbn_under_the_rules_that_each_has(records):
     of_mbn = {"test batch of 8, held": 7.1, "test batch of 8, rolling": 7.9, "test batch of 128, held": 7.2}
     put(records, "MBN", 0, rules=of_mbn)
     assert bn_and_mbn(cells_of(records), table4).split("\n\n")[0].splitlines() == [
-        f"| BN / MBN | {PLACE} (seeds 0, 2) |",
-        "|---|---|",
-        "| as in the tables | 8.75 / 6.90 |",
-        "| training mode, test batches as in training, memory held | 12.50 / 7.20 |",
-        "| the same, memory rolling | 12.50 / 7.90 (n = 1) |",
-        "| training mode, test batches of 128, memory held | 11.50 / 7.20 (n = 1) |",
-        "| the same, rolling | 11.50 / - |",
-        "| evaluation mode, BN's momentum 0.9 | 10.00 / 6.90 |",
-        "| evaluation mode, BN's momentum 1 | - / 6.90 |",
-        "| the paper | 19.64 / 15.37 |",
+        "| BN / MBN | as in the tables | batches as in training, held | batches as in training, rolling | batches of "
+        "128, held | batches of 128, rolling | averages with momentum 0.9 | averages with momentum 1.0 | the paper |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| {PLACE} (seeds 0, 2) | 8.75 / 6.90 | 12.50 / 7.20 | 12.50 / 7.90 (n = 1) | 11.50 / 7.20 (n = 1) | "
+        "11.50 / - | 10.00 / 6.90 | - / 6.90 | 19.64 / 15.37 |",
     ]
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d, mbn.BatchRenorm2d, mbn.MemorizedBatchNorm2d])
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_every_rule_that_runs_are_tested_under_has_a_column(layer, batch_size):
+    model = mbn.convert(nn.Sequential(layer(3)), norm="bn") if layer is nn.BatchNorm2d else layer(3)
+    names = set(rules(model, batch_size, *3 * [None]))
+    assert names
+    shown = {name.format(batch=batch_size) for names in COLUMNS.values() for name in names}
+    assert names <= shown
 
 
 def test_the_page_of_controls_has_means_over_the_runs_and_the_seeds_that_have_them(records):
