@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,9 @@ exit codes:
   2    a mistake in the command; nothing was trained
   75   stopped by a signal, 130 by Ctrl-C: the same command goes on
   76   another process trains this run"""
+
+# Seconds that another process than the main one leaves it to say what is wrong.
+SAYS_IT_IN = 1
 
 
 @entry_point
@@ -113,7 +117,9 @@ def beside_the_main_process(arguments: list[str], processes: Processes) -> int:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
             return command(arguments, processes)
     except UserError as error:
-        if error.everywhere or error.code == 2:  # so does every mistake in the command
+        # The main process says it, too: an error of all of them, and a mistake in the command on its machine.
+        if error.everywhere or (error.code == 2 and not processes.first_of_another_machine):
+            time.sleep(SAYS_IT_IN)  # torchrun ends all once one has ended
             return error.code
         raise
 
@@ -138,6 +144,7 @@ def run(config: configuration.Config, stop: "StopRequest | None" = None, open_da
     # Importing torch takes seconds: done only once the configuration is known to be right, and not for a finished run.
     processes = from_environment()
     join(processes, config.machine.device)
+    check_same_settings(config, processes)
     if processes.from_main(path.exists) and not config.machine.again:
         result = processes.from_main(lambda: record.read(path))
         if processes.main:
@@ -167,6 +174,32 @@ def run(config: configuration.Config, stop: "StopRequest | None" = None, open_da
         result = trained
         print(record.in_a_sentence(result))
     print(f"record: {path}\ncurves: tensorboard --logdir {shlex.quote(str(results / 'runs'))}")
+
+
+def check_same_settings(config: configuration.Config, processes: Processes) -> None:
+    """Check that all processes were given the same settings, but for what belongs to a machine: with others they would
+    train other weights, or wait for each other. Errors: UserError.
+    """
+    own = named_settings(configuration.to_dict(config))
+    for name in ("data", "results", "threads", "workers"):
+        del own[f"machine.{name}"]
+    everyone = processes.everyones(own)
+    for rank, other in enumerate(everyone):
+        if differ := sorted(name for name in own if other.get(name) != everyone[0].get(name)):
+            raise UserError(
+                f"process {rank + 1} of {len(everyone)} has another {' and '.join(differ)} than the first: give all "
+                "machines the same command and the same checkout.",
+                code=2,
+                everywhere=True,
+            )
+
+
+def named_settings(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
+    """The settings by their full names, such as schedule.lr."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= named_settings(value, f"{group}{key}.") if isinstance(value, dict) else {group + key: value}
+    return found
 
 
 def warn_of_other_code(result: dict[str, Any]) -> None:

@@ -27,7 +27,10 @@ class SlurmJob:
         self.command, self.log = list(command), log
 
     def __call__(self) -> None:
-        """Run the command to its end. Errors: RuntimeError where train.py failed, so that Slurm shows a failed job."""
+        """Run the command to its end. Errors: RuntimeError where train.py failed, so that Slurm shows a failed job.
+
+        A run that another process trains (LOCKED) has not failed; but torchrun gives such runs the code 1.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(

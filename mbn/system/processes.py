@@ -42,6 +42,11 @@ class Processes:
     def several(self) -> bool:
         return self.size > 1
 
+    @property
+    def first_of_another_machine(self) -> bool:
+        """Whether this is the first process of a machine that the main one is not on."""
+        return self.local_rank == 0 and not self.main
+
     def share(self, n: int, whole: int = 1) -> slice:
         """This process's part of n images; parts differ by one image at most, or by one group of `whole` images."""
         groups = -(-n // whole)
@@ -163,7 +168,7 @@ def join(processes: Processes, device: str) -> None:
 
     if dist.is_initialized():
         return
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if cuda and processes.local_rank < torch.cuda.device_count():  # else `choose_device` says it
         torch.cuda.set_device(processes.local_rank)
     threading.Thread(target=_end_without_launcher, args=(processes,), daemon=True).start()

@@ -45,7 +45,12 @@ def choose_device(wanted: str, earlier: str | None, processes: Processes = ALONE
     if not available[kind]:
         began = "the run began on it, and " if wanted == "auto" else ""
         gpu = f"machine.device=cuda uses {'the GPU' if gpus == 1 else 'the first GPU'}, " if gpus else ""
-        raise UserError(f"there is no {name} here: {began}{gpu}machine.device=cpu uses the CPU.")
+        raise UserError(
+            f"there is no {name} here: {began}{gpu}machine.device=cpu uses the CPU.",
+            code=2 if processes.several else 1,
+        )
+    if processes.several and kind == "mps":
+        raise UserError("machine.device=mps is for one process: leave torchrun out, or add machine.device=cpu.", code=2)
     if not processes.several or not name.startswith("cuda"):
         return torch.device(name)
     if ":" in wanted:
@@ -60,8 +65,9 @@ def choose_device(wanted: str, earlier: str | None, processes: Processes = ALONE
 
 
 def choose_threads(wanted: int | None, earlier: int | None, processes: Processes = ALONE) -> int:
-    """CPU threads: the number asked for, else the one the run began with, else the smaller of torch's own choice and
-    this process's part of `cores`.
+    """CPU threads of this process: the number asked for, else the earlier one, which the run had with as many
+    processes, else the smaller of torch's own choice (with torchrun 1, unless OMP_NUM_THREADS is set) and this
+    process's part of `cores`.
 
     It affects the last bits.
     """

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from unittest import mock
 
 import jpegs
@@ -15,10 +16,11 @@ import torch.distributed as dist
 from running import TIMES, assert_same_run, without
 from several_runs import RUN, Stops, command, from_files, left
 
+from mbn import config
 from mbn.config import REPOSITORY
 from mbn.records import provenance
 from mbn.system import processes as system_processes
-from mbn.training import conditions
+from mbn.training import conditions, execution
 
 METHODS = {
     "BN": ("norm=bn",),
@@ -153,6 +155,19 @@ def test_a_run_goes_on_in_another_number_of_processes_with_one_warning(trained, 
     assert [(one["from"], one.get("processes", 1)) for one in parts] == [(0, sizes[0]), (5, sizes[1])]
 
 
+def test_another_number_of_processes_has_threads_of_its_own(trained):
+    trained(1, "norm=bn", "machine.threads=null", folder="part", code=75, before=begins_with_two_threads)
+    part, _ = trained(2, "norm=bn", "machine.threads=null", folder="part", before=begins_with_two_threads)
+    assert [one["threads"] for one in part.record()["parts"]] == [2, 1]
+
+
+def begins_with_two_threads():
+    """On two cores, and alone it stops after five iterations."""
+    execution.TORCHS_THREADS, execution.cores = 2, lambda: 2
+    if dist.get_world_size() == 1:
+        Stops(5, 0)()
+
+
 def has_other_code():
     """In the second process."""
     if dist.get_rank() == 1:
@@ -215,6 +230,49 @@ def test_a_mistake_is_said_once(processes, tmp_path, overrides, said):
 def test_processes_with_other_code_do_not_train(trained):
     _, (_, _, err) = trained(2, "norm=bn", code=1, before=has_other_code)
     assert "process 2 of 2 has other code than the first" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("schedule.lr", [0.01, 0.001, 0.0001]), ("evaluate.rules", True), ("machine.again", True), ("batch_size", 249)],
+)
+def test_processes_with_another_setting_do_not_train(processes, tmp_path, name, value):
+    before = partial(in_the_second_process, {name: value})
+    ended = processes.run(2, command, str(tmp_path), "norm=bn", before=before)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert f"error: process 2 of 2 has another {name} than the first" in ended[0][2]
+    assert ended[1][1:] == ("", "")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def in_the_second_process(changes):
+    """It has other settings."""
+    load = config.load
+
+    def load_others(overrides):
+        settings = load(overrides)
+        for name, value in changes.items():
+            group, _, key = name.rpartition(".")
+            setattr(getattr(settings, group) if group else settings, key, value)
+        return settings
+
+    if dist.get_rank() == 1:
+        config.load = load_others
+
+
+def test_what_belongs_to_a_machine_may_differ(trained):
+    others = {"machine.data": "elsewhere", "machine.results": "elsewhere", "machine.threads": 2, "machine.workers": 1}
+    trained(2, "norm=bn", before=partial(in_the_second_process, others))
+
+
+def test_a_mistake_on_another_machine_is_said_there(processes, tmp_path):
+    ended = processes.run(2, command, str(tmp_path), "batch_size=0", before=on_two_machines)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert all(err.count("error: ") == 1 for _, _, err in ended)
+
+
+def on_two_machines():
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 def test_a_finished_run_is_shown_by_the_main_process(trained):

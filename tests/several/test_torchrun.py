@@ -163,6 +163,16 @@ def test_processes_that_have_workers_decode_images_from_files(tmp_path, processe
     assert_same_bits(whole.checkpoint()["model"], left(results, run=from_files(root)).checkpoint()["model"])
 
 
+def test_a_gpu_that_is_not_there_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with Torchrun(tmp_path, 2, run=(*RUN, "machine.device=cuda")) as torchrun:
+        assert torchrun.ends(LONG) != 0
+    said = torchrun.log.read_text()
+    assert said.count("error: there is no cuda here: machine.device=cpu uses the CPU.") == 1, said
+    ours = said.partition("ChildFailedError")[0]  # what follows is torchrun's own
+    assert "train.py" not in ours.partition("Traceback")[2], said
+
+
 @pytest.mark.long("1", "Processes of a run under torchrun killed: the others end within 30 s; resumed to the same bits")
 @pytest.mark.timeout(3600)
 def test_kills_at_any_moment(tmp_path, processes, count, figure):

@@ -13,6 +13,7 @@ import models
 from mbn import config, network_layers
 from mbn.network_layers import from_config
 from mbn.system.errors import UserError
+from mbn.system.processes import Processes
 from mbn.training import execution, iteration
 from mbn.training.execution import choose_device, choose_mode, choose_threads, operations
 
@@ -125,6 +126,21 @@ def test_a_gpu_of_a_number_that_is_not_there_is_refused(monkeypatch):
         choose_device("cuda:2", None)
 
 
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_several_processes_need_a_gpu_each_or_a_cpu(monkeypatch, gpus):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("cpu", None, Processes(1, 3, 1, 3)) == CPU
+    says = ["3 processes need a GPU each, and there are 2 here", "there is no cuda here"][gpus == 0]
+    for device, why in (("cuda", says), ("mps", "machine.device=mps is for one process")):
+        with pytest.raises(UserError, match=why) as error:
+            choose_device(device, None, Processes(1, 3, 1, 3))
+        assert error.value.code == 2
+    if gpus:
+        assert choose_device("auto", None, Processes(1, 2, 1, 2)) == torch.device("cuda", 1)
+
+
 def test_runs_of_one_kind_share_compiled_code_and_nothing_else(monkeypatch):
     """Runs one after another, or in lanes: only the first of a kind waits for the compiler."""
     graphs = []
@@ -199,6 +215,7 @@ def test_deterministic_gives_the_same_bits_twice_and_neither_it_nor_tf32_is_part
 def test_the_compiler_does_not_say_that_there_is_no_gpu(caplog):
     from torch.utils import cpp_extension  # imports slowly
 
+    caplog.clear()  # it may have said so when it was imported just now, before the filter
     assert 'logger.warning("No CUDA runtime is found' in inspect.getsource(cpp_extension)
     assert COMPILER_FAULT(CPU) is None
     for text in ("No CUDA runtime is found, using CUDA_HOME='%s'", "no compiler in %s"):
