@@ -117,8 +117,9 @@ def beside_the_main_process(arguments: list[str], processes: Processes) -> int:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
             return command(arguments, processes)
     except UserError as error:
-        # The main process says it, too: an error of all of them, and a mistake in the command on its machine.
-        if error.everywhere or (error.code == 2 and not processes.first_of_another_machine):
+        if error.everywhere:
+            return error.code
+        if error.code == 2 and not processes.first_of_another_machine:  # the main process has made the mistake, too
             time.sleep(SAYS_IT_IN)  # torchrun ends all once one has ended
             return error.code
         raise
