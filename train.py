@@ -184,15 +184,7 @@ def check_same_settings(config: configuration.Config, processes: Processes) -> N
     own = named_settings(configuration.to_dict(config))
     for name in ("data", "results", "threads", "workers"):
         del own[f"machine.{name}"]
-    everyone = processes.everyones(own)
-    for rank, other in enumerate(everyone):
-        if differ := sorted(name for name in own if other.get(name) != everyone[0].get(name)):
-            raise UserError(
-                f"process {rank + 1} of {len(everyone)} has another {' and '.join(differ)} than the first: give all "
-                "machines the same command and the same checkout.",
-                code=2,
-                everywhere=True,
-            )
+    processes.check_alike(own, "give all machines the same command and the same checkout.", code=2)
 
 
 def named_settings(settings: dict[str, Any], group: str = "") -> dict[str, Any]:

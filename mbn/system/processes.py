@@ -119,6 +119,20 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def check_alike(self, own: dict[str, Any], advice: str, code: int = 1) -> None:
+        """Check that all processes have the same value under each name. Errors: UserError, in all of them, which names
+        the first process that differs from the main one, and ends with the advice.
+        """
+        everyone = self.everyones(own)
+        for rank, other in enumerate(everyone):
+            names = everyone[0] | other
+            if differ := [name for name in names if other.get(name) != everyone[0].get(name)]:
+                raise UserError(
+                    f"process {rank + 1} of {len(everyone)} differs from the first in {' and '.join(differ)}: {advice}",
+                    code,
+                    everywhere=True,
+                )
+
     def checked(self, stop: StopRequest, items: Iterable[Item]) -> Iterator[Item]:
         """The same items; all processes have as many. Errors: StoppedError, in all at once, after a request to stop."""
         if not self.several:

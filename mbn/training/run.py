@@ -28,7 +28,7 @@ from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.processes import ALONE, Processes, from_environment, join
 from mbn.system.signals import CODES, Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
-from mbn.training.conditions import Conditions, conditions, devices, made_by
+from mbn.training.conditions import conditions, devices, made_by
 from mbn.training.controls import Trained
 from mbn.training.execution import (
     COMPILED,
@@ -80,6 +80,7 @@ def train(
             return None
         with one_at_a_time:  # seeds and generators belong to the process
             run = Run(config, build, folder, run_lock.check if run_lock else _nothing, open_data, processes)
+        run.go_on()
         if processes.main:
             for path in (*(folder / file for file in WRITTEN), record.path_of(results, name)):
                 remove_partials(path)
@@ -136,7 +137,7 @@ def add_controls(
     folder, path = results / "runs" / name, record.path_of(results, name)
     with lock(folder / "lock") as run_lock, _memory_is_enough(config):
         result = record.read(path)
-        run = Run(config, build, folder, run_lock.check, trains=False)
+        run = Run(config, build, folder, run_lock.check)
         ended = run.state.iteration == run.state.length
         controls.check_end(result, path, run.checkpoint_path, ended, run.journal_hash)
         with own_stream(run.state.device), _signals(stop) as signals:
@@ -149,7 +150,6 @@ class Run:
     """A run: its state, its data, and the loop that trains it.
 
     check_lock: called before a checkpoint or a record is written; raises UserError where the run's lock is lost.
-    trains: False for a finished run that is only measured, perhaps under other conditions than those of its training.
     """
 
     def __init__(
@@ -160,7 +160,6 @@ class Run:
         check_lock: Callable[[], None],
         open_data: OpenData | None = None,
         processes: Processes = ALONE,
-        trains: bool = True,
     ) -> None:
         self.config, self.folder, self.check_lock, self.processes = config, folder, check_lock, processes
         self.checkpoint_path = folder / "checkpoint.pt"
@@ -186,7 +185,8 @@ class Run:
         began = earlier.get("mode") if same_kind else None
         mode = choose_mode(machine.mode, began, config, model, device, threads, processes)
         now = conditions(machine, device, threads, mode, self.data.fingerprint, processes.size)
-        self._check_alike(now)
+        trained_with = {key: now[key] for key in ("code", "data", "versions", "mode")}
+        processes.check_alike(trained_with, "give all machines the same checkout, packages and data.")
         self.state = State(config, model, device, now, processes)
         self.model = self.state.model
         self.method = METHODS[config.norm.name]
@@ -203,31 +203,28 @@ class Run:
         self.journal_lines: int | None = None
         self.journal_hash: str | None = None
         if saved:
-            self._restore(saved, trains)
+            with self._reads_checkpoint():
+                self.state.restore(saved)
+            self.journal_lines, self.journal_hash = saved["journal_lines"], saved.get("journal")
         # The iteration of the last checkpoint, and when it was written.
         self.saved = self.state.iteration if saved else None
         self.saved_at = time.monotonic()
 
-    def _check_alike(self, now: Conditions) -> None:
-        """Check that all processes train the same. Errors: UserError."""
-        everyone = self.processes.everyones({key: now[key] for key in ("code", "data", "versions", "mode")})
-        for rank, other in enumerate(everyone):
-            differ = [key for key in other if other[key] != everyone[0][key]]
-            if differ:
-                raise UserError(
-                    f"process {rank + 1} of {len(everyone)} has other {' and '.join(differ)} than the first: give all "
-                    "machines the same checkout, packages and data.",
-                    everywhere=True,
-                )
+    def go_on(self) -> None:
+        """Say where a run that was stopped goes on, if it was one. Errors: UserError for a checkpoint of other code."""
+        if self.saved is not None:
+            with self._reads_checkpoint():
+                self.state.go_on()
 
-    def _restore(self, saved: dict[str, Any], trains: bool) -> None:
+    @contextlib.contextmanager
+    def _reads_checkpoint(self) -> Iterator[None]:
+        """Inside, what a checkpoint lacks, or holds in another form, is a UserError."""
         try:
-            self.state.restore(saved, trains)
+            yield
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if lacks_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
             raise other_version(self.checkpoint_path, first_line(error)) from None
-        self.journal_lines, self.journal_hash = saved["journal_lines"], saved.get("journal")
 
     def open_journal(self) -> Journal:
         """The journal, opened to continue from the checkpoint; rows after the checkpoint are cut off."""

@@ -18,8 +18,8 @@ from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.system.processes import ALONE, Processes
 from mbn.system.signals import StopRequest
-from mbn.training import checkpoint_file
-from mbn.training.conditions import Conditions, before, go_on, parts_of, with_part
+from mbn.training import checkpoint_file, conditions
+from mbn.training.conditions import Conditions, before, parts_of, with_part
 from mbn.training.journal import VIEW
 
 # Version 1 had no parts and no hash of the journal.
@@ -141,11 +141,8 @@ class State:
         if self.generators is None and processes.rank:
             torch.manual_seed(_own_seed(config.seed, processes, 0))  # not the masks of another process
 
-    def restore(self, saved: dict[str, Any], trains: bool = True) -> None:
-        """Go on from what a checkpoint holds. trains: whether more is trained.
-
-        Errors: KeyError, TypeError, ValueError, RuntimeError for another's.
-        """
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds. Errors: KeyError, TypeError, ValueError, RuntimeError for another's."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for group in self.optimizer.param_groups:
@@ -162,9 +159,11 @@ class State:
         if untested is not None:
             self.untested = {name: tuple(t.to(self.device) for t in of_one) for name, of_one in untested.items()}
         self.began, self.parts = self.iteration, parts_of(saved)
-        if trains:
-            print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
-            self.parts = go_on(self.parts, self.began, self.now)
+
+    def go_on(self) -> None:
+        """Train on from a restored checkpoint: say so, and note the conditions of the part that begins."""
+        print(f"{self.name}: resuming at iteration {self.iteration} of {self.length}.")
+        self.parts = conditions.go_on(self.parts, self.began, self.now)
 
     def _restore_generators(self, saved: dict[str, Any]) -> None:
         """Go on with this process's draws; with new ones if the number of processes is another."""

@@ -229,7 +229,7 @@ def test_a_mistake_is_said_once(processes, tmp_path, overrides, said):
 
 def test_processes_with_other_code_do_not_train(trained):
     _, (_, _, err) = trained(2, "norm=bn", code=1, before=has_other_code)
-    assert "process 2 of 2 has other code than the first" in err
+    assert "process 2 of 2 differs from the first in code" in err
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_processes_with_another_setting_do_not_train(processes, tmp_path, name, 
     before = partial(in_the_second_process, {name: value})
     ended = processes.run(2, command, str(tmp_path), "norm=bn", before=before)
     assert [code for code, _, _ in ended] == [2, 2]
-    assert f"error: process 2 of 2 has another {name} than the first" in ended[0][2]
+    assert f"error: process 2 of 2 differs from the first in {name}" in ended[0][2]
     assert ended[1][1:] == ("", "")
     assert not list(tmp_path.rglob("*.json"))
 
