@@ -248,8 +248,9 @@ def memorized_moments(
     # 0 * NaN would be NaN.
     m, v = torch.where(rest > 0, m, mu), torch.where(rest > 0, v, s2)
     delta = m - mu
-    mu_hat = mu + rest * delta
-    s2_hat = rho * s2 + rest * v + rho * rest * delta.square()
+    # As few operations as they take: where they are not compiled, each is a kernel to launch.
+    mu_hat = torch.addcmul(mu, rest, delta)
+    s2_hat = torch.addcmul(rho * s2, rest, torch.addcmul(v, rho * delta, delta))
     return mu_hat, s2_hat, rho
 
 
@@ -307,10 +308,13 @@ class _PaperGradient(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mu_hat, s2_hat, rho)
         ctx.eps = eps
         ctx.mark_non_differentiable(mu, s2)
+        ctx.set_materialize_grads(False)  # no tensors of zeros for the gradients of mu and s2
         return affine_normalize(x, mu_hat, s2_hat, weight, bias, eps), mu, s2
 
     @staticmethod
     def backward(ctx, dy, _dmu, _ds2):
+        if dy is None:
+            return 7 * (None,)
         x, weight, mu_hat, s2_hat, rho = ctx.saved_tensors
         if torch.is_grad_enabled():
             moments = _about_the_memory(x, mu_hat, s2_hat, rho)
@@ -318,10 +322,12 @@ class _PaperGradient(torch.autograd.Function):
             return dx, None, None, None, *_wanted(ctx, 4, *affine), None
         invstd = (s2_hat + ctx.eps).rsqrt()
         # Batch norm's backward has both correction terms whole. rho times it, plus 1 - rho times the term without
-        # corrections, is the paper's gradient with its misprints corrected.
-        dx, dweight, dbias = _batch_norm_backward(dy, x, weight, mu_hat, invstd)
-        scale = invstd if weight is None else weight * invstd
-        dx = dx.mul_(rho.to(dx.dtype)).addcmul_(dy, per_channel((scale * (1 - rho)).to(dx.dtype), dx))
+        # corrections, is the paper's gradient with its misprints corrected. As dx is linear in gamma, and the other
+        # gradients do not depend on it, rho gamma in place of gamma spares a pass over dx.
+        whole = torch.ones_like(invstd) if weight is None else weight
+        part = rho * whole
+        dx, dweight, dbias = _batch_norm_backward(dy, x, part, mu_hat, invstd)
+        dx.addcmul_(dy, per_channel(((whole - part) * invstd).to(dx.dtype), dx))
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dbias), None
 
 

@@ -225,6 +225,25 @@ def test_frozen_tensors_have_no_second_derivative_and_the_others_theirs(kind, wa
     assert_close(*results, **TIGHT)
 
 
+class Ignored(torch.autograd.Function):
+    """The sum of x, whose gradient is undefined, as of a branch that a loss leaves out."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@kinds
+def test_an_output_without_a_gradient_gives_its_input_none_or_zero(path, kind):
+    layer, x = trained(kind), inputs(4, 3, 2, 2).requires_grad_()
+    (Ignored.apply(layer(x)) + 2 * x.sum()).backward()
+    assert_close(x.grad, torch.full_like(x, 2))
+
+
 @pytest.mark.parametrize("where", ["input", "weight", "module"])
 @kinds
 def test_a_hook_on_a_gradient_runs_once(kind, where):
