@@ -324,7 +324,7 @@ class _PaperGradient(torch.autograd.Function):
         # Batch norm's backward has both correction terms whole. rho times it, plus 1 - rho times the term without
         # corrections, is the paper's gradient with its misprints corrected. As dx is linear in gamma, and the other
         # gradients do not depend on it, rho gamma in place of gamma spares a pass over dx.
-        whole = torch.ones_like(invstd) if weight is None else weight
+        whole = _ones_if_none(weight, invstd)
         part = rho * whole
         dx, dweight, dbias = _batch_norm_backward(dy, x, part, mu_hat, invstd)
         dx.addcmul_(dy, per_channel(((whole - part) * invstd).to(dx.dtype), dx))
@@ -500,6 +500,11 @@ def _gradient_formula(
     return dx.to(x.dtype), dscale, dshift
 
 
+def _ones_if_none(weight: Tensor | None, like: Tensor) -> Tensor:
+    """gamma, which is 1 where there is none."""
+    return torch.ones_like(like) if weight is None else weight
+
+
 def _batch_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, invstd: Tensor, wants_dx: bool = True
 ):
@@ -507,8 +512,8 @@ def _batch_norm_backward(
 
     dx is None where it is not wanted.
     """
-    # Without a weight use ones, because the kernel for half precision wants one in float32. dweight is then unused.
-    weight = torch.ones_like(invstd) if weight is None else weight
+    # The kernel for half precision wants a weight in float32. dweight is unused where there is none.
+    weight = _ones_if_none(weight, invstd)
     return torch.ops.aten.native_batch_norm_backward(
         dy, x, weight, None, None, mu, invstd, True, 0.0, [wants_dx, True, True]
     )
