@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from unittest import mock
 
@@ -155,17 +156,34 @@ def test_a_run_goes_on_in_another_number_of_processes_with_one_warning(trained, 
     assert [(one["from"], one.get("processes", 1)) for one in parts] == [(0, sizes[0]), (5, sizes[1])]
 
 
-def test_another_number_of_processes_has_threads_of_its_own(trained):
-    trained(1, "norm=bn", "machine.threads=null", folder="part", code=75, before=begins_with_two_threads)
-    part, _ = trained(2, "norm=bn", "machine.threads=null", folder="part", before=begins_with_two_threads)
-    assert [one["threads"] for one in part.record()["parts"]] == [2, 1]
+@pytest.mark.parametrize(("sizes", "threads"), [((1, 2), [4, 2]), ((2, 1), [2, 4])])
+def test_another_number_of_processes_has_threads_of_its_own(trained, sizes, threads):
+    for size, stops in zip(sizes, (True, False), strict=True):
+        part, _ = trained(
+            *(size, "norm=bn", "machine.threads=null"),
+            **{"folder": "part", "code": 75 if stops else 0, "before": HasCores(4, stops)},
+        )
+    assert [one["threads"] for one in part.record()["parts"]] == threads
 
 
-def begins_with_two_threads():
-    """On two cores, and alone it stops after five iterations."""
-    execution.TORCHS_THREADS, execution.cores = 2, lambda: 2
-    if dist.get_world_size() == 1:
-        Stops(5, 0)()
+def test_as_many_processes_keep_their_threads_where_there_are_fewer_cores(trained):
+    trained(2, "norm=bn", "machine.threads=null", folder="part", code=75, before=HasCores(4, stops=True))
+    part, (_, _, err) = trained(2, "norm=bn", "machine.threads=null", folder="part", before=HasCores(2, stops=False))
+    assert [one["threads"] for one in part.record()["parts"]] == [2]
+    assert "warning: " not in err
+
+
+@dataclass(frozen=True)
+class HasCores:
+    """So many cores, and it stops after five iterations."""
+
+    cores: int
+    stops: bool
+
+    def __call__(self):
+        execution.TORCHS_THREADS, execution.cores = self.cores, lambda: self.cores
+        if self.stops:
+            Stops(5, 0)()
 
 
 def has_other_code():
