@@ -178,8 +178,8 @@ def run(config: configuration.Config, stop: "StopRequest | None" = None, open_da
 
 
 def check_same_settings(config: configuration.Config, processes: Processes) -> None:
-    """Check that all processes were given the same settings, but for what belongs to a machine: with others they would
-    train other weights, or wait for each other. Errors: UserError.
+    """Check that all processes were given the same settings, except those of a machine: with others they would train
+    other weights, or wait for each other. Errors: UserError.
     """
     own = named_settings(configuration.to_dict(config))
     for name in ("data", "results", "threads", "workers"):

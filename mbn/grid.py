@@ -139,10 +139,10 @@ class Rise(Claim):
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; the fields are the keys of its YAML, except two.
+    """A table; the fields are the keys of its YAML, except three.
 
-    own: its `cells`, the settings that one cell has of its own. shown: its `metrics`, the fields of a record that it
-    shows where the paper prints none.
+    name: the file's, without its ending. own: its `cells`, the settings that one cell has of its own. shown: its
+    `metrics`, the fields of a record that it shows where the paper prints none.
     """
 
     name: str

@@ -31,7 +31,7 @@ def iterations(config: Config) -> int:
 
 
 def cores() -> int:
-    """The processors this process may use: what machine.workers=null and --jobs auto go by.
+    """The processors this process may use: what machine.workers=null, machine.threads=null and --jobs auto go by.
 
     A limit of its container (`docker --cpus=2`) counts.
     """

@@ -100,9 +100,9 @@ class Evaluate:
 @dataclass
 class Machine:
     data: str = setting(
-        MISSING, "folder of the data sets (cifar-10-batches-py, ...); CIFAR is downloaded if missing", FOLDER
+        "data", "folder of the data sets (cifar-10-batches-py, ...); CIFAR is downloaded if missing", FOLDER
     )
-    results: str = setting(MISSING, "folder that gets records/ and runs/", FOLDER)
+    results: str = setting("results", "folder that gets records/ and runs/", FOLDER)
     device: str = setting(
         "auto",
         "auto (CUDA, else CPU), cpu, cuda, cuda:1, mps",

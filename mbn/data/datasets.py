@@ -5,6 +5,7 @@ import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from mbn.config import DATASETS, Config, cores
 from mbn.data.download import download, md5
 from mbn.data.in_memory import Arrays, Data, DeviceDataset, check_arrays, check_image_size, check_labels, check_numbers
+from mbn.system.cuda_graph import one_at_a_time
 from mbn.system.errors import UserError
 from mbn.system.files import turn
 from mbn.system.processes import from_environment
@@ -44,6 +46,22 @@ def load_data(config: Config, device: torch.device) -> Data:
     for images in (arrays.train_images, arrays.test_images):
         check_image_size(dataset, images)
     return DeviceDataset(arrays, dataset, config.seed, device)
+
+
+class SharedData:
+    """`load_data` for many runs in one process: they share one copy of the images on the device."""
+
+    def __init__(self) -> None:
+        self.opened: dict[Any, DeviceDataset] = {}
+
+    def __call__(self, config: Config, device: torch.device) -> Data:
+        key = (repr(config.dataset), config.machine.data, str(device))
+        with one_at_a_time:
+            if key not in self.opened:
+                opened = load_data(config, device)
+                assert isinstance(opened, DeviceDataset)
+                self.opened[key] = opened
+        return self.opened[key].with_seed(config.seed)
 
 
 def digits(folder: Path) -> Arrays:

@@ -15,7 +15,8 @@ from typing import Any, TextIO
 import torch
 
 from mbn.config import DATASETS, Config, Dropout
-from mbn.data import datasets, in_memory
+from mbn.data.datasets import SharedData
+from mbn.data.in_memory import Data
 from mbn.launch.missing_runs import PlannedRun
 from mbn.launch.pool import Child
 from mbn.system.command_line import LastingStream, failure
@@ -24,7 +25,7 @@ from mbn.system.errors import UserError
 from mbn.system.signals import StopRequest, say
 
 # A function that trains a run, given its configuration, the request to stop, and a function that opens its data set.
-Train = Callable[[Config, StopRequest, Callable[[Config, torch.device], in_memory.Data]], None]
+Train = Callable[[Config, StopRequest, Callable[[Config, torch.device], Data]], None]
 # Settings of the process: all its lanes (runs in threads) share them.
 OF_THE_PROCESS = ("device", "deterministic", "tf32", "threads", "data", "results")
 
@@ -160,22 +161,6 @@ def _end_process(run: PlannedRun, error: Exception, log: LastingStream) -> None:
         "goes on from their last checkpoints."
     )
     os._exit(1)
-
-
-class SharedData:
-    """`datasets.load_data` for many runs in one process: they share one copy of the images on the device."""
-
-    def __init__(self) -> None:
-        self.opened: dict[Any, in_memory.DeviceDataset] = {}
-
-    def __call__(self, config: Config, device: torch.device) -> in_memory.Data:
-        key = (repr(config.dataset), config.machine.data, str(device))
-        with one_at_a_time:
-            if key not in self.opened:
-                opened = datasets.load_data(config, device)
-                assert isinstance(opened, in_memory.DeviceDataset)
-                self.opened[key] = opened
-        return self.opened[key].with_seed(config.seed)
 
 
 class PerThread:

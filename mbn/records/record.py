@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mbn.config import DATASETS, Config, ConfigError, from_dict, run_name, to_dict
+from mbn.config import DATASETS, Config, from_dict, run_name, to_dict
 from mbn.records.sense import as_json, fault
 from mbn.system.durations import duration
 from mbn.system.errors import UserError
@@ -51,11 +51,7 @@ def config_for_record(config: Config) -> dict[str, Any]:
 
 def config_of(record: dict[str, Any]) -> Config:
     """The Config that a record's run had. Errors: ConfigError."""
-    plain = record["config"]
-    if not isinstance(plain, dict) or not isinstance(plain.get("machine"), dict):
-        raise ConfigError("config and config.machine must be groups of settings.")
-    machine = plain["machine"] | {"data": "data", "results": "results"}
-    return from_dict(plain | {"machine": machine})
+    return from_dict(record["config"])
 
 
 def checksum(record: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ TEXTS = Rule(
 BOOL = Rule("true or false", lambda value: isinstance(value, bool))
 MODE = among(*(mode for mode in MODES if mode != "auto"))
 HASH = _hexadecimal("64 hexadecimal digits", "[0-9a-f]{64}")
-COMMIT_NAME = _hexadecimal("the hexadecimal digits of a commit, 7 to 40 of them", COMMIT)
+COMMIT_NAME = _hexadecimal("the hexadecimal digits of a commit, 7 to 40 of them, or 64", COMMIT)
 
 RULES = {
     "name": TEXT,

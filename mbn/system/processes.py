@@ -99,7 +99,7 @@ class Processes:
         return tensor
 
     def highest(self, *numbers: float) -> list[float]:
-        """The highest of each number over the processes, by way of the CPU: a GPU's queued work is not waited for."""
+        """The highest of each number over the processes, through the CPU: a GPU's queued work is not waited for."""
         if not self.several:
             return list(numbers)
         import torch

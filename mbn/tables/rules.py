@@ -17,7 +17,7 @@ OF_RULES = (
     "- batches of N: training mode (dropout off) with test batches of N images, or of as many as in training. BN "
     "normalises a batch by its own statistics, BRN and MBN by these and their averages or memory, which stay as "
     "training left them (held) or take in each test batch (rolling). With BN both are the same number.\n"
-    "- averages with momentum m: BN's moving averages, taken anew over the last 100 batches of training with m as the "
+    "- averages with momentum m: BN's moving averages, made again from the last 100 batches of training with m as the "
     "weight of the new batch (the tables' is 0.1).\n"
     "- newest entry as the batch: MBN's newest entry has the weight 1 of a current batch, the older ones lambda "
     "eta^(a-1).\n"

@@ -40,7 +40,8 @@ class Trained:
     captured: bool = False
 
     def controls(self, wanted: Collection[str]) -> dict[str, Any]:
-        """What `mbn.records.controls.MEASURED` lists under the wanted names. The network is afterwards what it was.
+        """What `mbn.records.controls.MEASURED` lists under the wanted names. Afterwards the network is what it was,
+        with the scheduled values of the end of training.
 
         Errors: StoppedError after a signal.
         """
@@ -53,11 +54,16 @@ class Trained:
         if "rules" in wanted:
             steps |= {"training error": self._train_error, **self._rules()}
         found = {}
-        with autocast(self.device, self.config.precision), tqdm(steps, unit="test", leave=False, disable=None) as bar:
-            for name in bar:
-                bar.set_description(name)
-                found[name] = steps[name]()
-        self.model.train(training)
+        try:
+            with (
+                autocast(self.device, self.config.precision),
+                tqdm(steps, unit="test", leave=False, disable=None) as bar,
+            ):
+                for name in bar:
+                    bar.set_description(name)
+                    found[name] = steps[name]()
+        finally:
+            self.model.train(training)
         controls = found.pop("precise statistics", {})
         if "rules" in wanted:
             controls |= {"train_error": found.pop("training error"), "rules": found or None}

@@ -167,7 +167,7 @@ class Run:
         machine, earlier = config.machine, saved["machine"] if saved else {}
         # Device, threads and mode are chosen once: a resumed run goes on as it began.
         device = choose_device(machine.device, earlier.get("device"), processes)
-        as_many = bool(saved) and parts_of(saved)[-1].get("processes", 1) == processes.size
+        as_many = saved is not None and parts_of(saved)[-1].get("processes", 1) == processes.size
         threads = choose_threads(machine.threads, earlier.get("threads") if as_many else None, processes)
         torch.set_num_threads(threads)
         set_arithmetic(device, machine.tf32, machine.deterministic)

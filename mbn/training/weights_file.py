@@ -98,9 +98,7 @@ def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
 def _read_config(text: Any, path: Path) -> dict[str, Any]:
     """The identity of the run that a file describes, as JSON. Errors: UserError where it describes none."""
     try:
-        plain = json.loads(text)
-        folders = {"data": "data", "results": "results"}  # an export has none
-        return identity(from_dict({**plain, "machine": folders | plain.get("machine", {})}))
+        return identity(from_dict(json.loads(text)))
     except UserError as error:
         why = str(error).rstrip(".")
     except (ValueError, TypeError, AttributeError, RecursionError):

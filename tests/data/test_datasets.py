@@ -36,6 +36,13 @@ def configured(name, folder="/nonexistent"):
     return load([f"dataset={name}", f"machine.data={folder}", "batch_size=8", *more])
 
 
+def test_runs_of_one_process_share_images_that_each_draws_by_its_own_seed():
+    shared = datasets.SharedData()
+    first, second = (shared(load(["dataset=digits", "batch_size=8", f"seed={seed}"]), CPU) for seed in (0, 1))
+    assert first.train_images is second.train_images
+    assert not torch.equal(next(first.train_batches(0, 8))[1], next(second.train_batches(0, 8))[1])
+
+
 def assert_standardised(images, config):
     """The configured mean and std are those of the training images, to the four digits given."""
     values = np.arange(256) / 255

@@ -246,13 +246,6 @@ def test_a_run_that_cannot_be_a_lane_comes_first_and_stops_no_other_if_it_fails(
     assert left("norm=bn", "model=resnet20").record_path.exists()
 
 
-def test_images_are_opened_once_and_drawn_by_each_runs_own_seed():
-    shared = lanes.SharedData()
-    first, second = (shared(running.compose("dataset=digits", f"seed={s}"), torch.device("cpu")) for s in (0, 1))
-    assert first.train_images is second.train_images
-    assert not torch.equal(next(first.train_batches(0, 8))[1], next(second.train_batches(0, 8))[1])
-
-
 SCRIPT = """
 import sys, threading
 sys.path[:0] = {folders}
