@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .functional import (
     affine_normalize,
@@ -151,7 +153,7 @@ class BatchStatisticsNorm(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if forwards not in (1, 2):
+        if type(forwards) is not int or forwards not in (1, 2):
             raise ValueError(f"forwards must be 1 or 2, not {forwards!r}")
         check_number("eps", eps, lambda: eps > 0, "above 0")
         check_number(
@@ -236,9 +238,14 @@ class BatchStatisticsNorm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # torch's name for it
         if isinstance(x, Proxy):  # torch.fx: a layer is one node of the graph, as torch's own are
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        if type(x) is not Tensor and not torch.compiler.is_compiling() and has_torch_function_unary(x):
+            # A subclass is asked once, as it is by F.batch_norm: the output of a Function that it wraps in every
+            # operation would be a view, which may not be changed in place.
+            return handle_torch_function(BatchStatisticsNorm.forward, (x,), self, x)
         if x.dim() not in self.input_dims:
             wanted = " or ".join(f"{d}D" for d in self.input_dims)
             raise ValueError(f"{type(self).__name__} expects a {wanted} input, not {x.dim()}D")
@@ -255,7 +262,8 @@ class BatchStatisticsNorm(nn.Module):
         return y
 
     def _evaluate(self, x: Tensor) -> Tensor:
-        mu, s2 = self.test_statistics()
+        # In float64 for an x in float64, as in training.
+        mu, s2 = (each.to(torch.promote_types(each.dtype, x.dtype)) for each in self.test_statistics())
         return affine_normalize(x, mu, s2, *self._affine(x), self.eps)
 
     def _train(self, x: Tensor) -> Tensor:
@@ -284,7 +292,7 @@ class BatchStatisticsNorm(nn.Module):
         return F.batch_norm(x, None, None, *self._affine(x), True, 0.0, self.eps)
 
     def _groups(self, x: Tensor) -> list[tuple[Tensor, int]]:
-        """The images of x in at most two parts of so many groups each: the groups of group_size, and the rest."""
+        """x in one or two parts, each with its number of groups: the full groups, then the rest."""
         n, size = x.shape[0], self.group_size or x.shape[0]
         groups, rest = n // size, n % size  # not divmod, which torch.compile does not know of sizes that change
         cut = n - rest
@@ -579,7 +587,7 @@ def is_trained(mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
 
     A new BatchRenorm becomes a BatchNorm of variance 1 - eps, which is not from data either.
     """
-    if mean.is_meta or not bool((mean.isfinite() & var.isfinite()).all()):
+    if mean.is_meta or isinstance(mean, FakeTensor) or not bool((mean.isfinite() & var.isfinite()).all()):
         return False
     return (tracked is not None and bool(tracked > 0)) or bool(((mean != 0) | ((var - 1).abs() > 0.01)).any())
 

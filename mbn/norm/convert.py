@@ -24,7 +24,7 @@ NORMS: dict[str, tuple[type[BatchStatisticsNorm], ...]] = {
 # What changes a setting of layers that are there already; other settings need new layers.
 SETTERS = {"lam": "set_lambda changes it", "r_max": "set_renorm changes it", "d_max": "set_renorm changes it"}
 
-# True of all networks; only for a BatchNorm itself is what convert returns of another class.
+# convert returns the class that it was given, except for a BatchNorm itself.
 Network = TypeVar("Network", bound=nn.Module)
 # Of classes. Mapping[type[nn.Module], ...] would refuse a dict whose keys are all of one subclass.
 Replace = Mapping[Any, Callable[[Any], nn.Module]]
@@ -152,6 +152,8 @@ def convert(
     ours, sharded = 0, _is_sharded(module)
     for name, layer in list(_walk(module, "", replace or {}, replaced, set())):
         what = f"layer {name}" if name else "the module"
+        if isinstance(getattr(layer, "_orig_mod", None), nn.modules.batchnorm._BatchNorm):  # it calls the old layer
+            raise TypeError(f"{what} is a BatchNorm inside torch.compile: call torch.compile after, and not before")
         if isinstance(layer, BatchStatisticsNorm):
             _check_ours(what, layer, norm, checked)
             ours += 1

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.autograd import forward_ad
 
 # torch 2.14 has renamed it.
@@ -54,10 +55,18 @@ def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
     """The same values, for a forward that overwrites the buffers of these statistics before its backward runs.
 
     In a compiled graph AOTAutograd computes cheap values again in the backward, from the buffers as they are by then
-    (pytorch#197039: wrong gradients without an error). It never computes a concatenation again.
+    (pytorch#197039: wrong gradients without an error). It never computes a concatenation again, unless it is set to
+    save memory. There torch.compile leaves the layer as it is, and with fullgraph=True this raises RuntimeError.
     """
+    saves_memory = functorch_config.activation_memory_budget < 1 or functorch_config.aggressive_recomputation
+    if saves_memory and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch._functorch.config computes activations again in the backward pass, when this layer's statistics "
+            "are others: leave activation_memory_budget at 1 and aggressive_recomputation at False, or use "
+            "convert(..., forwards=2) and second_forward"
+        )
     if not torch.compiler.is_compiling():
-        return statistics
+        return tuple(s.clone() for s in statistics) if saves_memory else statistics
     parts = torch.cat([s.flatten() for s in statistics]).split([s.numel() for s in statistics])
     return tuple(part.view(s.shape) for part, s in zip(parts, statistics, strict=True))
 
@@ -142,9 +151,10 @@ def one_after_another(y: Tensor, groups: int, channels_last: bool) -> Tensor:
 
 
 def as_values(count: Tensor, n: int | Tensor) -> Tensor:
-    """count, where one below 0 stands for that many batches of n values: statistics that a BatchNorm brought along.
+    """count as numbers of values: one of -B, of statistics that a BatchNorm brought along, means B batches of n values.
 
-    Never asked beforehand whether there is one: others write buffers too (DistributedDataParallel, loaders).
+    Done without asking whether there is one, because other code writes these buffers too (DistributedDataParallel,
+    loaders).
     """
     if isinstance(n, int):
         return F.leaky_relu(count, -n)  # the same in one operation

@@ -45,7 +45,7 @@ def held(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     return phase(norm_layers(module), "held")
 
 
-def second_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def second_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """The second forward propagation of Algorithm 1: module's layers remember the batch under its updated weights.
 
     Call it after `optimizer.step()`, with the arguments of the first forward. It runs `module(*args, **kwargs)` in

@@ -408,3 +408,63 @@ def test_compiled_forwards_may_come_before_both_backwards(kind):
         y = torch.cat([layer(a), layer(b)])
         results.append(torch.autograd.grad(y, [a, b], dl_dy))
     assert_close(results[1], results[0], atol=1e-10, rtol=1e-10)
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler's own, where it leaves a layer out
+@pytest.mark.parametrize(
+    "setting", [{"activation_memory_budget": 0.0}, {"aggressive_recomputation": True}], ids=["budget", "aggressive"]
+)
+def test_where_the_compiler_saves_memory_gradients_are_those_of_eager_layers(kind, setting):
+    """It would compute what the layer normalises by again in the backward, from what it has remembered since."""
+    torch._dynamo.reset()
+    eager = network(kind, forwards=1)
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, backend="aot_eager")
+    with torch._functorch.config.patch(**setting):
+        for t in range(3):
+            x, dl_dy = inputs(4, 3, 5, 5, at=t), torch.randn(4, 3, dtype=torch.float64)
+            grads = [torch.autograd.grad(net(x), net.parameters(), dl_dy) for net in (eager, compiled)]
+            assert_close(grads[1], grads[0], atol=1e-10, rtol=1e-10)
+        assert_close(twin.state_dict(), eager.state_dict(), atol=1e-10, rtol=1e-10)
+        if kind != "bn":
+            torch._dynamo.reset()
+            with pytest.raises(Exception, match=r"leave activation_memory_budget at 1.*forwards=2"):
+                torch.compile(twin, backend="aot_eager", fullgraph=True)(x)
+
+
+# Subclasses of Tensor.
+
+
+class Plain(torch.Tensor):
+    """As MONAI's and fastai's, without what they add."""
+
+
+@kinds
+@one_or_two
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_a_subclass_of_tensor_goes_through_and_may_be_changed_in_place(kind, forwards, group_size):
+    layer = trained(kind, forwards=forwards, group_size=group_size)
+    twin = copy.deepcopy(layer)
+    x, dl_dy = inputs(4, 3, 3, 2), torch.randn(4, 3, 3, 2, dtype=torch.float64)
+    results = []
+    for one, given in ((layer, x.clone().requires_grad_()), (twin, x.clone().requires_grad_())):
+        y = one(given if one is layer else given.as_subclass(Plain))
+        assert type(y) is (torch.Tensor if one is layer else Plain)
+        (dx,) = torch.autograd.grad(y.relu_(), given, dl_dy)
+        if forwards == 2:
+            second_forward(one, x if one is layer else x.as_subclass(Plain))
+        results.append([y.as_subclass(torch.Tensor), dx, one.state_dict(), one.eval()(x)])
+    assert_close(results[1], results[0], atol=0, rtol=0)
+    assert {type(buffer) for buffer in twin.buffers()} == {torch.Tensor}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bn"])
+def test_torchs_name_of_the_input_and_float64_through_a_layer_in_float32(kind):
+    """BatchNorm refuses it, as torch's does."""
+    layer, x = trained(kind, dtype=torch.float32), inputs(4, 3, 3, 2)
+    wide = copy.deepcopy(layer).double()
+    for mode in (True, False):
+        y = layer.train(mode)(input=x)
+        assert y.dtype == torch.float64
+        assert_close(y, wide.train(mode)(x), atol=1e-6, rtol=1e-6)

@@ -303,6 +303,19 @@ def test_what_cannot_be_carried_over_is_refused_by_name_and_nothing_is_changed(n
 
 
 @norms
+def test_a_batch_norm_that_torch_compile_has_wrapped_is_refused(norm):
+    """The wrapper would go on calling the old layer; around more than one layer it calls the new ones."""
+    model = nn.Sequential(nn.BatchNorm2d(3), torch.compile(nn.BatchNorm2d(3), backend="eager"))
+    with pytest.raises(TypeError, match=r"layer 1 is a BatchNorm inside torch\.compile: call torch\.compile after"):
+        convert(model, norm)
+    assert type(model[0]) is nn.BatchNorm2d
+    block = convert(torch.compile(nn.Sequential(nn.BatchNorm2d(3)), backend="eager"), norm, forwards=1)
+    before = copy.deepcopy(block.state_dict())
+    block(torch.randn(4, 3, 2, 2))
+    assert not all(map(torch.equal, before.values(), block.state_dict().values()))
+
+
+@norms
 @pytest.mark.parametrize(("change", "words"), BOTH_WAYS.values(), ids=BOTH_WAYS)
 def test_so_it_is_on_the_way_back(norm, change, words):
     model = convert(nn.Sequential(nn.BatchNorm2d(3)), norm)
