@@ -13,20 +13,19 @@ if __name__ == "__main__":  # first, because what follows takes a second
     signals.answer_while_loading()
 
 import argparse
-import contextlib
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from mbn import config as configuration
-from mbn.system.command_line import Parser, entry_point, failure
+from mbn.system.command_line import Parser, entry_point
 from mbn.system.errors import DivergedError, UserError, printable
 from mbn.system.processes import Processes, another_may_end, end, from_environment, join, leave
+from mbn.system.setting_fields import by_full_names
 
 if TYPE_CHECKING:
-    from mbn.launch.missing_runs import PlannedRun
     from mbn.system.signals import StopRequest
     from mbn.training.run import OpenData
 
@@ -54,14 +53,13 @@ exit codes:
   75   stopped by a signal, 130 by Ctrl-C: the same command goes on
   76   another process trains this run"""
 
-# Seconds that another process than the main one leaves it to say what is wrong.
-SAYS_IT_IN = 1
+# Another process waits so many seconds before it ends, so that the main one can print the error first.
+WAIT_FOR_MAIN = 1
 
 
 @entry_point
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done; 1 a run that failed or diverged; 2 a configuration error; 75 stopped by a signal, to be
-    resumed; 76 another process trains this run; 130 Ctrl-C."""
+    """Returns the exit code, see RESULTS."""
     processes = from_environment()
     with another_may_end(processes):
         code = command(arguments, processes) if processes.main else beside_the_main_process(arguments, processes)
@@ -103,7 +101,9 @@ def command(arguments: list[str], processes: Processes) -> int:
             if options.multirun and processes.several:
                 raise UserError("a sweep (-m) is for one process: start torchrun for each run.", code=2)
             if options.multirun:
-                return sweep(overrides)
+                from mbn.launch.sweep import sweep
+
+                return sweep(overrides, run)
             run(configuration.load(overrides))
     return 0
 
@@ -111,16 +111,17 @@ def command(arguments: list[str], processes: Processes) -> int:
 def beside_the_main_process(arguments: list[str], processes: Processes) -> int:
     """The command in another process than the main one: it prints nothing but an error that is its own."""
     try:
-        with contextlib.ExitStack() as stack:
-            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        with (
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+        ):
             return command(arguments, processes)
     except UserError as error:
         if error.everywhere:
             return error.code
         if error.code == 2 and not processes.first_of_another_machine:  # the main process has made the mistake, too
-            time.sleep(SAYS_IT_IN)  # torchrun ends all once one has ended
+            time.sleep(WAIT_FOR_MAIN)  # torchrun ends all once one has ended
             return error.code
         raise
 
@@ -150,7 +151,7 @@ def run(config: configuration.Config, stop: "StopRequest | None" = None, open_da
         result = processes.from_main(lambda: record.read(path))
         if processes.main:
             warn_of_other_code(result)
-            warn_of_other_data(config, results / "runs" / configuration.run_name(config))
+            warn_of_other_data(config, record.run_folder(results, configuration.run_name(config)))
         if record.diverged(result):
             raise DivergedError(
                 f"{record.in_a_sentence(result)}, as {path} says; machine.again=true trains it again.",
@@ -181,18 +182,10 @@ def check_same_settings(config: configuration.Config, processes: Processes) -> N
     """Check that all processes were given the same settings, except those of a machine: with others they would train
     other weights, or wait for each other. Errors: UserError.
     """
-    own = named_settings(configuration.to_dict(config))
+    own = by_full_names(configuration.to_dict(config))
     for name in ("data", "results", "threads", "workers"):
         del own[f"machine.{name}"]
     processes.check_alike(own, "give all machines the same command and the same checkout.", code=2)
-
-
-def named_settings(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
-    """The settings by their full names, such as schedule.lr."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= named_settings(value, f"{group}{key}.") if isinstance(value, dict) else {group + key: value}
-    return found
 
 
 def warn_of_other_code(result: dict[str, Any]) -> None:
@@ -228,108 +221,6 @@ def warn_of_other_data(config: configuration.Config, folder: Path) -> None:
             "machine.again=true trains it again, on these.",
             file=sys.stderr,
         )
-
-
-def sweep(overrides: list[str]) -> int:
-    """Train the runs of a sweep, and print a table of them at the end; all are checked before the first begins."""
-    from mbn.launch.missing_runs import PlannedRun
-    from mbn.launch.sweep_table import sweep_table
-    from mbn.records import provenance
-
-    runs = []
-    for line in configuration.sweep_lines(overrides):
-        config = configuration.load(line)
-        runs.append(PlannedRun(configuration.run_name(config), config, tuple(line)))
-    machine = runs[0].config.machine
-    if machine.together > 1:
-        check_together([run.config for run in runs])
-    check_apart(runs)
-    if not all(one.finished(Path(machine.results)) and not one.config.machine.again for one in runs):
-        provenance.import_all()
-    instead: dict[str, str] = {}  # by a run's name, what the table says in place of a result
-    try:
-        return (sweep_together if machine.together > 1 else one_after_another)(runs, instead)
-    finally:
-        print(f"\n{sweep_table(runs, Path(machine.results), instead)}", flush=True)
-
-
-def one_after_another(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> int:
-    """Train run after run; one that fails does not stop the rest. instead: gets the reason of each that failed."""
-    code = 0
-    instead |= {one.name: "not trained again" for one in runs if one.config.machine.again}
-    for one in runs:
-        try:
-            run(one.config)
-            instead.pop(one.name, None)
-        except Exception as error:
-            if isinstance(error, UserError) and error.code in signals.CODES.values():  # a signal stops them all
-                if done := sum(other.config.machine.again and other.name not in instead for other in runs):
-                    finished = f"{done} runs again that are" if done > 1 else "1 run again that is"
-                    print(
-                        f"note: with machine.again=true the same command trains {finished} finished now: leave what is "
-                        "finished out of it.",
-                        file=sys.stderr,
-                    )
-                raise
-            if type(error).__name__ == "AcceleratorError":  # the device no longer answers this process
-                raise
-            tell_of(one, failure(error), instead)
-            if isinstance(error, DivergedError):
-                del instead[one.name]  # its record says it
-            code = 1
-    return code
-
-
-def tell_of(one: "PlannedRun", reason: str, instead: dict[str, str]) -> None:
-    """Print why a run failed, and note it for the table."""
-    print(f"error: {one.name}: {reason}", file=sys.stderr)
-    instead[one.name] = f"failed: {reason}"
-
-
-def check_apart(runs: "Sequence[PlannedRun]") -> None:
-    """Check that what a sweep varies makes several runs. Errors: UserError."""
-    first: dict[str, PlannedRun] = {}
-    for one in runs:
-        other = first.setdefault(one.name, one)
-        if differ := [text for text in one.overrides if text not in other.overrides]:
-            raise UserError(
-                f"with {' '.join(differ)} this is the run {one.name} again: sweep what makes another run of it, and "
-                "set the rest for each command.",
-                code=2,
-            )
-
-
-def check_together(configs: list[configuration.Config]) -> None:
-    """Check that runs can be trained at a time in this process. Errors: UserError."""
-    from mbn.launch.lanes import check_alike
-
-    if any(config.machine.again for config in configs):
-        raise UserError("machine.again=true trains one run after another: leave machine.together out.", code=2)
-    check_alike(configs)
-
-
-def sweep_together(runs: "Sequence[PlannedRun]", instead: dict[str, str]) -> int:
-    """Train several runs of a sweep at a time in this process; before them, one after another, those that cannot be.
-
-    instead: gets the reason of each run that failed.
-    """
-    from mbn.launch.lanes import Lanes, fits
-    from mbn.launch.pool import Pool
-    from mbn.system.cuda_graph import allow_many_streams
-
-    allow_many_streams()  # before the first run uses CUDA
-    results, together = Path(runs[0].config.machine.results), runs[0].config.machine.together
-    alone = [one for one in runs if one.finished(results) or not fits(one.config)]
-    code = one_after_another(alone, instead)
-    with Lanes(run, together) as lanes:
-        outcome = Pool([one for one in runs if one not in alone], results, together, lanes).work()
-    for name, reason in (outcome.failed | outcome.diverged).items():
-        print(f"error: {name}: {reason}", file=sys.stderr)
-    instead |= {name: f"failed: {reason}" for name, reason in outcome.failed.items()}
-    if outcome.left:
-        left = len(outcome.left)
-        print(f"stopped: {left} runs are left, and the same command goes on with them.", file=sys.stderr)
-    return outcome.code if outcome.code is not None else 1 if outcome.failed or outcome.diverged else code
 
 
 if __name__ == "__main__":

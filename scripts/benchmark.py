@@ -41,7 +41,7 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> int:
         help="machine.data=DIR: where CIFAR-10 is; machine.results=DIR: where benchmarks/ is written",
     )
     parser.add_argument(
-        "--device", type=jobs.device_name, default="auto", help="cpu, cuda, ...; default: CUDA, else the CPU"
+        "--device", type=jobs.device_option, default="auto", help="cpu, cuda, ...; default: CUDA, else the CPU"
     )
     parser.add_argument(
         "--random", action="store_true", help="use random images, as is done without CIFAR-10 in machine.data"

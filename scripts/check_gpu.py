@@ -76,7 +76,7 @@ def lanes_for(batch: int, found: list[Rates]) -> int:
 @entry_point
 def main(arguments: list[str], sizes: Sizes = SIZES, build: Build = models.build) -> int:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", type=jobs.device_name, default="cuda", help="cuda, cuda:1, ...; default: cuda")
+    parser.add_argument("--device", type=jobs.device_option, default="cuda", help="cuda, cuda:1, ...; default: cuda")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers, rewritten after every job")
     jobs.add_options(parser, "165")
     options = parser.parse_args(arguments)

@@ -90,7 +90,7 @@ def rules(path: Path, overrides: list[str], write: bool) -> None:
     if not home.exists():
         raise UserError(f"there is no {home}: finish this run, or name the folder of its record, machine.results=DIR.")
     record.read(home)  # before its folder gets a lock
-    with lock(results / "runs" / name / "lock") as held:
+    with lock(record.run_folder(results, name) / "lock") as held:
         add_to_record(home, path, weights, trained, held.check)
     print(f"wrote {home}")
 
@@ -118,7 +118,7 @@ def measured(path: Path, trained: Any, expected: float | None = None) -> dict[st
     """The controls of a file of ours, printed. expected: the test error that it must have. Errors: UserError."""
     from mbn.records import controls
 
-    error = trained.test_error()
+    error = trained.evaluation().error
     if expected is not None:
         controls.check_near(error, expected, path)
     found = trained.controls(controls.possible(trained.config))
@@ -132,7 +132,7 @@ def of_its_run(path: Path, overrides: list[str]) -> tuple["Weights", Any]:
     from mbn.data.datasets import load_data
     from mbn.system.signals import StopRequest
     from mbn.training import weights_file
-    from mbn.training.controls import Trained
+    from mbn.training.trained import Trained
 
     if others := without_groups(overrides, "machine", "evaluate"):
         raise UserError(f"--rules measures the run that {path} describes: leave out {' '.join(others)}.", code=2)

@@ -168,12 +168,7 @@ train)
   mkdir -p "$work/results/runs" "$work/results/records" "$work/results/other_records"
   bring_unfinished
   cp -r "$here/results/records/." "$work/results/records/"
-  seconds=$(python3 - "$budget" "$((SECONDS - began))" <<'PYTHON'
-import re, sys
-parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", sys.argv[1])
-print(sum(float(n) * {"s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts) - float(sys.argv[2]))
-PYTHON
-)
+  seconds=$(python3 -c "from mbn.system.durations import in_seconds; print(in_seconds('$budget') - $((SECONDS - began)))")
   settings=("machine.data='$data'" "machine.results='$work/results'" machine.checkpoint_seconds=60)
   # A run that a CPU has begun or carried on stays on one if nothing is said.
   [[ " $* " == *" machine.device="* ]] || settings+=(machine.device=cuda)

@@ -28,20 +28,20 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from mbn import grid
 from mbn.config import DATASETS, REPOSITORY, Config, cores, load
+from mbn.config.folders import check_there
 from mbn.launch.estimate import Estimate
 from mbn.launch.missing_runs import PlannedRun, runs, table_names
 from mbn.launch.table_status import status_text, table_status
 from mbn.records import provenance, record
 from mbn.records.import_records import gather
 from mbn.system.command_line import MOST_SEEDS, Parser, entry_point, whole
-from mbn.system.durations import duration
+from mbn.system.durations import duration, in_seconds
 from mbn.system.errors import UserError
 from mbn.system.files import visible
 
@@ -135,11 +135,10 @@ def _source(text: str) -> Path:
 
 
 def _seconds(text: str) -> float:
-    """90s, 9m, 1.5h or 1h30m in seconds."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
-    if not parts or "".join(n + unit for n, unit in parts) != text:
-        raise argparse.ArgumentTypeError(f"must be a time such as 90s, 9m or 1h30m, not {text!r}")
-    return sum(float(n) * {"s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts)
+    try:
+        return in_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def chosen_seeds(options: argparse.Namespace) -> Sequence[int]:
@@ -223,8 +222,7 @@ def show_status(items: list[str], config: Config, options: argparse.Namespace) -
     if filters:
         raise UserError(f"--status shows whole tables: leave out {' '.join(filters)}.", code=2)
     results = Path(config.machine.results)
-    if not results.is_dir():
-        raise UserError(f"there is no folder {results}: machine.results=DIR must name one that holds records.", code=2)
+    check_there(results)
     names, estimate = table_names(items or grid.names(options.grids), options.grids), Estimate.read(results)
     tables = (grid.read(name, options.grids) for name in names)
     seeds, has_record = chosen_seeds(options), lambda name: record.path_of(results, name).exists()
@@ -294,7 +292,7 @@ def report(outcome: Any, results: Path, budget: float | None) -> int:
     diverged = f", {len(outcome.diverged)} of which diverged" if outcome.diverged else ""
     print(f"{len(outcome.done)} of {count} runs are done{diverged}.")
     if outcome.left:
-        begun = sum(visible(results / "runs" / name / "checkpoint.pt") for name in outcome.left)
+        begun = sum(visible(record.run_folder(results, name) / "checkpoint.pt") for name in outcome.left)
         why = f"the budget of {duration(budget or 0)} is spent" if outcome.spent else "stopped"
         print(f"{why}: {len(outcome.left)} are left, {begun} of them begun; the same command goes on with them.")
     if outcome.failed:

@@ -207,7 +207,7 @@ def aim(place: str, at: int, draw: random.Random) -> None:
     """Let this process be killed when it reaches a place at or after an iteration."""
     from mbn.records import record
     from mbn.system import files
-    from mbn.training import checkpoint_file, journal, report
+    from mbn.training import checkpoint_file, journal, trained
     from mbn.training import run as trainer
 
     now = -1
@@ -275,7 +275,7 @@ def aim(place: str, at: int, draw: random.Random) -> None:
 
             return call
 
-        patch(report, "evaluate", evaluate)
+        patch(trained, "evaluate", evaluate)
     elif place == "row of the journal":
 
         def write(original):

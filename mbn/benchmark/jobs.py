@@ -22,8 +22,7 @@ from mbn.benchmark.workload import Setup
 from mbn.config.schema import DEVICE
 from mbn.records import provenance
 from mbn.system.command_line import finite_above_0
-from mbn.system.cuda_graph import first_line
-from mbn.system.errors import UserError
+from mbn.system.errors import UserError, first_line
 from mbn.system.files import write_atomically
 from mbn.training.execution import set_arithmetic
 
@@ -82,7 +81,7 @@ def new_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def device_name(text: str) -> str:
+def device_option(text: str) -> str:
     """For an option's type: what machine.device may be."""
     if not DEVICE.holds(text):
         raise argparse.ArgumentTypeError(f"must be {DEVICE.wanted}, not {text!r}")
@@ -163,7 +162,7 @@ def chosen(names: list[str], patterns: str) -> set[str]:
     found = {pattern: fnmatch.filter(names, pattern) for pattern in patterns.split(",") if pattern}
     for pattern, fitting in found.items():
         if not fitting:
-            raise UserError(f"no case is named {pattern}: there are {', '.join(names)}.", code=2)
+            raise UserError(f"no job is named {pattern}: there are {', '.join(names)}.", code=2)
     return {name for fitting in found.values() for name in fitting}
 
 

@@ -19,6 +19,11 @@ def data_and_results(settings: list[str]) -> tuple[Path, Path]:
 def results_to_read(settings: list[str]) -> Path:
     """machine.results for a script that only reads there. Errors: also UserError where there is no such folder."""
     _, results = data_and_results(settings)
+    check_there(results)
+    return results
+
+
+def check_there(results: Path) -> None:
+    """Check that a folder of results exists. Errors: UserError."""
     if not results.is_dir():
         raise UserError(f"there is no folder {results}: machine.results=DIR must name one that holds records.", code=2)
-    return results

@@ -32,9 +32,6 @@ REGISTRIES: dict[str, tuple[dict[str, Any], str]] = {
 MOST_RUNS = 10_000  # of a sweep
 
 
-# From the command line to a checked Config.
-
-
 def load(overrides: list[str]) -> Config:
     """Compose configs/ with Hydra overrides as typed on a command line, and check the result.
 

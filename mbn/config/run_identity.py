@@ -11,8 +11,6 @@ import yaml
 from mbn.config.registry import NETWORKS
 from mbn.config.schema import Config
 
-# Length, identity, name.
-
 
 def iterations_per_epoch(config: Config) -> int:
     """Batches an epoch; the last one is smaller where the batch size does not divide the images."""

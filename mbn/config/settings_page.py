@@ -4,12 +4,10 @@ Does not import torch.
 """
 
 import dataclasses
-import json
 import textwrap
-from typing import Any
 
 from mbn.config.schema import Config
-from mbn.system.setting_fields import leaves
+from mbn.system.setting_fields import leaves, typed
 
 # What one sets most comes first; what is not named here follows, the machine last.
 FIRST = ("batch_size", "forwards", "seed", "precision", "schedule", "norm", "model", "dataset", "optimizer")
@@ -24,7 +22,7 @@ def settings_page(config: Config) -> str:
     for field in fields:
         value, explanation = getattr(config, field.name), field.metadata["explanation"]
         if not dataclasses.is_dataclass(value):
-            lines += _explained(f"{field.name}={_typed(value)}", explanation)
+            lines += _explained(f"{field.name}={typed(value)}", explanation)
             continue
         inner = [(key, f.metadata["explanation"], v) for key, f, v in leaves(value, f"{field.name}.")]
         title = field.name
@@ -33,7 +31,7 @@ def settings_page(config: Config) -> str:
             title += f"={name}"
         lines += ["", *_explained(title, explanation)]
         for key, text, v in inner:
-            lines += _explained(f"  {key}={_typed(v)}", text)
+            lines += _explained(f"  {key}={typed(v)}", text)
     return "\n".join(lines)
 
 
@@ -43,9 +41,3 @@ def _explained(setting: str, explanation: str) -> list[str]:
     below = len(setting) > COLUMN - 2
     lines = [setting] if below else [f"{setting:<{COLUMN}}{texts[0]}".rstrip()]
     return [*lines, *(" " * COLUMN + text for text in (texts if below else texts[1:]))]
-
-
-def _typed(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(_typed, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)

@@ -36,7 +36,8 @@ from mbn.system.signals import StopRequest
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 # Test images are resized to this many pixels per pixel of the crop: 256 for 224.
 RESIZE = 256 / 224
-# What is opened, whatever a file is called: others run programs (EPS) or have had most of Pillow's faults.
+# Only these formats are opened, whatever a file's name: Pillow runs another program for EPS, and most of its security
+# faults were in rare formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # Of an image that is longer than so many times its width, or wider, only the middle is resized for evaluation.
 LONGEST = 100

@@ -122,9 +122,8 @@ class Data(Protocol):
     """Where a run's batches come from: images float32 (B, 3, H, W) and labels int64 (B,), on the device.
 
     fingerprint: a SHA-256 in hex digits that is another one for other images or labels. stop: a request that ends a
-    wait for a batch with StoppedError; whoever trains puts its own here. share: from a number of images, the part that
-    this process gets of each training batch, and of the images of the others; whoever trains in several processes puts
-    its own here.
+    wait for a batch with StoppedError; whoever trains puts its own here. share(n): which of n images this process
+    gets, of each training batch and of all test images; whoever trains in several processes puts its own here.
     """
 
     fingerprint: str

@@ -13,6 +13,7 @@ from mbn.config import Config, run_name, to_dict
 from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.system.files import visible
+from mbn.system.setting_fields import typed
 
 # `all` is everything for CIFAR.
 NOT_IN_ALL = ("table3",)
@@ -32,7 +33,7 @@ class PlannedRun:
         return dataclasses.replace(self, config=whole)
 
     def folder(self, results: Path) -> Path:
-        return results / "runs" / self.name
+        return record.run_folder(results, self.name)
 
     def finished(self, results: Path) -> bool:
         return visible(record.path_of(results, self.name))
@@ -91,18 +92,18 @@ def _filtered(candidates: Candidates, filters: Sequence[str]) -> Candidates:
         found = {one for _, config in candidates if (one := setting(config, key)) is not None}
         if not found:
             raise UserError(f"none of these runs has a setting {key!r}: `python train.py --cfg job` shows all.", code=2)
-        wanted = {_typed(value): value for value in re.split(r",(?![^\[]*\])", values)}
-        if unknown := wanted.keys() - set(map(_typed, found)):
+        wanted = {_read(value): value for value in re.split(r",(?![^\[]*\])", values)}
+        if unknown := wanted.keys() - set(map(_read, found)):
             named = min(wanted[value] for value in unknown)
             raise UserError(f"none of these runs has {key}={named}: they have {', '.join(sorted(found))}.", code=2)
-        left = [(cell, config) for cell, config in left if _typed(setting(config, key)) in wanted]
+        left = [(cell, config) for cell, config in left if _read(setting(config, key)) in wanted]
     if not left:
         raise UserError(f"none of these runs has {' and '.join(filters)} together.", code=2)
     return left
 
 
-def _typed(text: str | None) -> Hashable:
-    """A value that was typed, so that 0 equals 0.0 and [0.1,0.5] equals [0.1, 0.5]."""
+def _read(text: str | None) -> Hashable:
+    """The value that a text stands for, so that 0 equals 0.0 and [0.1,0.5] equals [0.1, 0.5]."""
     try:
         value = json.loads(text or "")
     except ValueError:
@@ -119,4 +120,4 @@ def setting(config: Config, key: str) -> str | None:
         node = node[part]
     if isinstance(node, dict):
         return node.get("name")
-    return node if isinstance(node, str) else json.dumps(node)
+    return typed(node)

@@ -213,15 +213,8 @@ class Pool:
 
     def _start(self) -> None:
         """Fill the free places."""
-        waiting, self.elsewhere = self.elsewhere, []
-        for run in waiting:
-            with self._alone(run):
-                if run.finished(self.results):
-                    self._finished(run, " (by another process)")
-                elif is_locked(run.folder(self.results) / "lock"):
-                    self.elsewhere.append(run)
-                else:
-                    self.queue.append(run)
+        self.queue.extend(self.elsewhere)
+        self.elsewhere = []
         while self.queue and len(self.children) < self.jobs:
             run = self.queue.popleft()
             with self._alone(run):

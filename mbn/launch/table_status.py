@@ -50,10 +50,10 @@ class TableStatus:
 
     @property
     def whole(self) -> RunCounts:
-        return together(self.cells.values())
+        return union(self.cells.values())
 
 
-def together(parts: Iterable[RunCounts]) -> RunCounts:
+def union(parts: Iterable[RunCounts]) -> RunCounts:
     """All these runs, each once."""
     parts = list(parts)
     missing = {name: seconds for part in parts for name, seconds in part.missing.items()}
@@ -80,7 +80,7 @@ def status_text(tables: Sequence[TableStatus]) -> str:
     for table in tables:
         rows = ["".join(_sign(table.cells[cell]) for cell in table.grid.row(row)) for row in table.grid.rows]
         lines.append([table.grid.name, *_counts(table.whole), " ".join(rows)])
-    lines.append(["all, each once", *_counts(together(table.whole for table in tables)), ""])
+    lines.append(["all, each once", *_counts(union(table.whole for table in tables)), ""])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = ["  ".join(f"{part:{width}}" for part, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join([*(line.rstrip() for line in shown), "", CELLS, TIME_LEFT])

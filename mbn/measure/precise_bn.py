@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from mbn.measure.statistics_gap import gap
 from mbn.norm.base import norm_layers
 from mbn.norm.memories import enter_noted
 from mbn.norm.precise_statistics import set_precise_statistics
-from mbn.system.cuda_graph import Captured, first_line, uncaptured, warn
+from mbn.system.cuda_graph import Captured, uncaptured, warn
+from mbn.system.errors import first_line
 
 
 def take_precise_statistics(
@@ -57,7 +59,5 @@ def take_precise_statistics(
     distances = []
     for layer, (mu, s2) in zip(layers, before, strict=True):
         population, variance = layer.test_statistics()
-        sigma = (variance + layer.eps).sqrt()
-        mean = ((mu - population).abs() / sigma).mean()
-        distances.append(torch.stack([mean, ((s2 + layer.eps).sqrt() / sigma).log().abs().mean()]))
+        distances.append(gap(mu, (s2 + layer.eps).sqrt(), population, (variance + layer.eps).sqrt()))
     return dict(zip(("mean", "std"), torch.stack(distances).mean(0).tolist(), strict=True))

@@ -107,11 +107,9 @@ def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
     for name, layer in layers.items():
         mu, sigma = training[name]
         mu_test, s2_test = layer.test_statistics()
-        sigma_test = (s2_test + layer.eps).sqrt()
-        mean = ((mu - mu_test).abs() / sigma_test).mean()
-        std = (sigma / sigma_test).log().abs().mean()
+        distance = gap(mu, sigma, mu_test, (s2_test + layer.eps).sqrt())
         dead = (sigma.view(-1, layer.num_features) ** 2 < 1.001 * layer.eps).all(0).sum()
-        measured.append(torch.stack([mean, std, dead.to(mean.dtype)]))
+        measured.append(torch.cat([distance, dead[None].to(distance.dtype)]))
     relus = [name for name in named_relus(model) if name in training]  # one that was not called has none
     silent = [training[name][0].sum().to(measured[0].dtype) for name in relus]
     numbers = torch.cat([*measured, *(count[None] for count in silent)]).tolist()
@@ -131,6 +129,13 @@ def epoch_statistics(model: nn.Module, training: Statistics) -> dict[str, Any]:
         "dead_layers": sum(count == layers[name].num_features for name, count in lost.items()),
         "layer_dead_channels": {name: int(count) for name, count in lost.items() if count},
     }
+
+
+def gap(mu: Tensor, sigma: Tensor, mu_of: Tensor, sigma_of: Tensor) -> Tensor:
+    """How far statistics are from others (mu_of, sigma_of): the means over channels, and groups of images, of
+    |mu - mu_of| / sigma_of and |log(sigma / sigma_of)|, as a tensor of two.
+    """
+    return torch.stack([((mu - mu_of).abs() / sigma_of).mean(), (sigma / sigma_of).log().abs().mean()])
 
 
 def _by_stage(counts: dict[str, int]) -> dict[str, Any]:

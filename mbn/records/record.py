@@ -36,6 +36,11 @@ def path_of(results: Path, name: str) -> Path:
     return results / folder / f"{name}.json"
 
 
+def run_folder(results: Path, name: str) -> Path:
+    """The folder of a run's checkpoints and journal."""
+    return results / "runs" / name
+
+
 def content_hash(results: Path, name: str) -> str | None:
     """SHA-256 of a run's record file, or None where there is none."""
     path = path_of(results, name)

@@ -241,15 +241,20 @@ def _wrong_lists(curves: Any, known: Any, prefix: str, needed: Any, others: Any 
         yield f"{prefix}.images must rise"
 
 
-def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the parts of a run, where a record has them."""
-    parts = record.get("parts") or []
+def wrong_in_parts(parts: list[dict[str, Any]]) -> Iterator[str]:
+    """What is wrong within the parts that a record or a checkpoint lists."""
     for i, part in enumerate(parts):
         if set(part) - set(SEVERAL) != set(PART):
             yield f"parts[{i}] must have {', '.join(PART)}, not {as_json(sorted(part))}"
         for key, rule in (PART | SEVERAL).items():
             if key in part and (part[key] is not None or key in ("from", *SEVERAL)) and not rule.holds(part[key]):
                 yield f"parts[{i}].{key} must be {rule.wanted}, not {as_json(part[key])}"
+
+
+def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the parts of a run, where a record has them."""
+    parts = record.get("parts") or []
+    yield from wrong_in_parts(parts)
     begins, end = [part["from"] for part in parts], record["iterations"]
     if parts and (begins[0] != 0 or begins[-1] > end or begins != sorted(begins)):
         yield f"parts must begin at iterations in their order, from 0 to {end}, not {as_json(begins)}"

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mbn.system.errors import UserError
+from mbn.system.errors import UserError, first_line
 
 T = TypeVar("T")
 # Held while capturing a graph or compiling a function: only one of a process's threads may do so at a time.
@@ -218,10 +218,6 @@ def fault(device: torch.device) -> str | None:
     except Exception as error:
         return first_line(error)
     return None
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
 
 
 def warn(why: str) -> None:

@@ -29,6 +29,11 @@ class UserError(Exception):
         return str(self) if self.code in CODES.values() else f"error: {self}"
 
 
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
+
+
 def lacks_memory(error: Exception) -> bool:
     """Whether an error says that memory is lacking, on a GPU or on the CPU, where torch has no class for it."""
     texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")

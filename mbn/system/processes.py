@@ -18,7 +18,7 @@ T = TypeVar("T")
 # What torchrun sets.
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long a process waits for another that is alive: one may decode or compile for long.
-PATIENCE = datetime.timedelta(minutes=30)
+PEER_TIMEOUT = datetime.timedelta(minutes=30)
 # Seconds for saving and stopping once the launcher has ended.
 GRACE = 20
 
@@ -187,7 +187,7 @@ def join(processes: Processes, device: str) -> None:
         torch.cuda.set_device(processes.local_rank)
     threading.Thread(target=_end_without_launcher, args=(processes,), daemon=True).start()
     with new_threads_let_others_run():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PEER_TIMEOUT)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A setting: a field of a dataclass with its default, a line of explanation and a rule for its values."""
 
 import dataclasses
+import json
 import math
 import reprlib
 import types
@@ -33,6 +34,19 @@ def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
         yield prefix + field.name, field, value
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}{field.name}.")
+
+
+def by_full_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of nested dictionaries by their full names, such as schedule.lr."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= by_full_names(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def typed(value: Any) -> str:
+    """A value as it is typed on a command line. Example: [0.1,0.5]."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def fitted(value: Any, kind: Any) -> Any:

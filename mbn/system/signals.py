@@ -88,7 +88,7 @@ def loaded() -> None:
 
 
 # Seconds that a measurement may still take after a signal, to reach its end.
-PATIENCE = 2.0
+FINISH_WITHIN = 2.0
 
 
 class StoppedError(Exception):
@@ -98,24 +98,24 @@ class StoppedError(Exception):
 class StopRequest:
     """Whether training is to stop: `code` is then the exit code, else None.
 
-    nothing_to_save: whether a stop would lose nothing now. patient: whether a second signal changes nothing, because a
-    cluster and torchrun may both pass on the same one. continued: whether the process was suspended (Ctrl-Z) and
-    has continued since this was last set to False: the time between was no training.
+    nothing_to_save: whether a stop would lose nothing now. ignores_repeats: whether a second signal changes nothing,
+    because a cluster and torchrun may both pass on the same one. continued: whether the process was suspended (Ctrl-Z)
+    and has continued since this was last set to False: the time between was no training.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.code: int | None = None
-        self.nothing_to_save = self.patient = False
+        self.nothing_to_save = self.ignores_repeats = False
         self.continued = False
 
     def checked(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items. Errors: StoppedError PATIENCE seconds after a request to stop."""
+        """The same items. Errors: StoppedError FINISH_WITHIN seconds after a request to stop."""
         asked = None
         for item in items:
             if self.code is not None:
                 asked = asked or time.monotonic()
-                if time.monotonic() - asked > PATIENCE:
+                if time.monotonic() - asked > FINISH_WITHIN:
                     raise StoppedError
             yield item
 
@@ -138,7 +138,7 @@ class Stop(StopRequest, Answered):
             return
         code = CODES[name]
         if self.code is not None:
-            if not self.patient:
+            if not self.ignores_repeats:
                 self._end(code)
             return
         if self.nothing_to_save:

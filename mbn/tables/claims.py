@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mbn.grid import Claim, Drop, Equal, Gain, Rise
 from mbn.tables.cells import AllRuns
 from mbn.tables.measures import Measure
-from mbn.tables.over_seeds import EQUIVALENCE, Contrast, OneMore, contrast, p_text, together
+from mbn.tables.over_seeds import EQUIVALENCE, Contrast, OneMore, contrast, p_text, weighted_mean
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 # The place of a claim's number over all places that have runs.
@@ -70,7 +70,7 @@ def joint(claim: Claim, verdicts: Sequence[Verdict], several: int = 2) -> Verdic
     known = [verdict for verdict in verdicts if verdict.number.precision is not None]
     if len(known) < several or isinstance(claim, Equal):
         return None
-    number, weights = together([verdict.number for verdict in known])
+    number, weights = weighted_mean([verdict.number for verdict in known])
     papers = [verdict.paper for verdict in known]
     terms = [weight * paper for weight, paper in zip(weights, papers, strict=True) if paper is not None]
     paper = sum(terms) if len(terms) == len(known) else None

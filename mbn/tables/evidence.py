@@ -1,7 +1,7 @@
 """What stands between the pairs of markers of results/README.md: a pure function of the records."""
 
 from mbn.grid import Equal
-from mbn.launch.table_status import together as whole
+from mbn.launch.table_status import union
 from mbn.records.provenance import described
 from mbn.records.record import diverged
 from mbn.tables.by_seed import OF_SEEDS, by_seed
@@ -47,7 +47,7 @@ def _not_measured(every: list[Place], tables: dict[str, Table]) -> str:
     compared = {place.compared: place.verdict for place in every if not place.joint}  # what two tables print is one
     empty = [verdict.diverges for verdict in compared.values() if not verdict.has_run]
     diverge = f"; for {empty.count(True)} more, training diverges" if any(empty) else ""
-    runs = whole(table.status.whole for table in tables.values())
+    runs = union(table.status.whole for table in tables.values())
     return f"Not measured: {empty.count(False)} of {len(compared)} comparisons{diverge}. {missing(runs)}"
 
 

@@ -142,9 +142,12 @@ def contrast(samples: Sequence[Sample], weights: Sequence[float]) -> Contrast:
     )
 
 
-def together(contrasts: Sequence[Contrast]) -> tuple[Contrast, list[float]]:
-    """The mean of several contrasts, weighted by precision, and the weights. All must have one; their means may be
-    shared, and ns and diverged are added up place by place."""
+def weighted_mean(contrasts: Sequence[Contrast]) -> tuple[Contrast, list[float]]:
+    """The mean of several contrasts, weighted by precision, and the weights.
+
+    Every contrast must have a precision. A sample may be in several of them. The first ns of all are added up, then the
+    second, and diverged in the same way.
+    """
     precisions = [contrast.precision or 0.0 for contrast in contrasts]
     weights = [precision / sum(precisions) for precision in precisions]
     found: dict[str, tuple[Sample, float]] = {}

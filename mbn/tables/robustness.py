@@ -23,8 +23,8 @@ from mbn.tables.over_seeds import (
     p_text,
     pooled,
     satterthwaite,
-    together,
     two_sided,
+    weighted_mean,
 )
 from mbn.tables.page import pipes
 from mbn.tables.places import Place, places, primary
@@ -177,7 +177,7 @@ def paired_over_places(claim: Place, cells: list[RunCell]) -> Contrast:
         Sample(name, statistics.fmean(values.values()), len(values), group_of[name], spreads[group_of[name]])
         for name, values in differences.items()
     ]
-    return contrast(samples, together([part.verdict.number for part in claim.measured])[1])
+    return contrast(samples, weighted_mean([part.verdict.number for part in claim.measured])[1])
 
 
 def _difference_of(number: Contrast) -> Difference | None:

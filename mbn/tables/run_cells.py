@@ -1,15 +1,13 @@
 """Every cell that has runs, also those that no table plans, and what pages call it: a pure function of the records."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-from mbn.config import Config, iterations, run_name
-from mbn.config.run_identity import identity
+from mbn.config import Config, identity, iterations, run_name
 from mbn.grid import Cell
 from mbn.methods import METHODS
 from mbn.records.record import config_of
+from mbn.system.setting_fields import by_full_names, typed
 from mbn.tables.cells import AllRuns, RecordsBySeed, Table, heading, network
 from mbn.tables.measures import Record
 
@@ -136,18 +134,8 @@ def _kind(cell: Cell) -> tuple[str, str]:
 
 def _other(config: Config, cell: Cell) -> dict[str, str]:
     """The settings of a run that are not a cell's, as overrides; its seed aside."""
-    own, planned = _flat(identity(replace(config, seed=0))), _flat(identity(cell.config(0)))
-    return {key: value for key, value in own.items() if value != planned.get(key)}
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    return flat
+    own, planned = (by_full_names(identity(one)) for one in (replace(config, seed=0), cell.config(0)))
+    return {key: typed(value) for key, value in own.items() if key not in planned or value != planned[key]}
 
 
 def _with(cell: Cell, other: dict[str, str]) -> Cell:

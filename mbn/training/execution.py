@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mbn.config import Config, cores, iterations
 from mbn.system import cuda_graph
-from mbn.system.errors import UserError
+from mbn.system.errors import UserError, first_line
 from mbn.system.processes import ALONE, Processes
 
 # Multiplications and additions a second that eager training does on one thread of a CPU (measured, see
@@ -176,7 +176,7 @@ def compiler_fault(device: torch.device) -> str | None:
         with cuda_graph.one_at_a_time:
             torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a missing or broken compiler can raise anything
-        return cuda_graph.first_line(error)
+        return first_line(error)
     return None
 
 

@@ -16,7 +16,8 @@ from mbn.norm.memories import AllMemories
 from mbn.norm.normprop import project_unit_rows, unit_layers
 from mbn.norm.second_forward import phase
 from mbn.system import cuda_graph
-from mbn.system.cuda_graph import Captured, first_line, one_at_a_time, uncaptured, warn
+from mbn.system.cuda_graph import Captured, one_at_a_time, uncaptured, warn
+from mbn.system.errors import first_line
 from mbn.system.processes import ALONE, Processes
 from mbn.training.execution import COMPILED, GRAPHS
 
@@ -84,7 +85,7 @@ class Update:
         self.projects = bool(unit_layers(model))
         # Before the first step too: the effect of a step depends on the row's norm.
         project_unit_rows(model)
-        self.batch_size, self.processes = batch_size, processes
+        self.processes = processes
         # Images in the batch of all processes, and in this one's share of a whole batch.
         self.n = batch_size or 0
         self.full = len(range(batch_size)[share(batch_size)]) if batch_size else None

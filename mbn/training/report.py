@@ -6,20 +6,13 @@ import torch
 from torch import Tensor
 
 from mbn.data.in_memory import Data
-from mbn.measure.evaluation import Evaluation, batch_size_for, evaluate
 from mbn.measure.statistics_gap import Statistics, epoch_statistics, named_relus, training_statistics
 from mbn.methods import METHODS, group_of
 from mbn.system.cuda_graph import uncaptured
 from mbn.system.signals import StopRequest
 from mbn.training.iteration import autocast
 from mbn.training.state import State, Sums
-
-
-def evaluation(state: State, data: Data, stop: StopRequest) -> Evaluation:
-    """Loss and errors on the test images; the model must be in eval mode. Errors: StoppedError after a signal."""
-    batches = stop.checked(data.test_batches(batch_size_for(state.config, state.device)))
-    with autocast(state.device, state.config.precision):
-        return uncaptured(lambda: evaluate(state.model, batches, state.processes), state.device)
+from mbn.training.trained import Trained
 
 
 def statistics_of(state: State, images: Tensor) -> Statistics:
@@ -84,7 +77,7 @@ def epoch_row(state: State, data: Data, training: Statistics, rate: float, stop:
     """
     statistics = epoch_statistics(state.model, training)
     state.model.eval()
-    tested = evaluation(state, data, stop)
+    tested = Trained(state.config, state.model, data, state.device, stop, state.processes).evaluation()
     state.model.train()
     measured = {"test_loss": tested.loss, "test_error": tested.error, "test_error_top5": tested.error_top5}
     return row("epoch", state, state.epoch_sums, rate) | measured | statistics

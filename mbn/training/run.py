@@ -22,14 +22,13 @@ from mbn.norm.base import norm_layers
 from mbn.records import controls, provenance, record
 from mbn.records.curves import curves, last_epoch
 from mbn.records.sense import RESULTS
-from mbn.system.cuda_graph import first_line, one_at_a_time, own_stream
-from mbn.system.errors import DivergedError, UserError, lacks_memory
+from mbn.system.cuda_graph import one_at_a_time, own_stream
+from mbn.system.errors import DivergedError, UserError, first_line, lacks_memory
 from mbn.system.files import lock, remove_partials, write_atomically
 from mbn.system.processes import ALONE, Processes, from_environment, join
 from mbn.system.signals import CODES, Stop, StoppedError, StopRequest
 from mbn.training import checkpoint_file, report
 from mbn.training.conditions import conditions, devices, made_by, parts_of
-from mbn.training.controls import Trained
 from mbn.training.execution import (
     COMPILED,
     GRAPHS,
@@ -44,6 +43,7 @@ from mbn.training.journal import Journal, NoJournal
 from mbn.training.progress import Pace, Progress, say_if_busy, say_where
 from mbn.training.schedule import scheduled
 from mbn.training.state import State, Sums, other_version, saved_state
+from mbn.training.trained import Trained
 
 # The files in a run's folder that are written atomically.
 WRITTEN = ("checkpoint.pt", "metrics.jsonl", "config.yaml")
@@ -54,6 +54,7 @@ SAVES_APART = 10.0
 
 Build = Callable[[Layers], nn.Module]
 OpenData = Callable[[Config, torch.device], Data]
+Saved = dict[str, Any] | None  # a checkpoint
 
 
 def train(
@@ -72,7 +73,7 @@ def train(
     it diverged: its record is written.
     """
     results, name = Path(config.machine.results), run_name(config)
-    folder, processes = results / "runs" / name, from_environment()
+    folder, processes = record.run_folder(results, name), from_environment()
     join(processes, config.machine.device)
     with _memory_is_enough(config), contextlib.ExitStack() as stack:
         run_lock = processes.on_main(lambda: stack.enter_context(lock(folder / "lock")))
@@ -84,19 +85,17 @@ def train(
         if processes.main:
             for path in (*(folder / file for file in WRITTEN), record.path_of(results, name)):
                 remove_partials(path)
-        journal = processes.on_main(run.open_journal) or NoJournal()
+        run.journal = processes.on_main(run.open_journal) or NoJournal()
         with own_stream(run.state.device):
             try:
-                with _signals(stop) as signals:
-                    signals.patient = processes.several
-                    if not processes.several:  # else the others would wait for what this process did not get
-                        run.data.stop = signals
+                with _signals(stop) as request:
+                    run.answer(request)
                     try:
-                        run.train(signals, journal)
+                        run.train()
                     except DivergedError as error:
-                        run.end_diverged(error, journal)
+                        run.end_diverged(error)
                         raise
-                    return run.finish(signals, journal)
+                    return run.finish()
             finally:
                 run.update.captured.clear()  # frees the memory that graphs hold
 
@@ -134,20 +133,20 @@ def add_controls(
     error here; when a signal stopped the measurement.
     """
     results, name = Path(config.machine.results), run_name(config)
-    folder, path = results / "runs" / name, record.path_of(results, name)
+    folder, path = record.run_folder(results, name), record.path_of(results, name)
     with lock(folder / "lock") as run_lock, _memory_is_enough(config):
         result = record.read(path)
         run = Run(config, build, folder, run_lock.check)
         ended = run.state.iteration == run.state.length
         controls.check_end(result, path, run.checkpoint_path, ended, run.journal_hash)
-        with own_stream(run.state.device), _signals(stop) as signals:
-            run.data.stop = signals
-            new = run.measure(wanted, signals, result["test_error"])
+        with own_stream(run.state.device), _signals(stop) as request:
+            run.answer(request)
+            new = run.measure(wanted, result["test_error"])
             return record.rewrite(path, controls=controls.completed(result["controls"], new, run.state.now))
 
 
 class Run:
-    """A run: its state, its data, and the loop that trains it.
+    """A run: its state, its data, its journal, and the loop that trains it.
 
     check_lock: called before a checkpoint or a record is written; raises UserError where the run's lock is lost.
     """
@@ -163,14 +162,10 @@ class Run:
     ) -> None:
         self.config, self.folder, self.check_lock, self.processes = config, folder, check_lock, processes
         self.checkpoint_path = folder / "checkpoint.pt"
+        self.stop = StopRequest()
+        self.journal: Journal | NoJournal = NoJournal()
         saved = processes.from_main(lambda: saved_state(config, folder))
-        machine, earlier = config.machine, saved["machine"] if saved else {}
-        # Device, threads and mode are chosen once: a resumed run goes on as it began.
-        device = choose_device(machine.device, earlier.get("device"), processes)
-        as_many = saved is not None and parts_of(saved)[-1].get("processes", 1) == processes.size
-        threads = choose_threads(machine.threads, earlier.get("threads") if as_many else None, processes)
-        torch.set_num_threads(threads)
-        set_arithmetic(device, machine.tf32, machine.deterministic)
+        device, threads = self._device_and_threads(saved)
         # Before anything is compiled: data that are missing are said at once.
         self.data = processes.main_first(lambda: (open_data or load_data)(config, device))
         # No group of images whose statistics are taken together is in two processes.
@@ -180,11 +175,8 @@ class Run:
         model = build(from_config(config))
         for layer in norm_layers(model):
             layer.sync = processes.several  # statistics of the whole batch
-        # Another kind of device has other modes: a run that a GPU goes on with is captured.
-        same_kind = torch.device(earlier.get("device", device)).type == device.type
-        began = earlier.get("mode") if same_kind else None
-        mode = choose_mode(machine.mode, began, config, model, device, threads, processes)
-        now = conditions(machine, device, threads, mode, self.data.fingerprint, processes.size)
+        mode = self._mode(saved, model, device, threads)
+        now = conditions(config.machine, device, threads, mode, self.data.fingerprint, processes.size)
         trained_with = {key: now[key] for key in ("code", "data", "versions", "mode")}
         processes.check_alike(trained_with, "give all machines the same checkout, packages and data.")
         self.state = State(config, model, device, now, processes)
@@ -203,24 +195,46 @@ class Run:
         self.journal_lines: int | None = None
         self.journal_hash: str | None = None
         if saved:
-            with self._reads_checkpoint():
-                self.state.restore(saved)
+            self._restore(saved)
             self.journal_lines, self.journal_hash = saved["journal_lines"], saved.get("journal")
-        # The iteration of the last checkpoint, and when it was written.
-        self.saved = self.state.iteration if saved else None
+        # The last checkpoint: its iteration, and when it was written.
+        self.saved_iteration = self.state.iteration if saved else None
         self.saved_at = time.monotonic()
 
-    def go_on(self) -> None:
-        """Say where a run that was stopped goes on, if it was one. Errors: UserError for a checkpoint of other code."""
-        if self.saved is not None:
-            with self._reads_checkpoint():
-                self.state.go_on()
+    # Device, threads and mode are chosen once: a resumed run goes on as it began.
 
-    @contextlib.contextmanager
-    def _reads_checkpoint(self) -> Iterator[None]:
-        """Inside, what a checkpoint lacks, or holds in another form, is a UserError."""
+    def _device_and_threads(self, saved: Saved) -> tuple[torch.device, int]:
+        """Choose them, and set torch's threads and arithmetic."""
+        machine, earlier = self.config.machine, saved["machine"] if saved else {}
+        device = choose_device(machine.device, earlier.get("device"), self.processes)
+        as_many = saved is not None and parts_of(saved)[-1].get("processes", 1) == self.processes.size
+        threads = choose_threads(machine.threads, earlier.get("threads") if as_many else None, self.processes)
+        torch.set_num_threads(threads)
+        set_arithmetic(device, machine.tf32, machine.deterministic)
+        return device, threads
+
+    def _mode(self, saved: Saved, model: nn.Module, device: torch.device, threads: int) -> str:
+        earlier = saved["machine"] if saved else {}
+        # Another kind of device has other modes: a run that a GPU goes on with is captured.
+        same_kind = torch.device(earlier.get("device", device)).type == device.type
+        earlier_mode = earlier.get("mode") if same_kind else None
+        return choose_mode(self.config.machine.mode, earlier_mode, self.config, model, device, threads, self.processes)
+
+    def answer(self, request: StopRequest) -> None:
+        """Stop when this request says so."""
+        self.stop, request.ignores_repeats = request, self.processes.several
+        if not self.processes.several:  # else the others would wait for what this process did not get
+            self.data.stop = request
+
+    def go_on(self) -> None:
+        """Say where a run that was stopped goes on, if it was one."""
+        if self.saved_iteration is not None:
+            self.state.go_on()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds. Errors: UserError for one of other code."""
         try:
-            yield
+            self.state.restore(saved)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if lacks_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
@@ -234,24 +248,24 @@ class Run:
         write_atomically(self.folder / "config.yaml", text.encode())
         return Journal(self.folder, text, self.journal_lines, self.journal_hash)
 
-    def train(self, stop: StopRequest, journal: Journal | NoJournal) -> None:
+    def train(self) -> None:
         """Train to the end, or until a signal: then save and raise UserError."""
         state, update = self.state, self.update
         self._say_where()
         batches = self.data.train_batches(state.iteration, self.config.batch_size)
         row_every = iterations_between_rows(state.per_epoch)
         state.model.train()
-        state.clock.start(stop)
+        state.clock.start(self.stop)
         self.saved_at = time.monotonic()
         with Progress(state) as progress:
             if state.untested is not None:  # a signal came during the test that ends an epoch
                 self.set_schedule(state.iteration - 1)
-                self._end_epoch(stop, journal, progress, Pace(state))
-                self.save(journal)
+                self._end_epoch(progress, Pace(state))
+                self.save()
             rows = Pace(state)
-            stop.nothing_to_save = update.mode in COMPILED
+            self.stop.nothing_to_save = update.mode in COMPILED
             while state.iteration < state.length:
-                ends = self._iterate(batches, stop, journal)
+                ends = self._iterate(batches)
                 progress.bar.update()
                 row_due = state.iteration % state.per_epoch % row_every == 0 and not ends
                 line_due = progress.line_is_due() and not self.processes.several  # whose clocks differ
@@ -259,15 +273,15 @@ class Run:
                     self.drain()
                     progress.show()
                 if row_due:
-                    journal.write(report.row("train", state, state.row_sums, rows.look()))
+                    self.journal.write(report.row("train", state, state.row_sums, rows.look()))
                     state.row_sums = Sums()
                 if ends:
-                    self._end_epoch(stop, journal, progress, rows)
-                due, stopped = self._agree(stop, self.save_is_due(ends))
-                if due or (stopped and self.saved != state.iteration):
-                    self.save(journal)
+                    self._end_epoch(progress, rows)
+                due, stopped = self._agree(self.save_is_due(ends))
+                if due or (stopped and self.saved_iteration != state.iteration):
+                    self.save()
                 if stopped:
-                    raise self._stopped(stop)
+                    raise self._stopped()
 
     def _say_where(self) -> None:
         """Print where and how this run trains, and a guess at how long."""
@@ -279,32 +293,32 @@ class Run:
         if on_cpu and self.config.machine.threads is None and not self.processes.several:
             say_if_busy(state.threads)
 
-    def _iterate(self, batches: Iterator[Batch], stop: StopRequest, journal: Journal | NoJournal) -> bool:
+    def _iterate(self, batches: Iterator[Batch]) -> bool:
         """Train on the next batch. Returns whether an epoch ends with it. Errors: UserError after a signal."""
         state, update = self.state, self.update
         self.set_schedule(state.iteration)
         try:
             images, labels = next(batches)
         except StoppedError:  # while it waited for images
-            if self.saved != state.iteration:
-                self.save(journal)
-            raise self._stopped(stop) from None
+            if self.saved_iteration != state.iteration:
+                self.save()
+            raise self._stopped() from None
         ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
         state.untested = report.statistics_of(state, images) if ends else None
         update.n = state.images_before(state.iteration + 1) - state.images
         update(images, labels)
-        stop.nothing_to_save = False
+        self.stop.nothing_to_save = False
         state.clock.tick()
         state.iteration += 1
         return ends
 
-    def _agree(self, stop: StopRequest, save_is_due: bool) -> tuple[bool, bool]:
+    def _agree(self, save_is_due: bool) -> tuple[bool, bool]:
         """Whether to save, and whether to stop, as all processes do it: if one is to."""
         if self.processes.lost_launcher:
-            stop.code = stop.code or CODES["SIGTERM"]
-        due, code = self.processes.highest(save_is_due, stop.code or 0)
+            self.stop.code = self.stop.code or CODES["SIGTERM"]
+        due, code = self.processes.highest(save_is_due, self.stop.code or 0)
         if code:  # else a signal may have come meanwhile, which is for the next time
-            stop.code = int(code)
+            self.stop.code = int(code)
         return bool(due), bool(code) and self.state.iteration < self.state.length
 
     def set_schedule(self, iteration: int) -> None:
@@ -330,21 +344,21 @@ class Run:
                 raise self._diverged(f"the loss was {loss} at iteration {iteration}{blame}", iteration)
             state.add(iteration, loss, errors)
 
-    def _end_epoch(self, stop: StopRequest, journal: Journal | NoJournal, progress: Progress, rows: Pace) -> None:
+    def _end_epoch(self, progress: Progress, rows: Pace) -> None:
         """Test, write the epoch's row, show it. Errors: UserError where a signal ends the test, which is then saved."""
         state, began = self.state, time.monotonic()
         assert state.untested is not None
         try:
-            row = report.epoch_row(state, self.data, state.untested, rows.look(), stop)
+            row = report.epoch_row(state, self.data, state.untested, rows.look(), self.stop)
         except StoppedError:
             state.model.train()
-            self._agree(stop, False)  # the signal may have come to another process alone
-            self.save(journal)
-            raise self._stopped(stop) from None
+            self._agree(False)  # the signal may have come to another process alone
+            self.save()
+            raise self._stopped() from None
         if not math.isfinite(row["test_loss"]):
             raise self._diverged(f"the test loss was {row['test_loss']}", state.iteration - 1)
         state.untested = None
-        journal.write(row)
+        self.journal.write(row)
         progress.tested = time.monotonic() - began
         progress.show_epoch(row)
         state.row_sums, state.epoch_sums = Sums(), Sums()
@@ -355,7 +369,7 @@ class Run:
         wait = min(self.config.machine.checkpoint_seconds, SAVES_APART if epoch_ends else math.inf)
         return self.state.iteration == self.state.length or time.monotonic() - self.saved_at > wait
 
-    def save(self, journal: Journal | NoJournal) -> None:
+    def save(self) -> None:
         """Write a checkpoint, unless the state is no longer finite. Errors: UserError."""
         if self.update.pending:
             self.drain()
@@ -364,19 +378,19 @@ class Run:
         if name is not None:
             raise self._diverged(f"{name} is no longer finite after iteration {last}", last)
         self.check_lock()
-        journal.sync()
-        content = state.content(self.update.mode, journal.lines, journal.hash)
+        self.journal.sync()
+        content = state.content(self.update.mode, self.journal.lines, self.journal.hash)
         if self.processes.main:
             checkpoint_file.save(content, self.checkpoint_path)
-        self.saved, self.saved_at = state.iteration, time.monotonic()
+        self.saved_iteration, self.saved_at = state.iteration, time.monotonic()
         state.clock.count(training=False)
 
-    def _stopped(self, stop: StopRequest) -> UserError:
-        assert stop.code is not None
+    def _stopped(self) -> UserError:
+        assert self.stop.code is not None
         return UserError(
             f"stopped at iteration {self.state.iteration:,} of {self.state.length:,}, saved in {self.checkpoint_path}: "
             "the same command goes on from there.",
-            code=stop.code,
+            code=self.stop.code,
             everywhere=True,
         )
 
@@ -391,40 +405,38 @@ class Run:
             iteration,
         )
 
-    def end_diverged(self, error: DivergedError, journal: Journal | NoJournal) -> None:
+    def end_diverged(self, error: DivergedError) -> None:
         """Write the record of a run that diverged. Errors: UserError."""
         self.state.trained_in(self.update.mode)
         nothing: dict[str, Any] = {**dict.fromkeys(RESULTS), "curves": {}, "controls": None}
-        self.processes.on_main(lambda: self._write_record(journal, nothing | {"diverged_at": error.iteration}))
+        self.processes.on_main(lambda: self._write_record(nothing | {"diverged_at": error.iteration}))
 
-    def measure(self, wanted: Collection[str], stop: StopRequest, expected: float | None = None) -> dict[str, Any]:
+    def measure(self, wanted: Collection[str], expected: float | None = None) -> dict[str, Any]:
         """The wanted of `controls.MEASURED`. expected: the test error that the network must have.
 
         Errors: UserError where it has another one, and after a signal.
         """
         graphs = self.update.mode in GRAPHS
-        trained = Trained(self.config, self.model, self.data, self.state.device, stop, self.processes, graphs)
+        trained = Trained(self.config, self.model, self.data, self.state.device, self.stop, self.processes, graphs)
         try:
             if expected is not None:
                 self.model.eval()
-                controls.check_near(trained.test_error(), expected, self.checkpoint_path)
+                controls.check_near(trained.evaluation().error, expected, self.checkpoint_path)
             return trained.controls(wanted)
         except StoppedError:
-            self._agree(stop, False)  # the signal may have come to another process alone
-            raise self._stopped(stop) from None
+            self._agree(False)  # the signal may have come to another process alone
+            raise self._stopped() from None
 
-    def finish(self, stop: StopRequest, journal: Journal | NoJournal) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Write the record of a run that has reached its end, and return it. Errors: UserError after a signal."""
         wanted = controls.asked(self.config)
-        measured = controls.completed(None, self.measure(wanted, stop), self.state.now) if wanted else None
-        return self.processes.from_main(
-            lambda: self._write_record(journal, self._results(journal) | {"controls": measured})
-        )
+        measured = controls.completed(None, self.measure(wanted), self.state.now) if wanted else None
+        return self.processes.from_main(lambda: self._write_record(self._results() | {"controls": measured}))
 
-    def _results(self, journal: Journal | NoJournal) -> dict[str, Any]:
+    def _results(self) -> dict[str, Any]:
         """The errors, losses and curves of a run that has reached its end."""
-        assert isinstance(journal, Journal)
-        rows = list(journal.rows())
+        assert isinstance(self.journal, Journal)
+        rows = list(self.journal.rows())
         epochs = [row for row in rows if row["kind"] == "epoch"]
         last = epochs[-1]
         train_loss, train_error = last_epoch(rows, self.config.dataset.train_images)
@@ -438,7 +450,7 @@ class Run:
             "diverged_at": None,
         }
 
-    def _write_record(self, journal: Journal | NoJournal, measured: dict[str, Any]) -> dict[str, Any]:
+    def _write_record(self, measured: dict[str, Any]) -> dict[str, Any]:
         state, results = self.state, Path(self.config.machine.results)
         content = {
             "name": state.name,
@@ -455,7 +467,7 @@ class Run:
             **made_by(state.parts),
             "versions": provenance.versions(),
             "parts": state.parts,
-            "journal": journal.hash,
+            "journal": self.journal.hash,
         }
         self.check_lock()
         if record.content_hash(results, state.name) not in (None, state.replaces):

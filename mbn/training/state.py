@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mbn.config import Config, distinction, iterations, iterations_per_epoch, run_name, to_dict
 from mbn.measure.statistics_gap import Statistics, uses_dropout
-from mbn.records import record
+from mbn.records import record, sense
 from mbn.system.errors import UserError
 from mbn.system.processes import ALONE, Processes
 from mbn.system.signals import StopRequest
@@ -295,8 +295,18 @@ def check_fields(saved: dict[str, Any], path: Path) -> None:
     wrong = [key for key, kind in NEEDED.items() if not isinstance(saved.get(key), kind)]
     if version not in range(1, VERSION + 1):
         raise other_version(path, f"version {version}")
+    if not wrong and not _has_parts(saved):
+        wrong = ["parts"]
     if wrong:
         raise other_version(path, f"it lacks {', '.join(wrong)}, or holds something else there")
+
+
+def _has_parts(saved: dict[str, Any]) -> bool:
+    try:
+        parts = parts_of(saved)
+        return sense.RULES["parts"].holds(parts) and not [*sense.wrong_in_parts(parts)]
+    except (KeyError, TypeError):
+        return False
 
 
 def other_version(path: Path, why: str) -> UserError:

@@ -80,7 +80,7 @@ def test_skipped_jobs_are_reported_with_the_reason(capsys, graphs):
     report, _ = run(limit=0, skip="loader")
     assert {case["status"] for name, case in report["cases"].items() if name != "loader"} == {NO_TIME}
     assert re.search(rf"^r20-b8 \([\d.]+ s\): {NO_TIME}$", capsys.readouterr().out, re.MULTILINE)
-    with pytest.raises(UserError, match=r"no case is named r99\*: there are r20-b8, "):
+    with pytest.raises(UserError, match=r"no job is named r99\*: there are r20-b8, "):
         run(only="r99*")
 
 

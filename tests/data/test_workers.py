@@ -129,7 +129,7 @@ def hangs(_):
 
 
 def test_a_request_to_stop_ends_the_wait_for_a_batch(monkeypatch):
-    monkeypatch.setattr(signals, "PATIENCE", 0.1)
+    monkeypatch.setattr(signals, "FINISH_WITHIN", 0.1)
     stop, began = StopRequest(), time.monotonic()
     threading.Timer(0.2, setattr, (stop, "code", 75)).start()
     with pytest.raises(StoppedError):
@@ -196,13 +196,13 @@ def test_a_signal_ends_a_run_whose_images_do_not_come(workers, tree, tmp_path, f
     sent = tmp_path / "sent"
     monkeypatch.setattr("models.build", build_small)
     monkeypatch.setattr(Decoder, "batch", slow)
-    monkeypatch.setattr(signals, "PATIENCE", 0.01)
+    monkeypatch.setattr(signals, "FINISH_WITHIN", 0.01)
     overrides = [
         *(*jpegs.RUN, "batch_size=24", "schedule.epochs=2", "machine.mode=eager"),
         *(f"machine.data={tree}", f"machine.workers={workers}"),
     ]
     assert train.main([*overrides, f"machine.results={tmp_path}"]) == 75
-    if workers == 0:  # in this process: from the second image after the signal on, PATIENCE is over
+    if workers == 0:  # in this process: from the second image after the signal on, FINISH_WITHIN is over
         assert len(seen) == 2
     assert re.fullmatch(r"stopped at iteration 1 of 2, saved in [^\n]*\.", capfd.readouterr().err.splitlines()[-1])
     assert Run(tmp_path, overrides).checkpoint()["iteration"] == 1

@@ -18,7 +18,7 @@ from mbn.config import REPOSITORY, sweep_lines
 from mbn.launch import lanes
 from mbn.system import cuda_graph
 from mbn.system.errors import UserError
-from mbn.training import report
+from mbn.training import report, trained
 from mbn.training.iteration import Update
 
 
@@ -135,7 +135,7 @@ def test_one_thread_does_for_all_lanes_what_is_not_replayed(here, left, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(cuda_graph, "capture", watched(capture_but_the_first))
-        for owner, name in ((report, "evaluate"), (report, "training_statistics"), (Update, "_iterate")):
+        for owner, name in ((trained, "evaluate"), (report, "training_statistics"), (Update, "_iterate")):
             patch.setattr(owner, name, watched(getattr(owner, name)))
         assert here("-m", "norm=mbn", "seed=0,1,2", f"machine.mode={mode}", "machine.together=3").code == 0
     assert threads == {"uncaptured_0"}

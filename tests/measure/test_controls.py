@@ -17,7 +17,7 @@ from mbn.network_layers import from_config
 from mbn.records import controls
 from mbn.system.files import lock
 from mbn.system.signals import StopRequest
-from mbn.training.controls import Trained
+from mbn.training.trained import Trained
 
 ASKED = ["evaluate.rules=true", "evaluate.precise=true"]
 
@@ -63,7 +63,7 @@ def test_rules_have_the_last_batches_of_training_and_test_batches_in_file_order(
         return averages_with_momentum(model, momentum, given[-1], *more)
 
     monkeypatch.setattr("mbn.measure.other_rules.averages_with_momentum", spy)
-    monkeypatch.setattr("mbn.training.controls.LAST", 3)
+    monkeypatch.setattr("mbn.training.trained.LAST", 3)
     here("norm=bn", *ASKED)
     found, (model, data) = left("norm=bn").record()["controls"]["rules"], network(left("norm=bn"))
     last = list(itertools.islice(data.train_batches(5, 256), 3))

@@ -13,7 +13,7 @@ from running import Tiny, cut, follow, send, without
 from test_gap import every_norm, images, trained
 from torch import nn
 
-import mbn.training.controls
+import mbn.training.trained
 from mbn.data.datasets import load_data
 from mbn.measure.precise_bn import take_precise_statistics
 from mbn.network_layers import from_config
@@ -140,7 +140,7 @@ def seen(monkeypatch):
         calls.append({"model": model, "state": snapshot(model), "sizes": sizes, "settings": settings})
         return gap
 
-    monkeypatch.setattr("mbn.training.controls.take_precise_statistics", spy)
+    monkeypatch.setattr("mbn.training.trained.take_precise_statistics", spy)
     return calls
 
 
@@ -206,15 +206,15 @@ def test_a_signal_stops_a_measurement_and_the_same_command_goes_on(
     """At batch 8 the measurement takes as long as an epoch, so the budget's end or Ctrl-C must stop it."""
     if finished_before:
         here()
-    function = getattr(mbn.training.controls, first)
+    function = getattr(mbn.training.trained, first)
 
     def signalled(*args):
         send("SIGTERM")()
         return function(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"mbn.training.controls.{first}", signalled)
-        patch.setattr("mbn.system.signals.PATIENCE", -1.0)
+        patch.setattr(f"mbn.training.trained.{first}", signalled)
+        patch.setattr("mbn.system.signals.FINISH_WITHIN", -1.0)
         stopped = here(asked)
     assert stopped.code == 75
     assert "stopped at iteration 8" in stopped.err

@@ -11,6 +11,7 @@ from running import load_script
 
 import train
 from mbn.config import REPOSITORY
+from mbn.launch.sweep import sweep
 from mbn.records import provenance
 from mbn.system.errors import UserError
 
@@ -359,6 +360,5 @@ def test_a_command_with_several_runs_imports_all_code_before_the_first_one(monke
     assert modules <= names
     order = []
     monkeypatch.setattr(provenance, "import_all", lambda: order.append("import"))
-    monkeypatch.setattr(train, "run", lambda config: order.append(config.seed))
-    train.sweep(["dataset=digits", "seed=3,4", "machine.results=nowhere"])
+    sweep(["dataset=digits", "seed=3,4", "machine.results=nowhere"], lambda config: order.append(config.seed))
     assert order == ["import", 3, 4]

@@ -13,7 +13,7 @@ from mbn.tables.over_seeds import (
     detectable,
     holm,
     pooled,
-    together,
+    weighted_mean,
 )
 
 A, B, C = [6.1, 6.3, 6.2, 6.6], [6.5, 6.9, 6.4, 7.1], [5.0, 5.3, 5.1]
@@ -87,7 +87,7 @@ def test_contrasts_together_are_weighted_by_precision():
     """By hand: d = sum d/v / sum 1/v with variance 1 / sum 1/v, where no cell stands in two."""
     a, b, c, d = samples(A, B, C, [5.5])
     parts = [contrast([a, b], (1, -1)), contrast([c, d], (1, -1))]
-    found, weights = together(parts)
+    found, weights = weighted_mean(parts)
     variances = [part.precision**-1 for part in parts]
     assert variances == pytest.approx([a.spread.sd**2 * (1 / 4 + 1 / 4), a.spread.sd**2 * (1 / 3 + 1)])
     assert weights == pytest.approx([(1 / v) / (1 / variances[0] + 1 / variances[1]) for v in variances])
@@ -95,7 +95,9 @@ def test_contrasts_together_are_weighted_by_precision():
     assert found.precision == pytest.approx(sum(1 / v for v in variances))
     assert found.ns == (4 + 3, 4 + 1)
     # A cell that both have counts once: (a - b + a - c) / 2 has variance s² (1 / n_a + 1 / 4 n_b + 1 / 4 n_c).
-    shared, halves = together([contrast([a, b], (1, -1)), contrast([a, sample("e", [1, 1, 1, 1], a.spread)], (1, -1))])
+    shared, halves = weighted_mean(
+        [contrast([a, b], (1, -1)), contrast([a, sample("e", [1, 1, 1, 1], a.spread)], (1, -1))]
+    )
     assert halves == [0.5, 0.5]
     assert shared.precision**-1 == pytest.approx(a.spread.sd**2 * (1 / 4 + 1 / 16 + 1 / 16))
 
@@ -104,7 +106,7 @@ def test_seeds_that_diverged_are_named_beside_n():
     a, b, _ = samples(A, B, C)
     some = Sample("d", 6.0, 3, "g", a.spread, diverged=2)
     assert (contrast([a, b], (1, -1)).n, contrast([some, b], (1, -1)).n) == ("4+4", "3 (2 diverged)+4")
-    every = together([contrast([a, some], (1, -1)), contrast([some, b], (1, -1))])[0]
+    every = weighted_mean([contrast([a, some], (1, -1)), contrast([some, b], (1, -1))])[0]
     assert every.n == "7 (2 diverged)+7 (2 diverged)"
     assert contrast([a, a, some], (1, -1, -1)).n == "4+4+3 (2 diverged)"
     assert contrast([some, some, some], (1, -1, -1)).n == "3 (2 diverged) each"
@@ -114,7 +116,7 @@ def test_a_printed_number_is_compared_with_the_interval_for_one_more_run():
     """The variance by hand, in sd²: of one cell, of two, and of two places that share a cell, which has one more run
     and not two."""
     a, b, c = samples(A, B, C)
-    joint, (first, second) = together([contrast([a, b], (1, -1)), contrast([a, c], (1, -1))])
+    joint, (first, second) = weighted_mean([contrast([a, b], (1, -1)), contrast([a, c], (1, -1))])
     for number, variance in (
         (contrast([a], (1,)), 1 + 1 / 4),
         (contrast([a, c], (1, -1)), 1 + 1 / 4 + 1 + 1 / 3),

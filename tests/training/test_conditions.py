@@ -16,7 +16,7 @@ from running import TIMES, assert_same_run, digits, send, without
 from mbn.records import provenance
 from mbn.system.errors import UserError
 from mbn.system.signals import StoppedError, StopRequest
-from mbn.training import checkpoint_file, iteration, run, state
+from mbn.training import checkpoint_file, iteration, run, state, trained
 from mbn.training.conditions import devices, go_on, made_by, parts_of
 
 HASH = "[0-9a-f]{12}"
@@ -388,9 +388,7 @@ def test_a_lock_that_was_lost_ends_the_run_before_it_writes(here, left, after, m
     assert f"{left().folder / 'lock'} was removed or replaced" in done.err
     assert not left().checkpoint_path.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            run.Run, "save", lambda self, journal: (save(self, journal), self.folder.joinpath("lock").unlink())
-        )
+        patch.setattr(run.Run, "save", lambda self: (save(self), self.folder.joinpath("lock").unlink()))
         assert here(*epoch).code == 1
     assert not left(*epoch).record_path.exists()
     assert here(*epoch).code == 0
@@ -413,8 +411,8 @@ def test_the_time_of_a_suspended_process_is_not_counted(monkeypatch, in_a_read):
 
 
 def test_a_test_loss_that_is_not_finite_is_a_divergence(here, left, monkeypatch):
-    evaluate = run.report.evaluate
-    monkeypatch.setattr(run.report, "evaluate", lambda *args: evaluate(*args)._replace(loss=float("nan")))
+    evaluate = trained.evaluate
+    monkeypatch.setattr(trained, "evaluate", lambda *args: evaluate(*args)._replace(loss=float("nan")))
     done = here()
     assert done.code == 1
     assert "training diverged: the test loss was nan (epoch 1, learning rate" in done.err

@@ -10,7 +10,7 @@ from running import Tiny
 
 from mbn.data.datasets import load_data
 from mbn.network_layers import from_config
-from mbn.training import checkpoint_file, report
+from mbn.training import checkpoint_file, report, trained
 from mbn.training.iteration import Update
 
 
@@ -152,7 +152,7 @@ def takes(monkeypatch):
 def test_the_speed_of_training_leaves_out_evaluation_and_saving(here, left, takes):
     takes(Update, "__call__", itertools.repeat(1.0))
     takes(checkpoint_file, "save", itertools.repeat(10.0))
-    takes(report, "evaluate", itertools.repeat(100.0))
+    takes(trained, "evaluate", itertools.repeat(100.0))
     here("machine.checkpoint_seconds=1e-9")  # 8 checkpoints and 2 evaluations
     result = left().record()
     assert left().checkpoint()["training_seconds"] == 8

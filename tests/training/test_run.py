@@ -50,10 +50,10 @@ def test_a_signal_that_comes_while_processes_agree_is_kept_for_the_next_time():
             stop.code = 75  # a handler of signals runs meanwhile
             return list(numbers)
 
-    run = types.SimpleNamespace(processes=Others(), state=state)
-    assert run_module.Run._agree(run, stop, True) == (True, False)
+    run = types.SimpleNamespace(processes=Others(), state=state, stop=stop)
+    assert run_module.Run._agree(run, True) == (True, False)
     assert stop.code == 75
-    assert run_module.Run._agree(run, stop, False) == (False, True)
+    assert run_module.Run._agree(run, False) == (False, True)
 
 
 def test_a_signal_in_the_last_iteration_still_ends_the_run(here, left, after):

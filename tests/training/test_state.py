@@ -63,7 +63,7 @@ def test_a_signal_in_a_test_is_answered_between_its_batches_and_the_test_is_take
 ):
     """Six batches of 60 images. At the end of the first epoch (iteration 6), or of the run."""
     more = (f"norm={norm}", "evaluate.batch_size=60")
-    monkeypatch.setattr(signals, "PATIENCE", 0.0)
+    monkeypatch.setattr(signals, "FINISH_WITHIN", 0.0)
     seen = []
     plain = DeviceDataset._plain
 
@@ -107,7 +107,7 @@ def test_a_test_goes_on_for_some_seconds_after_a_signal_so_that_a_short_one_ends
 def test_training_again_that_was_stopped_in_its_last_test_goes_on(here, left, whole, monkeypatch):
     """Its old record does not make it a finished run, which would start over."""
     here()
-    monkeypatch.setattr(signals, "PATIENCE", -1.0)
+    monkeypatch.setattr(signals, "FINISH_WITHIN", -1.0)
     plain = DeviceDataset._plain
     seen = []
 

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mbn.launch.table_status import TIME_LEFT, RunCounts, together
+from mbn.launch.table_status import TIME_LEFT, RunCounts, union
 from mbn.tables.cells import Table, heading
 from mbn.tables.figures.style import GREY, PAGE, PALE
 
@@ -32,7 +32,7 @@ def status_grid(tables: Sequence[Table]) -> Figure:
     figure = Figure(figsize=(PAGE, tall * CELL))
     panel = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDE), ylim=(tall, 0))
     panel.axis("off")
-    whole = together(table.status.whole for table in tables)
+    whole = union(table.status.whole for table in tables)
     _write(panel, 0.5, 1, f"All tables, each run once: {_sentence(whole)}", weight="bold")
     _write(
         panel,

@@ -1,4 +1,6 @@
-"""Controls of a trained network: precise statistics, other rules of testing, the training error in evaluation mode."""
+"""Tests a network: its errors and, once it is trained, its controls (precise statistics, other rules of testing, the
+training error in evaluation mode).
+"""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from tqdm import tqdm
 
 from mbn.config import Config, iterations, iterations_per_epoch
 from mbn.data.in_memory import Batch, Data
-from mbn.measure.evaluation import batch_size_for, evaluate
+from mbn.measure.evaluation import Evaluation, batch_size_for, evaluate
 from mbn.measure.other_rules import LAST, Rules, rules
 from mbn.measure.precise_bn import take_precise_statistics
 from mbn.methods import METHODS
@@ -26,7 +28,7 @@ from mbn.training.schedule import scheduled
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network, and what its controls are measured with; several processes share the images.
+    """A network, and what it is tested with; several processes share the images.
 
     config: of its run. stop: says when to stop. captured: whether the forwards of precise statistics are captured.
     """
@@ -69,10 +71,13 @@ class Trained:
             controls |= {"train_error": found.pop("training error"), "rules": found or None}
         return controls
 
-    def test_error(self) -> float:
-        """Test error in percent by what the layers remember; the network must be in eval mode."""
+    def evaluation(self) -> Evaluation:
+        """Loss and errors on the test images by what the layers remember; the network must be in eval mode.
+
+        Errors: StoppedError after a signal.
+        """
         with autocast(self.device, self.config.precision):
-            return self._error(self._test())
+            return self._evaluated(self._test())
 
     def _precise(self) -> dict[str, Any]:
         """The test error with statistics measured again over an epoch of training images, and the population gap.
@@ -84,7 +89,7 @@ class Trained:
         epoch = islice(self.data.train_batches(0, config.batch_size), iterations_per_epoch(config))
         with kept(self.model):
             gap = take_precise_statistics(self.model, self._alike(epoch), self.captured)
-            return {"test_error_precise": self._error(self._test()), "population_gap": gap}
+            return {"test_error_precise": self.evaluation().error, "population_gap": gap}
 
     def _rules(self) -> Rules:
         length, size = iterations(self.config), self.config.batch_size
@@ -101,10 +106,10 @@ class Trained:
         images = self.config.dataset.train_images
         size = min(images, batch_size_for(self.config, self.device))
         epoch = islice(self.data.train_batches(0, size), -(-images // size))
-        return self._error(self._alike(epoch))
+        return self._evaluated(self._alike(epoch)).error
 
-    def _error(self, batches: Iterable[Batch]) -> float:
-        return uncaptured(lambda: evaluate(self.model, batches, self.processes).error, self.device)
+    def _evaluated(self, batches: Iterable[Batch]) -> Evaluation:
+        return uncaptured(lambda: evaluate(self.model, batches, self.processes), self.device)
 
     def _test(self) -> Iterator[Batch]:
         """The test images, this process's part of them."""
