@@ -94,7 +94,7 @@ def command(arguments: list[str], processes: Processes) -> int:
         composed = configuration.compose(overrides)
         print(configuration.to_yaml(configuration.resolved(composed)))
     else:
-        with signals.Exit():
+        with signals.Exit(silent=not processes.main):
             from mbn.records import provenance
 
             provenance.ask()

@@ -148,6 +148,9 @@ def _check_override(override: Any) -> None:
     if key not in _known_keys():
         close = _suggestion(key, {*_known_keys(), *groups()})
         raise ConfigError(f"there is no setting {shown(key)}{close}; `python train.py --help` lists them all.")
+    group, _, rest = key.partition(".")
+    if rest == "name" and group in groups():
+        raise ConfigError(f"{key} is set with what belongs to it: write {group}={shortened(str(value))}.")
     if override.is_delete():
         raise ConfigError(f"{key} cannot be deleted: leave it out of the command for its default.")
     if override.is_add() and not override.is_force_add():

@@ -95,7 +95,8 @@ def _filtered(candidates: Candidates, filters: Sequence[str]) -> Candidates:
         wanted = {_read(value): value for value in re.split(r",(?![^\[]*\])", values)}
         if unknown := wanted.keys() - set(map(_read, found)):
             named = min(wanted[value] for value in unknown)
-            raise UserError(f"none of these runs has {key}={named}: they have {', '.join(sorted(found))}.", code=2)
+            in_order = sorted(found, key=lambda text: (isinstance(_read(text), str), _read(text)))
+            raise UserError(f"none of these runs has {key}={named}: they have {', '.join(in_order)}.", code=2)
         left = [(cell, config) for cell, config in left if _read(setting(config, key)) in wanted]
     if not left:
         raise UserError(f"none of these runs has {' and '.join(filters)} together.", code=2)

@@ -35,6 +35,8 @@ class StopAll(signals.Stop):
     SIGCONT calls `went_on`. The children have sessions of their own: a closed terminal (SIGHUP) reaches this process.
     """
 
+    first_answer = "stopping: the runs save after their iteration; a second Ctrl-C ends them at once, without saving."
+
     def __init__(self, kill: Callable[[], None], went_on: Callable[[], None]) -> None:
         super().__init__()
         self._kill, self._went_on = kill, went_on

@@ -78,7 +78,7 @@ def submit(runs: Sequence[tuple[PlannedRun, Sequence[str]]], results: Path, opti
         import cloudpickle
         import submitit
     except ImportError:
-        raise UserError("--launcher slurm needs submitit: pip install '.[cluster]'.", code=2) from None
+        raise UserError("--launcher slurm needs submitit: pip install -e '.[cluster]'.", code=2) from None
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
         executor = submitit.SlurmExecutor(results / "runs" / "jobs", max_num_timeout=TIMEOUTS)

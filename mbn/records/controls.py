@@ -59,9 +59,10 @@ def check_end(record: dict[str, Any], path: Path, weights: Path, ended: bool, jo
     path: the record's. ended: whether they are of the end of a training. journal: SHA-256 of its journal.
     """
     if not ended:
+        what = "does not hold the end of the run, from which" if weights.exists() else "is gone, from which"
         raise UserError(
-            f"{weights} does not hold the end of the run, from which evaluate.precise and evaluate.rules measure: use "
-            "the run's last checkpoint; without it machine.again=true trains it again."
+            f"{weights} {what} evaluate.precise and evaluate.rules measure: use the run's last checkpoint; without it "
+            "machine.again=true trains it again."
         )
     if record["journal"] is None or record["journal"] != journal:
         raise UserError(

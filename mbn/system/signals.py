@@ -56,10 +56,17 @@ class Answered:
 class Exit(Answered):
     """Context manager: inside, these signals end the process at once with their code, because nothing needs saving.
 
-    They raise no exception: a module that is just being imported might catch it.
+    They raise no exception: a module that is just being imported might catch it. silent: without a line, as for one of
+    several processes, which torchrun ends when another has made a mistake.
     """
 
+    def __init__(self, silent: bool = False) -> None:
+        super().__init__()
+        self.silent = silent
+
     def _answer(self, number: int, _: FrameType | None) -> None:
+        if self.silent:
+            os._exit(CODES[signal.Signals(number).name])
         self._exit(number, "outside training")
 
 
@@ -125,8 +132,10 @@ class Stop(StopRequest, Answered):
     noted in `continued`.
 
     The first one exits at once too while `nothing_to_save`, as before the first iteration, which may compile for
-    minutes.
+    minutes. Ctrl-C, which a person may press twice, is answered by a line.
     """
+
+    first_answer = "stopping: it saves after this iteration; a second Ctrl-C ends it at once, without saving."
 
     def _numbers(self) -> list[int]:
         return super()._numbers() + [getattr(signal, name) for name in ("SIGCONT",) if hasattr(signal, name)]
@@ -144,6 +153,8 @@ class Stop(StopRequest, Answered):
         if self.nothing_to_save:
             self._exit(number, "before the first iteration")
         self.code = code
+        if name == "SIGINT" and not self.ignores_repeats:
+            say(self.first_answer)
 
     def _continue(self) -> None:
         self.continued = True

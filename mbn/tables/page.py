@@ -134,9 +134,13 @@ def _beside_table(table: Table) -> str:
     shown = {name: values for name, values in found.items() if any(values.values())}
     rows = [["", "seeds", *shown]]
     for cell, runs in run.items():
-        rows.append([label(cell), str(len(runs)), *(_mean_of(values[cell], len(runs)) for values in shown.values())])
+        tests = table.all_runs.values(cell, TEST_ERROR)
+        rows.append(
+            [label(cell), str(len(runs)), *(_mean_of(values[cell], tests, len(runs)) for values in shown.values())]
+        )
     return pipes(rows) + (
-        "\n\nMeans over the seeds, in percent. Precise statistics are measured again over an epoch of training with "
+        "\n\nMeans over the seeds, in percent; in brackets, where not all have the number, how many do, and their mean "
+        "test error. Precise statistics are measured again over an epoch of training with "
         "the final weights. A difference that remains with them comes from training; the rest of it comes from the "
         "statistics at test time. The training error is that of augmented images in training, over the last epoch; in "
         "evaluation: of augmented images too, with the final weights and as at test time. Memory held: an older way of "
@@ -144,11 +148,13 @@ def _beside_table(table: Table) -> str:
     )
 
 
-def _mean_of(values: Values, n: int) -> str:
-    """Example: 6.41, or 6.41 (n = 2) if only two of the n runs have such a number."""
+def _mean_of(values: Values, tests: Values, n: int) -> str:
+    """Examples: 6.41; 6.41 (n = 2) if only two of the n runs have such a number; 6.41 (n = 2: 6.50) if more of them
+    have a test error, of which 6.50 is the mean of these two."""
     if not values:
         return "-"
-    return f"{statistics.fmean(values.values()):.2f}" + (f" (n = {len(values)})" if len(values) < n else "")
+    own = f": {statistics.fmean(tests[seed] for seed in values):.2f}" if len(values) < len(tests) else ""
+    return f"{statistics.fmean(values.values()):.2f}" + (f" (n = {len(values)}{own})" if len(values) < n else "")
 
 
 def p_cell(p: float | None) -> str:

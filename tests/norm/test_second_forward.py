@@ -135,6 +135,11 @@ def test_second_forward_refuses_eval_mode_and_a_model_without_a_layer_of_two_for
     assert unchanged(before, model)
 
 
+def test_second_forward_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match=r"needs the module first, then its arguments, and not a Tensor$"):
+        second_forward(inputs(4, 3))
+
+
 def test_second_forward_refuses_a_network_of_which_only_the_wrapper_is_in_training_mode():
     net, x = network("mbn paper", forwards=2).eval(), inputs(4, 3, 5, 5)
     wrapper = nn.Sequential(net)

@@ -203,3 +203,10 @@ def test_files_are_pictures_and_the_same_each_time(figures, results):
     assert METHODS["mbn"].colour.lower() in svg
     assert "<dc:date>" not in svg
     assert list(drawing.pictures(again, scale=0.1)) == ["figure1-scale0.1.png", "figure1-scale0.1.svg"]
+
+
+def test_clip_paths_are_named_in_their_order():
+    """By matplotlib they are named by a hash of floats, whose last bits another numpy may change."""
+    svg = b'<use clip-path="url(#pbbbbbbbbbb)"/><clipPath id="pbbbbbbbbbb"/><clipPath id="p0123456789"/>p0123456789'
+    named = b'<use clip-path="url(#p1)"/><clipPath id="p1"/><clipPath id="p2"/>p2'
+    assert drawing.with_numbered_clips(svg) == named

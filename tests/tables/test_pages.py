@@ -80,8 +80,8 @@ BESIDE = """\
 |  | seeds | test error | with precise statistics | with precise statistics, memory held (old) | best epoch \
 | training error | training error in evaluation |
 |---|---|---|---|---|---|---|---|
-| 8, BN | 5 | 8.32 | 8.20 (n = 1) | - | 8.32 | 1.00 | - |
-| 8, MBN | 5 | 7.68 | 7.90 (n = 1) | 8.00 (n = 1) | 7.68 | 1.00 | 0.50 (n = 1) |
+| 8, BN | 5 | 8.32 | 8.20 (n = 1: 8.10) | - | 8.32 | 1.00 | - |
+| 8, MBN | 5 | 7.68 | 7.90 (n = 1: 8.10) | 8.00 (n = 1: 8.10) | 7.68 | 1.00 | 0.50 (n = 1: 8.10) |
 | 16, BN | 3 | 7.10 | - | - | 7.10 | 1.00 | - |
 | 16, MBN | 1 | 6.90 | - | - | 6.90 | 1.00 | - |
 """

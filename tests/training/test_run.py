@@ -67,17 +67,33 @@ def python(code):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_second_signal_exits_at_once():
-    code = (
+@pytest.mark.parametrize(
+    ("first", "second", "code", "says"),
+    [
+        ("SIGTERM", "SIGINT", 130, ""),
+        ("SIGINT", "SIGTERM", 75, "stopping: it saves after this iteration; a second Ctrl-C ends it at once, without "),
+    ],
+)
+def test_a_second_signal_exits_at_once_and_the_first_ctrl_c_says_so(first, second, code, says):
+    script = (
         "import os, signal\n"
         "from mbn.system.signals import Stop\n"
         "with Stop() as stop:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    assert stop.code == 75\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    os.kill(os.getpid(), signal.{first})\n"
+        "    assert stop.code is not None\n"
+        f"    os.kill(os.getpid(), signal.{second})\n"
         "    print('went on')\n"
     )
-    assert python(code) == (130, "", "")
+    ended, out, err = python(script)
+    assert (ended, out) == (code, "")
+    assert err.startswith(says)
+    assert err.count("\n") == bool(says)
+
+
+def test_a_process_beside_the_main_one_is_ended_without_a_word():
+    """By torchrun, after a mistake in the command that the main one has named."""
+    script = "import os, signal\nfrom mbn.system.signals import Exit\nwith Exit(silent=True):\n"
+    assert python(script + "    os.kill(os.getpid(), signal.SIGTERM)\n    print('went on')\n") == (75, "", "")
 
 
 @pytest.mark.parametrize("name", SIGNALS)

@@ -1,6 +1,7 @@
 """The figures, drawn from what records carry: an overview of all tables, three of the paper's figures, and ours."""
 
 import io
+import re
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -49,5 +50,18 @@ def pictures(figures: dict[str, Figure | None], scale: float = 1.0, seeds: int =
             for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
                 file = io.BytesIO()
                 figure.savefig(file, format=kind, metadata=metadata)
-                content[f"{file_name(name, scale, seeds)}.{kind}"] = file.getvalue()
+                drawn = file.getvalue()
+                content[f"{file_name(name, scale, seeds)}.{kind}"] = (
+                    with_numbered_clips(drawn) if kind == "svg" else drawn
+                )
     return content
+
+
+def with_numbered_clips(svg: bytes) -> bytes:
+    """The drawing with its clip paths named p1, p2, ... in their order.
+
+    matplotlib names them by a hash of their bounds, whose last bits differ between versions of numpy.
+    """
+    names = dict.fromkeys(re.findall(rb'<clipPath id="(p[0-9a-f]{10})"', svg))
+    numbers = {name: b"p%d" % number for number, name in enumerate(names, 1)}
+    return re.sub(rb"\bp[0-9a-f]{10}\b", lambda found: numbers.get(found[0], found[0]), svg)
