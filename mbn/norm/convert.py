@@ -152,8 +152,7 @@ def convert(
     ours, sharded = 0, _is_sharded(module)
     for name, layer in list(_walk(module, "", replace or {}, replaced, set())):
         what = f"layer {name}" if name else "the module"
-        if isinstance(getattr(layer, "_orig_mod", None), nn.modules.batchnorm._BatchNorm):  # it calls the old layer
-            raise TypeError(f"{what} is a BatchNorm inside torch.compile: call torch.compile after, and not before")
+        _check_not_wrapped(what, layer, nn.modules.batchnorm._BatchNorm)
         if isinstance(layer, BatchStatisticsNorm):
             _check_ours(what, layer, norm, checked)
             ours += 1
@@ -167,6 +166,13 @@ def convert(
     # Not in what replace has given, which may hold the old layer.
     module = _put(module, replaced, list(module.modules()))
     return _put(module, converted, [*module.modules(), *converted.values()])
+
+
+def _check_not_wrapped(what: str, module: nn.Module, cls: type[nn.Module]) -> None:
+    """Raise TypeError where module is what torch.compile put around a layer of cls: it would go on calling that one."""
+    if isinstance(getattr(module, "_orig_mod", None), cls):
+        name = cls.__name__.lstrip("_")
+        raise TypeError(f"{what} is a {name} inside torch.compile: call torch.compile after, and not before")
 
 
 def _check_replace(replace: Replace) -> None:
@@ -256,8 +262,10 @@ def to_batch_norm(module: Network) -> Network:
             "(torch.distributed.checkpoint.state_dict) into the same network without FSDP, and give it that one"
         )
     for name, layer in module.named_modules():
+        what = f"layer {name}" if name else "the module"
+        _check_not_wrapped(what, layer, BatchStatisticsNorm)
         if isinstance(layer, BatchStatisticsNorm):
-            check_for_torch(f"layer {name}" if name else "the module", layer)
+            check_for_torch(what, layer)
     copied = copy.deepcopy(module)
     wide: dict[nn.Parameter, nn.Parameter] = {}
     instead: dict[nn.Module, nn.Module] = {}

@@ -59,14 +59,14 @@ def snapshot(*statistics: Tensor) -> tuple[Tensor, ...]:
     save memory. There torch.compile leaves the layer as it is, and with fullgraph=True this raises RuntimeError.
     """
     saves_memory = functorch_config.activation_memory_budget < 1 or functorch_config.aggressive_recomputation
-    if saves_memory and torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        return tuple(s.clone() for s in statistics) if saves_memory else statistics
+    if saves_memory:
         raise RuntimeError(
             "torch._functorch.config computes activations again in the backward pass, when this layer's statistics "
             "are others: leave activation_memory_budget at 1 and aggressive_recomputation at False, or use "
             "convert(..., forwards=2) and second_forward"
         )
-    if not torch.compiler.is_compiling():
-        return tuple(s.clone() for s in statistics) if saves_memory else statistics
     parts = torch.cat([s.flatten() for s in statistics]).split([s.numel() for s in statistics])
     return tuple(part.view(s.shape) for part, s in zip(parts, statistics, strict=True))
 

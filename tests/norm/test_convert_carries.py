@@ -313,6 +313,11 @@ def test_a_batch_norm_that_torch_compile_has_wrapped_is_refused(norm):
     before = copy.deepcopy(block.state_dict())
     block(torch.randn(4, 3, 2, 2))
     assert not all(map(torch.equal, before.values(), block.state_dict().values()))
+    model = nn.Sequential(torch.compile(NORMS[norm][1](3), backend="eager"))
+    with pytest.raises(
+        TypeError, match=r"layer 0 is a BatchStatisticsNorm inside torch\.compile: call torch\.compile "
+    ):
+        to_batch_norm(model)
 
 
 @norms
