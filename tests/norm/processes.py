@@ -1,9 +1,11 @@
 """Several processes that train together, forked from one that has imported torch. Each job has a group of its own."""
 
+import builtins
 import contextlib
 import multiprocessing
 import pickle
 import time
+import tomllib
 import traceback
 import warnings
 from datetime import timedelta
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 PATIENCE = 600  # seconds, until a job counts as hanging; gloo gives up before
 HANGS = (None, "it hangs")
+PYPROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"
 
 
 class Processes:
@@ -66,10 +69,7 @@ def serve(pipe) -> None:
                     "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=500)
                 )
                 with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    # What torch 2.11's compiler does; see pyproject.toml.
-                    for torchs_own in ("`torch.jit.script_method` is", ".* should not be instantiated"):
-                        warnings.filterwarnings("ignore", torchs_own, DeprecationWarning)
+                    filter_warnings()
                     result = function(*args, **kwargs)
             except BaseException:
                 failure = traceback.format_exc()
@@ -78,3 +78,10 @@ def serve(pipe) -> None:
                 if dist.is_initialized():
                     dist.destroy_process_group()
             pipe.send_bytes(pickle.dumps((result, failure)))
+
+
+def filter_warnings() -> None:
+    """Treat warnings as pytest does: errors, but for those that pyproject.toml names."""
+    for line in tomllib.loads(PYPROJECT.read_text())["tool"]["pytest"]["ini_options"]["filterwarnings"]:
+        action, message, category = f"{line}::".split(":")[:3]
+        warnings.filterwarnings(action, message, getattr(builtins, category or "Warning"))
