@@ -311,7 +311,7 @@ def import_records(options: argparse.Namespace, results: Path) -> int:
     said = [f"{len(gathered.taken)} records imported"]
     said += [f"{len(gathered.known)} were here already"] if gathered.known else []
     said += [f"{gathered.others} other JSON files passed over"] if gathered.others else []
-    print(", ".join(said) + ".", flush=True)
+    print("\n".join([*gathered.taken, ", ".join(said) + "."]), flush=True)
     for sentence in gathered.refused:
         print(f"refused: {sentence}", file=sys.stderr)
     return 1 if gathered.refused else 0

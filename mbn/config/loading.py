@@ -174,10 +174,12 @@ def _home(key: str) -> str:
 
 
 def _suggestion(wrong: str, right: set[str]) -> str:
-    # A key's last part counts too, so that epochs finds schedule.epochs.
+    # A key's last part counts too, so that epochs and optimizer.epochs find schedule.epochs.
     last = {key.rpartition(".")[2]: key for key in sorted(right)}
-    tail = difflib.get_close_matches(wrong.rpartition(".")[2], last, n=1, cutoff=0.8)
-    close = difflib.get_close_matches(wrong, sorted(right), n=1, cutoff=0.6) or [last[t] for t in tail]
+    end = wrong.rpartition(".")[2]
+    similar = difflib.get_close_matches(wrong, sorted(right), n=1, cutoff=0.6)
+    tail = difflib.get_close_matches(end, last, n=1, cutoff=0.8)
+    close = [last[end]] if end in last else similar or [last[t] for t in tail]
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

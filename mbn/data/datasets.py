@@ -109,6 +109,9 @@ def _fetch_missing(cifar, folder: Path, files: list[Path]) -> None:
     missing = [file for file in files if not file.is_file()]
     if not missing:
         return
+    if all((folder / file.name).is_file() for file in files):
+        above = folder.resolve().parent
+        raise UserError(f"set machine.data={above}: {folder} is the folder of CIFAR's files themselves.")
     addresses = [mirror.format(cifar.filename) for mirror in MIRRORS]
     archive, lock = folder / cifar.filename, folder / f"{cifar.filename}.lock"
     new = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -79,7 +79,7 @@ _TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
     str: "a text",
     int | None: "a whole number or null",
-    list[float]: "a list of numbers such as [0.1,0.5]",
+    list[float]: "a list of numbers such as [0.1]",
     list[str]: "a list of texts",
 }
 

@@ -418,6 +418,8 @@ class Run:
         """
         graphs = self.update.mode in GRAPHS
         trained = Trained(self.config, self.model, self.data, self.state.device, self.stop, self.processes, graphs)
+        asked = " and ".join(f"evaluate.{name}" for name in wanted)
+        print(f"{self.state.name}: measuring what {asked} asks for.", flush=True)
         try:
             if expected is not None:
                 self.model.eval()

@@ -72,6 +72,7 @@ def experiment(tmp_path, monkeypatch):
         ("schedule.epoch", "schedule.epochs"),
         ("norm.memry", "norm.memory"),
         ("machine.devise", "machine.device"),
+        ("optimizer.lr", "schedule.lr"),
         ("optimizer.nesterov", ""),
         ("colour", ""),
     ],

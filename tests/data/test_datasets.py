@@ -367,6 +367,17 @@ def test_missing_cifar_offline_says_what_is_missing_and_what_to_do(tmp_path, mon
     assert "experiment=quickstart" in message
 
 
+def test_the_folder_of_cifars_files_themselves_is_refused_with_the_right_one(tmp_path):
+    wrong = tmp_path / "cifar-10-batches-py"
+    wrong.mkdir()
+    for name in ("test_batch", "batches.meta", *(f"data_batch_{i}" for i in range(1, 6))):
+        (wrong / name).touch()
+    with pytest.raises(UserError) as caught:
+        datasets.load_cifar("cifar10", wrong)
+    assert str(caught.value) == f"set machine.data={tmp_path}: {wrong} is the folder of CIFAR's files themselves."
+    assert not (wrong / wrong.name).exists()
+
+
 def test_a_new_folder_is_said_and_does_not_stay_where_nothing_could_be_downloaded(tmp_path, monkeypatch, capsys):
     def offline(addresses, path, _):
         if kept:
