@@ -1,6 +1,7 @@
 """The tables as data: rows x columns of overrides, the paper's numbers, and its claims (scripts/grids/*.yaml)."""
 
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -49,22 +50,31 @@ class Cell:
 
     def config(self, seed: int, scale: float = 1.0) -> Config:
         """What `load(self.command(seed, scale))` gives, composed once for all seeds and scales."""
+        return replace(self._of_overrides(_scaled, scale), seed=seed)
+
+    def name(self, seed: int, scale: float = 1.0) -> str:
+        return self._of_overrides(_named, scale, seed)
+
+    def _of_overrides(self, function: Callable[..., Any], *arguments: float) -> Any:
+        """function(overrides, *arguments), with the cell's place in its errors."""
         assert self.overrides is not None
         # Sorted: the same overrides in another order are the same run (no key stands twice in a cell).
         try:
-            config = _scaled(tuple(sorted(self.overrides)), scale)
+            return function(tuple(sorted(self.overrides)), *arguments)
         except ConfigError as error:
             raise ConfigError(f"{self.grid}, row {self.row}, column {self.column}: {error}") from None
-        return replace(config, seed=seed)
-
-    def name(self, seed: int, scale: float = 1.0) -> str:
-        return run_name(self.config(seed, scale))
 
     def baseline(self) -> "Cell":
         """The cell of batch norm with one forward on the same network, data and schedule."""
         assert self.overrides is not None
         kept = [o for o in self.overrides if not o.startswith(("norm=", "norm.", "forwards="))]
         return Cell(self.grid, self.row, self.column, (*kept, "norm=bn"), {})
+
+
+@cache
+def _named(overrides: tuple[str, ...], scale: float, seed: int) -> str:
+    """The run's name: pages ask for the same ones thousands of times."""
+    return run_name(replace(_scaled(overrides, scale), seed=seed))
 
 
 @cache

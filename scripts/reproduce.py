@@ -81,8 +81,9 @@ def work(options: argparse.Namespace) -> int:
 
 def parser() -> Parser:
     p = Parser(
-        description=__doc__.partition("Exit code")[0] if __doc__ else "",
-        epilog="Settings machine.* and evaluate.* are handed to every train.py; results are in machine.results. On a "
+        description=__doc__,
+        epilog="Settings machine.* (but machine.again and machine.together) and evaluate.* are handed to every "
+        "train.py; results are in machine.results. On a "
         "CPU evaluate.rules and evaluate.precise are true unless they are set; on a GPU and with Slurm they are not.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -105,13 +105,17 @@ class Machine:
     results: str = setting("results", "folder that gets records/ and runs/", FOLDER)
     device: str = setting(
         "auto",
-        "auto (CUDA, else CPU), cpu, cuda, cuda:1, mps",
+        "auto (where the run began; a new one on CUDA, else CPU), cpu, cuda, cuda:1, mps",
         DEVICE,
     )
     threads: int | None = setting(None, "CPU threads; null: as torch chooses, or as the run began", at_least(1, 4096))
     together: int = setting(1, "runs of a sweep (-m) trained at a time in this process, for a GPU", at_least(1, 4096))
-    again: bool = setting(False, "true trains a finished run again")
-    mode: str = setting("auto", f"{', '.join(MODES)}; auto: graphs on CUDA, long runs compiled", among(*MODES))
+    again: bool = setting(False, "true trains a run anew: its checkpoints are deleted, also those of a stopped one")
+    mode: str = setting(
+        "auto",
+        f"{', '.join(MODES)}; auto: as the run began; a new one in graphs on CUDA, and compiled if it is long",
+        among(*MODES),
+    )
     deterministic: bool = setting(False, "only algorithms that give the same bits every time (on a GPU; slower there)")
     tf32: bool = setting(True, "on a GPU: products of float32 with 10-bit mantissas")
     workers: int | None = setting(

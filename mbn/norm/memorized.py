@@ -52,8 +52,12 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         decay: eta in (0, 1]. Every newer batch multiplies a remembered batch's weight by eta.
         lam: lambda in [0, 1], the memory's weight; `set_lambda` changes it during training.
         gradient: "paper" differentiates through mu^ and s2^ with the memory constant. This keeps only the batch's share
-            rho = n_B / (n_B + W) of batch norm's two correction terms. "batch" (ours, not the paper's) gives the same y
-            and keeps both terms whole: the memory's correction is a constant, like batch renormalisation's r and d.
+            rho = n_B / (n_B + W), W = lambda sum eta**a_i n_i, of batch norm's two correction terms. "batch" (ours, not
+            the paper's) gives the same y and keeps both terms whole: the memory's correction is a constant, like batch
+            renormalisation's r and d. With sigma = sqrt(s2 + eps), xhat = (x - mu^) / sigma^,
+            xhat_B = (x - mu_B) / sigma_B and means over B:
+                paper: dx = gamma / sigma^ * (dy - rho mean(dy) - rho xhat mean(dy xhat))
+                batch: dx = gamma / sigma^ * (dy - mean(dy) - xhat_B mean(dy xhat_B))
         forwards: 1 or 2.
         group_size: None, or N: the images of a batch are cut into groups of N, and B above is each group. One entry a
             batch is remembered, the moments and the n of all groups together.
@@ -72,7 +76,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     Errors: ValueError for an impossible setting, an input of the wrong shape, or in training one value a channel where
     its gradient would be 0: with gradient="batch", lambda 0 or an empty memory (compiled or captured code refuses it
-    always).
+    always). RuntimeError where the statistics were cast to half precision, and with sync=True for second derivatives,
+    `torch.func` and a process outside the group.
 
     Source: Guo et al., "Double Forward Propagation for Memorized Batch Normalization", AAAI 2018.
     """

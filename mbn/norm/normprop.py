@@ -22,7 +22,7 @@ class UnitConv2d(nn.Conv2d):
     and gamma = 1, u has variance 1 whatever W is. gamma (`gain`) starts at 1/1.21, beta (`shift`) at 0, both (C_out,).
     Training and evaluation are the same: there are no batch statistics. `project_` scales the rows to norm 1.
 
-    Arguments and shapes: those of `nn.Conv2d`, except that `bias` must be False, because beta is the bias.
+    Arguments and shapes: those of `nn.Conv2d`, from dilation on by name. `bias` must be False: beta is the bias.
 
     Errors: ValueError for bias=True.
 
@@ -90,6 +90,10 @@ def unit_layers(module: nn.Module) -> list[UnitConv2d]:
 
 
 def project_unit_rows(module: nn.Module) -> None:
-    """Scale each row of every unit-norm convolution inside module to norm 1. Call it after each optimiser step."""
+    """Scale each row of every UnitConv2d inside module to norm 1, in place: ||W_i||_2 = 1. Outputs stay the same.
+
+    Call it before the first step of the optimiser and after each: how far a step turns a row depends on its norm. This
+    is our decision, the source leaves it open. Does nothing where module has no such layer.
+    """
     for layer in unit_layers(module):
         layer.project_()

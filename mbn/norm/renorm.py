@@ -46,6 +46,8 @@ class _BatchRenorm(BatchStatisticsNorm):
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
     Errors: ValueError for an impossible setting, an input of the wrong shape, or in training only one value a channel.
+    RuntimeError where the statistics were cast to half precision, and with sync=True for second derivatives,
+    `torch.func` and a process outside the group.
 
     Source: Ioffe, "Batch Renormalization", NeurIPS 2017, Algorithm 1.
     """

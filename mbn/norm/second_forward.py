@@ -65,8 +65,8 @@ def second_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     fused=True do. With these it warns falsely where something else writes parameters between the iterations, as
     averaged weights do that are swapped in and out for evaluation.
 
-    Errors: TypeError where module is none; RuntimeError where it is in eval mode, where all its layers with forwards=2
-    are and none is frozen, and where it has none.
+    Errors: TypeError where module is not an nn.Module; RuntimeError where it is in eval mode, where all its layers with
+    forwards=2 are and none is frozen, and where it has none.
 
     Source: Guo et al., AAAI 2018, Algorithm 1, lines 10 to 12.
     """

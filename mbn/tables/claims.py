@@ -32,6 +32,12 @@ class Verdict:
         return self.number.mean is not None
 
     @property
+    def said(self) -> str:
+        """The outcome, as pages print it."""
+        without = self.has_run and self.number.interval() is None
+        return f"{self.outcome} (no interval: too few runs)" if without else self.outcome
+
+    @property
     def one_more(self) -> OneMore | None:
         """The paper's number, taken for that of one more run of each cell; None where it or ours is not known."""
         return self.number.one_more(self.paper)
@@ -130,7 +136,7 @@ def listed(claim: Claim, verdicts: Sequence[Verdict]) -> str:
     lines = [text]
     for v in filter(None, (*verdicts, joint(claim, verdicts))):
         if v.has_run:
-            said = "; ".join(filter(None, [v.outcome, v.against_paper]))
+            said = "; ".join(filter(None, [v.said, v.against_paper]))
             lines.append(f"  - {v.place + ': ' * bool(v.place)}{claim.number} = {v.number}{_tested(claim, v)}: {said}")
     return "\n".join([*lines, *(f"  - {'; '.join(of)}: {why}" for why, of in empty.items())])
 

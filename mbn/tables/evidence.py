@@ -136,7 +136,7 @@ def _verdict(place: Place) -> str:
     """Example: does not hold; the paper's -4.27 is excluded (p < 0.001)."""
     if not place.has_run:
         return "no interval yet" if place.begun else "not measured"
-    return "; ".join(filter(None, [place.verdict.outcome, place.verdict.against_paper]))
+    return "; ".join(filter(None, [place.verdict.said, place.verdict.against_paper]))
 
 
 def _tables(tables: dict[str, Table]) -> list[list[str]]:

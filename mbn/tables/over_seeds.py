@@ -142,13 +142,13 @@ def contrast(samples: Sequence[Sample], weights: Sequence[float]) -> Contrast:
     )
 
 
-def weighted_mean(contrasts: Sequence[Contrast]) -> tuple[Contrast, list[float]]:
-    """The mean of several contrasts, weighted by precision, and the weights.
+def weighted_mean(contrasts: Sequence[Contrast], equally: bool = False) -> tuple[Contrast, list[float]]:
+    """The mean of several contrasts, weighted by precision or equally, and the weights.
 
     Every contrast must have a precision. A sample may be in several of them. The first ns of all are added up, then the
     second, and diverged in the same way.
     """
-    precisions = [contrast.precision or 0.0 for contrast in contrasts]
+    precisions = [1.0 if equally else contrast.precision or 0.0 for contrast in contrasts]
     weights = [precision / sum(precisions) for precision in precisions]
     found: dict[str, tuple[Sample, float]] = {}
     for one, weight in zip(contrasts, weights, strict=True):

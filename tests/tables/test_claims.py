@@ -192,7 +192,7 @@ def test_a_claim_with_its_verdicts_is_a_list():
     claim, (verdict,) = judged(GAIN, {(row, column): [6.0] for row in FIGURE1.rows for column in FIGURE1.columns})
     assert str(verdict.number) == "+0.00, n = 1 each"
     line = claims.listed(claim, [verdict]).splitlines()[1]
-    assert line == "  - gain of MBN - gain of BN = +0.00, n = 1 each: undecided"
+    assert line == "  - gain of MBN - gain of BN = +0.00, n = 1 each: undecided (no interval: too few runs)"
 
 
 def test_the_papers_difference():

@@ -503,7 +503,7 @@ def test_a_primary_claim_with_one_seed_a_cell_has_no_interval_yet(records):
     one = {name: record for name, record in records.items() if "-b8-s0-" in name}
     page = overview_part(read_tables(one, ["table4"]))
     assert "| **MBN < BN** (primary, 0 of 5 places) | -4.27 to -0.74 | - | - | - | no interval yet |" in page
-    assert "4.md)) | -4.27 | -0.60 | 1+1 | - | undecided |" in page
+    assert "4.md)) | -4.27 | -0.60 | 1+1 | - | undecided (no interval: too few runs) |" in page
 
 
 def test_the_first_page_says_what_resnet20_says():

@@ -11,7 +11,7 @@ from scipy import stats
 from mbn import grid
 from mbn.tables.cells import read_records, read_tables
 from mbn.tables.over_seeds import Sample, Spread, contrast
-from mbn.tables.robustness import GpuEffect, allowing_for_gpus, paired, robustness_page, welch
+from mbn.tables.robustness import GpuEffect, allowing_for_gpus, paired, permutation, robustness_page, welch
 from mbn.tables.run_cells import run_cells
 
 A, B = [6.1, 6.3, 6.2, 6.6], [6.5, 7.9, 6.4]
@@ -37,6 +37,16 @@ def test_welchs_test_by_hand():
 def test_welchs_test_where_one_cell_does_not_vary():
     found = welch([1.0, 1.0], [2.0, 3.0])
     assert (found.low, found.high) == pytest.approx(interval(-1.5, 0.5, 1))
+
+
+def test_the_permutation_test_by_hand():
+    assert permutation([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == 2 / 20
+    assert permutation([9.0], [1.0, 2.0, 3.0]) == 1 / 4
+    assert permutation([1.0, 1.1], [1.1, 1.0]) == 1
+    test = stats.permutation_test(
+        (A, B), lambda a, b: abs(statistics.fmean(a) - statistics.fmean(b)), vectorized=False, alternative="greater"
+    )
+    assert permutation(A, B) == pytest.approx(test.pvalue)
 
 
 def test_the_paired_test_by_hand():
@@ -100,12 +110,13 @@ def test_an_unbalanced_difference_is_corrected(tmp_path):
     (line,) = [
         line for line in page.splitlines() if line.startswith("| ResNet-56 on CIFAR-10, batch 8: MBN-2 - BN-1 |")
     ]
-    _, n, pooled, of_welch, of_pairs, of_gpus, r = line.strip("| ").split(" | ")
+    _, n, pooled, of_welch, of_deals, of_pairs, of_gpus, r = line.strip("| ").split(" | ")
     assert n == "3+3"
     assert r == f"{stats.pearsonr([20.0, 20.2, 24.0], [20.1, 24.0, 24.2]).statistic:+.2f} (3)"
     assert of_gpus == str(found)
     assert pooled.startswith("+1.37 [")
     assert of_welch == str(welch([20.1, 24.0, 24.2], [20.0, 20.2, 24.0]))
+    assert of_deals == f"p = {permutation([20.1, 24.0, 24.2], [20.0, 20.2, 24.0]):.3f}"
     assert of_pairs == f"{paired([20.1, 24.0, 24.2], [20.0, 20.2, 24.0])} (3)"
     assert "| ResNet-56 on CIFAR-10, batch 8, BN-1 | 3 | 21.40 | 2.25 | 20.00 to 24.00 |" in page
     of_brown, of_levene = (
@@ -128,11 +139,42 @@ def test_a_primary_claim_allows_for_gpus(tmp_path):
     mean, error = -0.8 * 10 - 0.2 * 1, math.sqrt(8 / 5 * (0.64 / 2 + 0.04 * 2))
     low, high = interval(mean, error, 5)
     p = 2 * stats.t.sf(-mean / error, 5)
-    _, n, pooled, _, of_gpus = primary_line(tables)
+    _, n, pooled, equal, _, of_gpus, _ = primary_line(tables)
     assert n == "5+5"
     assert pooled.startswith("-8.20 [")
     assert p < 0.001
     assert of_gpus == f"-8.20 [{low:+.2f}, {high:+.2f}], p < 0.001 ({3 * p:.3f})"
+    # Both places with weight 1/2: without an effect of GPUs s² = 40 / 6.
+    error = math.sqrt(40 / 6 * (1 / 4 * (1 / 4 + 1 / 4) + 1 / 4 * 2))
+    low, high = interval(-5.5, error, 6)
+    p = 2 * stats.t.sf(5.5 / error, 6)
+    assert equal == f"-5.50 [{low:+.2f}, {high:+.2f}], p = {p:.3f} ({3 * p:.3f})"
+
+
+def test_a_primary_claim_without_any_one_of_its_runs_by_hand(tmp_path):
+    """BN 20, 21 and MBN 19, 18: -2.5 and -1.5, twice each, with the variance 1/2 (1 + 1/2) of the other cell."""
+    tables = written(tmp_path, {"BN": [(20.0, CPU), (21.0, CPU)], "MBN": [(19.0, CPU), (18.0, CPU)]})
+    low, high = (min(1, 3 * 2 * stats.t.sf(distance / math.sqrt(0.75), 1)) for distance in (2.5, 1.5))
+    assert primary_line(tables)[-1] == f"{low:.3f} to {high:.3f}, above 0.05 in 4 of 4"
+    assert low < high
+    clear = {"BN": [(90.0, CPU), (90.1, CPU), (90.0, CPU)], "MBN": [(10.0, CPU), (10.1, CPU), (10.0, CPU)]}
+    assert primary_line(written(tmp_path, clear))[-1].endswith(", above 0.05 in 0 of 6")
+
+
+def test_a_difference_over_two_networks_by_hand(tmp_path):
+    """-10 with variance 2 and -4 with 1/2: weights 1/5 and 4/5."""
+    written(tmp_path, {"BN": [(20.0, CPU), (22.0, CPU)], "MBN": [(10.0, CPU), (12.0, CPU)]})
+    for column, errors in (("BN-1", (20.0, 21.0)), ("MBN-2", (16.0, 17.0))):
+        for seed, error in enumerate(errors):
+            toy_records.write(tmp_path, grid.read("table4-resnet20").cell("8", column), seed, error, device=CPU)
+    tables = read_tables(read_records(tmp_path))
+    (line,) = [one for one in robustness_page(tables, run_cells(tables)).splitlines() if " and ResNet-" in one]
+    v, w = 0.04 * 2, 0.64 * 0.5
+    freedom = (v + w) ** 2 / (v**2 / 2 + w**2 / 2)
+    low, high = interval(-5.2, math.sqrt(v + w), freedom)
+    p = 2 * stats.t.sf(5.2 / math.sqrt(v + w), freedom)
+    where = "ResNet-56 on CIFAR-10 and ResNet-20 on CIFAR-10, batch 8: MBN-2 - BN-1"
+    assert line == f"| {where} | 4+4 | -5.20 [{low:+.2f}, {high:+.2f}], p = {p:.3f} | - | - | - | - | - |"
 
 
 def test_a_primary_claim_by_pairs_by_hand(tmp_path):
@@ -142,7 +184,7 @@ def test_a_primary_claim_by_pairs_by_hand(tmp_path):
     mean, error = -0.6 * 2 + 0.4 * 1.5, math.sqrt(2.5 / 3 * (0.36 / 3 + 0.16 / 2))
     low, high = interval(mean, error, 3)
     p = 2 * stats.t.sf(-mean / error, 3)
-    _, n, pooled, pairs, of_gpus = primary_line(tables)
+    _, n, pooled, _, pairs, of_gpus, _ = primary_line(tables)
     assert n == "5+5"
     assert pooled.startswith(f"{mean:+.2f} [")
     assert pairs == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], p = {p:.3f} ({3 * p:.3f})"
@@ -153,7 +195,7 @@ def test_a_primary_claim_without_a_pair_at_a_place_has_none(tmp_path):
     written(tmp_path, {"BN": [(20.0, CPU), (21.0, CPU)], "MBN": [(19.0, CPU), (18.0, CPU)]})
     for column, seed in (("BN", 0), ("MBN", 1)):
         toy_records.write(tmp_path, grid.read("table4").cell("16", column), seed, 12.0, device=CPU)
-    _, n, _, pairs, _ = primary_line(read_tables(read_records(tmp_path)))
+    _, n, _, _, pairs, _, _ = primary_line(read_tables(read_records(tmp_path)))
     assert (n, pairs) == ("3+3", "-")
 
 
