@@ -1,6 +1,7 @@
 """Every method on every network: what each combination must do, and what none may do."""
 
 import copy
+import dataclasses
 import itertools
 import re
 
@@ -100,8 +101,17 @@ def test_the_combinations_tried_here_are_those_the_configuration_allows():
         assert re.fullmatch(sentence, message)
 
 
-@every_pair
-@pytest.mark.parametrize("forwards", [1, 2])
+# With two forwards the methods that have statistics; with one the others, and on CIFAR's networks all.
+TRAINED = [
+    (*pair, forwards)
+    for pair, forwards in itertools.product(ALLOWED, (1, 2))
+    if (METHODS[pair[0]].statistics if forwards == 2 else not METHODS[pair[0]].statistics or pair[1] == "cifar10")
+]
+
+
+@pytest.mark.parametrize(
+    ("norm", "dataset", "name", "forwards"), TRAINED, ids=["-".join(map(str, one)) for one in TRAINED]
+)
 def test_trains_at_batch_size_2_and_continues_from_a_state_dict_with_the_same_bits(
     norm, dataset, name, forwards, narrow
 ):
@@ -189,6 +199,35 @@ def test_gn_has_a_group_for_each_4_channels_and_at_most_32(channels, groups):
     assert type(layer) is nn.GroupNorm
     assert (layer.num_groups, layer.num_channels, layer.eps) == (groups, channels, 1e-5)
     assert layer(torch.randn(2, channels, 3, 3)).isfinite().all()
+
+
+OTHER = {"eps": 0.01, "momentum": 0.3, "memory": 7, "decay": 0.5, "lam": [0.4], "gradient": "batch", "group": 3}
+
+
+@pytest.mark.parametrize("norm", METHODS)
+def test_every_setting_of_a_method_reaches_its_layer(norm):
+    """That forwards does, too. The two of gn that make one number have a test of their own."""
+    settings = configuration(norm, "cifar10", "nin", forwards=2)
+    names = {field.name for field in dataclasses.fields(settings.norm)} - {"name", "groups", "channels"}
+    for name in names:
+        assert getattr(settings.norm, name) != OTHER[name]
+        setattr(settings.norm, name, OTHER[name])
+    layer = from_config(settings).norm(8)
+    for name in names:
+        wanted = OTHER[name][0] if name == "lam" else OTHER[name]
+        assert getattr(layer, {"group": "group_size"}.get(name, name)) == wanted, name
+    assert len(names) == {"bn": 3, "mbn": 6, "brn": 3, "gn": 1, "normprop": 0}[norm]
+    assert getattr(layer, "forwards", 2) == 2
+
+
+def test_every_setting_of_a_network_reaches_it():
+    settings = config.load(["model=nin", "model.dropout=0.25", "model.gamma=uniform"])
+    torch.manual_seed(0)
+    model = build(settings)
+    assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.25, 0.25]
+    gamma = torch.cat([layer.weight.detach() for layer in norm_layers(model)])
+    assert ((gamma > 0) & (gamma < 1)).all()
+    assert 0.4 < float(gamma.mean()) < 0.6
 
 
 @pytest.mark.parametrize(("settings", "groups"), [([], [4, 8, 16]), (["norm.groups=8", "norm.channels=1"], [8, 8, 8])])

@@ -191,6 +191,30 @@ def test_a_cifar_resnet_by_hand():
         torch.testing.assert_close(model(x), expected)
 
 
+def test_nin_by_hand():
+    """Lin et al. 2014, their network for CIFAR-10, with normalisation after each convolution: by functions alone."""
+    model = build("cifar", "nin").eval()
+    state, x = model.state_dict(), torch.randn(2, 3, 32, 32)
+    at = iter(sorted({int(name.split(".")[1]) for name in state}))
+    y = x
+    for block in range(3):
+        for _ in range(3):
+            conv, norm = (f"features.{next(at)}" for _ in range(2))
+            weight = state[f"{conv}.weight"]
+            y = F.conv2d(y, weight, padding=weight.shape[-1] // 2)
+            averages = (state[f"{norm}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+            y = F.batch_norm(y, *averages).relu()
+        if block == 0:
+            y = F.max_pool2d(y, 3, 2, ceil_mode=True)
+        if block == 1:
+            y = F.avg_pool2d(y, 3, 2, ceil_mode=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y.mean((2, 3)))
+    # Dropout is where the poolings end, and nowhere else.
+    kinds = [type(module) for module in model.features]
+    assert [kinds[i - 1] for i, kind in enumerate(kinds) if kind is nn.Dropout] == [nn.MaxPool2d, nn.AvgPool2d]
+
+
 # Initial weights.
 
 

@@ -17,6 +17,7 @@ from mbn.records import record
 
 SCRIPT = REPOSITORY / "scripts" / "rented_gpu.sh"
 COMMON = ["--seeds", "1", "--jobs", "2", "machine.device=cpu", "machine.mode=eager"]
+COMMON += ["evaluate.rules=false", "evaluate.precise=false"]
 
 
 @pytest.fixture

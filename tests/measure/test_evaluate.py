@@ -290,9 +290,8 @@ def test_a_checkpoint_of_ours_with_another_network_is_one_sentence(digits, refus
 
 
 @pytest.mark.parametrize("form", ["torch", "legacy", "pickle", "inside", "ours"])
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
-def test_a_malicious_pickle_runs_nothing(form, suffix, digits, tmp_path, refusal):
-    mark, path = tmp_path / "ran", tmp_path / f"weights{suffix}"
+def test_a_malicious_pickle_runs_nothing(form, digits, tmp_path, refusal):
+    mark, path = tmp_path / "ran", tmp_path / "weights.pt"
     evil = Trap(mark)
     if form == "torch":
         torch.save(evil, path)

@@ -36,7 +36,9 @@ def reference_of(layer):
     (norm,) = (norm for norm, layers in NORMS.items() if type(layer) in layers)
     names = {"memory": "k", "decay": "eta"}
     settings = {names.get(name, name): getattr(layer, name) for name in layer.settings if name != "pretrained_batches"}
-    return getattr(reference, norm.upper())(layer.num_features, **settings)
+    ref = getattr(reference, norm.upper())(layer.num_features, **settings)
+    ref.eps = layer.eps
+    return ref
 
 
 def inputs(n, channels, *spatial, at=0.0, dtype=torch.float64):
@@ -77,10 +79,12 @@ def set_changing(module, lam, r_max, d_max):
 
 
 def network(kind, **settings):
-    """From (N, 3, 5, 5) to (N, 3) through three layers for two kinds of input, with a stride and padding."""
+    """From (N, 3, 5, 5) to (N, 3) through three layers for two kinds of input, with a stride and padding. The first
+    layer has another eps, as in networks from several sources.
+    """
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False),
-        make(kind, 4, **settings),
+        make(kind, 4, **{"eps": 0.1, **settings}),
         nn.ReLU(),
         nn.Conv2d(4, 5, 3, stride=2, bias=False),
         make(kind, 5, **settings),
@@ -114,7 +118,7 @@ def rounding(batches, layer):
         return 0.0
     largest = max(float(x.abs().max()) for x in batches)
     dims = [0, *range(2, batches[0].dim())]
-    smallest = min(float((x.double().var(dims, correction=0) + 1e-5).sqrt().min()) for x in batches)
+    smallest = min(float((x.double().var(dims, correction=0) + layer.eps).sqrt().min()) for x in batches)
     return 4 * torch.finfo(torch.float32).eps * float(affine_of(layer)[0].detach().abs().max()) * largest / smallest
 
 

@@ -13,6 +13,7 @@ from layer_kinds import (
     kinds,
     make,
     one_or_two,
+    remember,
     set_changing,
     shapes,
     snapshot,
@@ -22,7 +23,21 @@ from layer_kinds import (
 from torch import nn
 from torch.testing import assert_close
 
-from mbn import convert, second_forward, set_precise_statistics
+from mbn import BatchNorm2d, convert, second_forward, set_precise_statistics
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@one_or_two
+@kinds
+def test_groups_of_half_precision_follow_the_reference(kind, forwards, dtype):
+    """More than 65,504 values a channel, which float16 cannot count, in groups and in all."""
+    layer = make(kind, dtype=torch.float32, forwards=forwards, group_size=3)
+    batches = [inputs(n, 3, *size, at=n, dtype=dtype) for n, size in ((4, (3, 2)), (6, (2, 2)))]
+    follow(layer, batches)
+    remember(layer, inputs(4, 3, 160, 160, dtype=dtype))
+    assert all(value.isfinite().all() for value in snapshot(layer).values())
+    if "mbn" in kind:
+        assert layer.memory_count[0] == 4 * 160 * 160
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -52,6 +67,15 @@ def test_groups_of_every_input_shape_and_without_affine(path, kind, affine, dims
     layer = make(kind, dims=max(dims + 1, len(shape)), affine=affine, forwards=1, group_size=2)
     layer.input_dims = (len(shape),)
     follow(layer, [inputs(size, *shape[1:], at=size) for size in (4, 2, 6)])
+
+
+def test_averages_over_all_batches_in_groups_are_those_of_torch():
+    ours, torchs = BatchNorm2d(3, momentum=None, group_size=4).double(), nn.BatchNorm2d(3, momentum=None).double()
+    for t in range(3):
+        x = inputs(4, 3, 2, 2, at=t)
+        assert_close(ours(x), torchs(x))
+        for name, value in torchs.state_dict().items():
+            assert_close(ours.state_dict()[name], value)
 
 
 @one_or_two

@@ -18,7 +18,7 @@ def cases(draw):
     channels = draw(st.integers(1, 3))
     spatial = draw(st.lists(st.integers(1, 3), min_size=dims - 2, max_size=dims - 2))
     sizes = draw(st.lists(st.integers(2, 4), min_size=1, max_size=4))  # one value a channel is refused
-    options = {"forwards": draw(st.integers(1, 2))}
+    options = {"forwards": draw(st.integers(1, 2)), "eps": draw(st.sampled_from([1e-5, 1e-3, 0.1]))}
     if norm == "mbn":
         options["lam"] = draw(st.floats(0, 1))
         options["decay"] = draw(st.floats(0.1, 1))

@@ -40,7 +40,7 @@ TWO = ((4, 4), (3, 5), (1, 7), (0, 8))
 THREE = ((3, 4, 1), (0, 1, 7), (2, 3, 3), (0, 8, 0))
 # The same in whole groups of 3, the last one of a batch of 2.
 IN_GROUPS = ((3, 5, 0), (6, 0, 2), (0, 8, 0))
-ITERATIONS = 30
+ITERATIONS = 12
 KEEPS_BUFFERS = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -93,6 +93,7 @@ def command(results, *overrides, run=RUN, float64=True, dropout=0.0, before=lamb
             mock.patch.object(Update, "__call__", Update.__call__),
             mock.patch.object(conditions, "provenance", conditions.provenance),
             mock.patch.object(torch.nn.Dropout, "forward", torch.nn.Dropout.forward),
+            mock.patch.object(torch, "compile", torch.compile),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):

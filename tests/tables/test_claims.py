@@ -71,6 +71,29 @@ def test_an_equality_is_judged_by_two_one_sided_tests():
         assert f"n = 4+4, 90 % [-0.28, +0.08], margin {margin}: {outcome}" in claims.listed(claim, [verdict])
 
 
+def test_an_equality_fails_by_the_interval_of_95_percent():
+    """The difference is 0.5, its standard error 0.1 with 4 degrees of freedom: 90 % [0.29, 0.71], 95 % [0.22, 0.78]."""
+    x, y = [6.5, 6.5 - 0.1225, 6.5 + 0.1225], [6.0, 6.0 - 0.1225, 6.0 + 0.1225]
+    numbers = {("one forward", "MBN"): x, ("one forward", "BN"): y}
+    for margin, outcome in ((0.25, claims.OPEN), (0.2, claims.FAILS)):
+        _, (verdict,) = judged(EQUAL | {"within": margin}, numbers)
+        assert verdict.number.interval(0.9)[0] > margin
+        assert (verdict.number.interval()[0] > margin) == (outcome == claims.FAILS)
+        assert verdict.outcome == outcome
+
+
+def test_a_joint_number_has_one_of_the_paper_only_where_all_its_places_have():
+    content = {"claim": "the second forward helps", "lower": "two forwards", "than": "one forward"}
+    rows, numbers = ("one forward", "two forwards"), {}
+    for column in ("BN", "MBN"):
+        numbers |= {(row, column): [6.0, 6.2] for row in rows}
+    claim, verdicts = judged(content, numbers)
+    assert claims.joint(claim, verdicts).paper == pytest.approx((-0.16 - 0.30) / 2)
+    claim, verdicts = judged(content, numbers | {(row, "BRN"): [6.0, 6.2] for row in rows})
+    assert [v.paper is None for v in verdicts if v.has_run].count(True) == 1
+    assert claims.joint(claim, verdicts).paper is None
+
+
 def test_the_papers_number_is_excluded_where_one_more_pair_of_runs_would_hardly_give_it():
     table4 = grid.read("table4")
     for mbn, excluded in (([15.5, 16.0], True), ([13.0, 13.6], False)):

@@ -199,6 +199,36 @@ def test_a_primary_claim_without_a_pair_at_a_place_has_none(tmp_path):
     assert (n, pairs) == ("3+3", "-")
 
 
+def test_pairs_are_runs_of_equal_seeds(tmp_path):
+    """BN at seeds 0, 1, 2 and MBN at 1, 2, 3: two pairs, with differences 2 and 3."""
+    for column, first, errors in (("BN", 0, (20.0, 10.0, 11.0)), ("MBN", 1, (12.0, 14.0, 30.0))):
+        for seed, error in enumerate(errors, first):
+            toy_records.write(tmp_path, grid.read("table4").cell("8", column), seed, error, device=CPU)
+    tables = read_tables(read_records(tmp_path))
+    (line,) = [one for one in robustness_page(tables, run_cells(tables)).splitlines() if "batch 8: MBN-2 - BN-1" in one]
+    low, high = interval(2.5, 0.5, 1)
+    assert line.split(" | ")[5] == f"+2.50 [{low:+.2f}, {high:+.2f}], p = {2 * stats.t.sf(5, 1):.3f} (2)"
+
+
+def test_a_primary_claim_by_pairs_over_two_networks_by_hand(tmp_path):
+    """MBN < BRN: on ResNet-20 differences 1 and 3 (s² = 2), on ResNet-56 -1, 0 and 1 (s² = 1).
+
+    Unpaired their variances are 1 (1/2 + 1/2) and 1/2 (1/3 + 1/3), so that the weights are 1/4 and 3/4.
+    """
+    for name, mbn, brn in (("table4-resnet20", (11.0, 13.0), 2 * (10.0,)), ("table4-methods", (9, 10, 11), 3 * (10,))):
+        for column, errors in (("MBN-2", mbn), ("BRN-2", brn)):
+            for seed, error in enumerate(errors):
+                toy_records.write(tmp_path, grid.read(name).cell("8", column), seed, float(error), device=CPU)
+    tables = read_tables(read_records(tmp_path))
+    page = robustness_page(tables, run_cells(tables))
+    (line,) = [one for one in page.splitlines() if one.startswith("| MBN < BRN |")]
+    v, w = 2 / 16 / 2, 9 / 16 / 3
+    freedom = (v + w) ** 2 / (v**2 / 1 + w**2 / 2)
+    low, high = interval(0.5, math.sqrt(v + w), freedom)
+    p = 2 * stats.t.sf(0.5 / math.sqrt(v + w), freedom)
+    assert line.split(" | ")[4] == f"+0.50 [{low:+.2f}, {high:+.2f}], p = {p:.3f} ({min(1, 3 * p):.3f})"
+
+
 def test_over_two_networks_variances_and_satterthwaites_degrees_of_freedom():
     fits = {
         "A": GpuEffect(("x", "y"), np.array([1.0, 3.0, 0.5]), np.diag([0.1, 0.2, 1.0]), 4, 6, 3),

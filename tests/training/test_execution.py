@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import os
 import weakref
 
 import pytest
@@ -15,7 +16,7 @@ from mbn.network_layers import from_config
 from mbn.system.errors import UserError
 from mbn.system.processes import Processes
 from mbn.training import execution, iteration
-from mbn.training.execution import choose_device, choose_mode, choose_threads, operations
+from mbn.training.execution import choose_device, choose_mode, choose_threads, operations, set_arithmetic
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 COMPILER_FAULT = execution.compiler_fault
@@ -210,6 +211,26 @@ def test_deterministic_gives_the_same_bits_twice_and_neither_it_nor_tf32_is_part
     assert one.record()["config"]["machine"]["tf32"] is False
     run_here(capsys, monkeypatch, *TINY, f"machine.results={tmp_path / 'third'}")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_arithmetic_on_a_gpu(tf32, deterministic, monkeypatch):
+    """The settings alone, which need no GPU."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(cudnn, "allow_tf32", not tf32)
+    monkeypatch.setattr(cudnn, "benchmark", deterministic)
+    try:
+        set_arithmetic(torch.device("cuda"), tf32, deterministic)
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert (cudnn.allow_tf32, cudnn.benchmark) == (tf32, not deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_compiler_does_not_say_that_there_is_no_gpu(caplog):

@@ -11,6 +11,7 @@ from test_files import small_disk
 
 from mbn.system.errors import UserError
 from mbn.training.journal import LAYER_TAGS, TAGS, Journal
+from mbn.training.run import iterations_between_rows
 
 
 def row(i):
@@ -35,6 +36,13 @@ def events(folder):
     accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0})
     accumulator.Reload()
     return accumulator
+
+
+@pytest.mark.parametrize(
+    ("per_epoch", "between"), [(6, 1), (180, 18), (259, 25), (260, 50), (391, 50), (509, 50), (510, 100), (6250, 650)]
+)
+def test_ten_rows_an_epoch_or_fewer_where_losses_are_read_anyway(per_epoch, between):
+    assert iterations_between_rows(per_epoch) == between
 
 
 def test_the_journal_has_each_row_once_and_tensorboard_each_point(tmp_path):

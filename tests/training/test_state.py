@@ -214,3 +214,5 @@ def test_the_optimiser_is_plain_sgd_over_all_parameters(whole):
     assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
     assert not any(group[key] for key in ("nesterov", "dampening", "maximize"))
     assert len(group["params"]) == 5
+    other = whole("optimizer.momentum=0.5").checkpoint()["optimizer"]["param_groups"]
+    assert [group["momentum"] for group in other] == [0.5]
