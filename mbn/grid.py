@@ -115,6 +115,7 @@ class Claim:
     number: how the number is made from them, in words, such as 'MBN - BN'.
     bounds: the claim holds for a number between these. at: where a drop or a rise is, as a share of training.
     primary: which of the PRIMARY claims it is a part of, if it is one.
+    paper: the number, where the paper prints it and not the cells' own.
     """
 
     text: str
@@ -125,6 +126,7 @@ class Claim:
     bounds: tuple[float, float]
     at: Fraction
     primary: str = ""
+    paper: float | None = None
 
 
 class Lower(Claim):
@@ -270,6 +272,7 @@ def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:
     """A claim from its YAML. Errors: AttributeError, KeyError, TypeError or ValueError for a wrong one."""
     form = dict(content)
     text, metric, places = form.pop("claim"), form.pop("metric", grid.metrics[0]), form.pop("in", None)
+    paper = form.pop("paper", None)
     if (primary := form.pop("primary", "")) not in ("", *PRIMARY):
         raise ValueError(f"there is no primary claim {primary!r}")
     kind: type[Claim]
@@ -299,5 +302,7 @@ def read_claim(grid: Grid, content: dict[str, Any]) -> Claim:
     run = {place: cells for place, cells in compared.items() if all(cell.overrides is not None for cell in cells)}
     if not run:
         raise ValueError("nothing is run for it")
+    if paper is not None and (kind is not Lower or len(run) != 1):
+        raise ValueError("a printed number is that of one difference")
     number = " - ".join(f"{of}{label}" for label in labels)
-    return kind(text, metric, run, number, bounds, Fraction(str(at)), primary)
+    return kind(text, metric, run, number, bounds, Fraction(str(at)), primary, None if paper is None else float(paper))

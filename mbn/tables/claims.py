@@ -112,6 +112,8 @@ def outcome(claim: Claim, number: Contrast) -> str:
 
 def printed(claim: Claim, place: str) -> float | None:
     """A claim's number from what the paper prints, at a place; None where it prints too little, and for curves."""
+    if claim.paper is not None:
+        return claim.paper
     texts = [cell.paper.get(claim.metric) for cell in claim.cells[place]]
     if isinstance(claim, Drop | Rise) or None in texts:
         return None
