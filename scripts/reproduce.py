@@ -83,8 +83,8 @@ def parser() -> Parser:
     p = Parser(
         description=__doc__,
         epilog="Settings machine.* (but machine.again and machine.together) and evaluate.* are handed to every "
-        "train.py; results are in machine.results. On a "
-        "CPU evaluate.rules and evaluate.precise are true unless they are set; on a GPU and with Slurm they are not.",
+        "train.py; results are in machine.results. On a CPU evaluate.rules and evaluate.precise are true unless they "
+        "are set; on a GPU and with Slurm they are not.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(

@@ -83,10 +83,11 @@ def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
     for cell in cells:
         of_network.setdefault(network(cell.cell), []).append(cell)
     effects = {name: GpuEffect.fit(some) for name, some in of_network.items()}
-    rows = [_row(tables, pair, effects) for pair in _compared(tables, cells)]
+    compared = _compared(tables, cells)
+    rows = [_row(tables, pair, effects) for pair in compared]
     if not rows:
         return ""
-    rows += _over_networks(tables, _compared(tables, cells), effects)
+    rows += _over_networks(tables, compared, effects)
     head = ["", "n", "pooled", "Welch", "permutation", "paired (n)", "allowing for GPUs", "r (n)"]
     parts = ["# Robustness", ABOUT, "## Differences", pipes([head, *rows]), OF_DIFFERENCES]
     if claims := _primary(tables, cells, effects):
@@ -160,9 +161,8 @@ def _over_networks(
     for what, by_network in found.items():
         if len(by_network) > 1:
             number, _ = weighted_mean([*by_network.values()])
-            gpus = _text(allowing_for_gpus(number, effects))
-            text = f"{number.without_n}, {p_text(number.p() or 0)}"
-            rows.append([f"{' and '.join(by_network)}{what}", number.n, text, "-", "-", "-", gpus, "-"])
+            as_in_tables, gpus = map(_text, (_difference_of(number), allowing_for_gpus(number, effects)))
+            rows.append([f"{' and '.join(by_network)}{what}", number.n, as_in_tables, "-", "-", "-", gpus, "-"])
     return rows
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 PATIENCE = 600  # seconds, until a job counts as hanging; gloo gives up before
 HANGS = (None, "it hangs")
-PYPROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"
+PYPROJECT = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())
 
 
 class Processes:
@@ -82,6 +82,6 @@ def serve(pipe) -> None:
 
 def filter_warnings() -> None:
     """Treat warnings as pytest does: errors, but for those that pyproject.toml names."""
-    for line in tomllib.loads(PYPROJECT.read_text())["tool"]["pytest"]["ini_options"]["filterwarnings"]:
+    for line in PYPROJECT["tool"]["pytest"]["ini_options"]["filterwarnings"]:
         action, message, category = f"{line}::".split(":")[:3]
         warnings.filterwarnings(action, message, getattr(builtins, category or "Warning"))
