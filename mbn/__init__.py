@@ -19,6 +19,7 @@ _HOME = {
     "BatchRenorm1d": "renorm",
     "BatchRenorm2d": "renorm",
     "BatchRenorm3d": "renorm",
+    "BatchStatisticsNorm": "base",
     "MemorizedBatchNorm1d": "memorized",
     "MemorizedBatchNorm2d": "memorized",
     "MemorizedBatchNorm3d": "memorized",
@@ -39,6 +40,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from .norm.base import BatchStatisticsNorm as BatchStatisticsNorm
     from .norm.base import norm_layers as norm_layers
     from .norm.batch import BatchNorm1d as BatchNorm1d
     from .norm.batch import BatchNorm2d as BatchNorm2d

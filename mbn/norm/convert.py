@@ -112,8 +112,9 @@ def convert(
             layer that function returns itself stays as it is. Example, for torchvision's FrozenBatchNorm2d:
 
                 def unfrozen(old):
-                    new = nn.BatchNorm2d(len(old.weight), old.eps)
+                    new = nn.BatchNorm2d(len(old.weight), device=old.weight.device)
                     new.load_state_dict(old.state_dict(), strict=False)
+                    new.running_var.add_(old.eps - new.eps).clamp_(min=0)  # an eps of 0 (COCO's) would be refused
                     return new
 
                 convert(model, replace={FrozenBatchNorm2d: unfrozen})
@@ -161,7 +162,10 @@ def convert(
                 raise TypeError("FSDP has sharded the module, and knows the old layers: call convert before FSDP")
             converted[layer] = to_ours(what, layer, layers, settings, sync, process_group)
     if not (replaced or converted or ours):
-        warnings.warn("convert found no nn.BatchNorm1d, 2d or 3d in the module and changed nothing", stacklevel=2)
+        frozen = any(type(layer).__name__ == "FrozenBatchNorm2d" for layer in module.modules())
+        instead = "; replace= says what takes the place of its FrozenBatchNorm2d" if frozen else ""
+        found = "convert found no nn.BatchNorm1d, 2d or 3d in the module and changed nothing"
+        warnings.warn(found + instead, stacklevel=2)
 
     # Not in what replace has given, which may hold the old layer.
     module = _put(module, replaced, list(module.modules()))

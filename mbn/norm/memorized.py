@@ -70,7 +70,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
     State (in the state dict): `memory_mean`, `memory_var` (k, C) and `memory_count` (k,), where row a holds the batch
     of age a, a count of 0 marks an empty row, and one of -B statistics that count as B batches; their pool
     `running_mean`, `running_var` (C,), which evaluation uses; the pool's weight `memory_weight` (1,) = sum eta**a n
-    (state dicts with shape () load too); lambda, `lam_tensor` () (state dicts without it leave lambda as it is).
+    (state dicts with shape () load too); lambda, `lam_tensor` () (state dicts without it leave lambda as it is). Of a
+    state dict in float16 whose weight has overflowed only the pool is loaded, as that of a trained BatchNorm.
 
     Shapes: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d; the output has the input's.
 
@@ -231,6 +232,11 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Also load a BatchNorm's state: its running statistics wait in the memory if it was trained."""
+        weight = state_dict.get(prefix + "memory_weight")
+        if weight is not None and weight.dtype == torch.float16 and not weight.is_meta and not weight.isfinite().all():
+            # Saved in float16, which ends at 65,504: numbers of values are lost, the pool is not.
+            for name in ("memory_mean", "memory_var", "memory_count", "memory_weight"):
+                state_dict.pop(prefix + name, None)
         mean, var = state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var")
         if mean is not None and var is not None and prefix + "memory_mean" not in state_dict:
             tracked = state_dict.pop(prefix + "num_batches_tracked", None)

@@ -48,12 +48,12 @@ def held(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 def second_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """The second forward propagation of Algorithm 1: module's layers remember the batch under its updated weights.
 
-    Call it after `optimizer.step()`, with the arguments of the first forward. It runs `module(*args, **kwargs)` in
-    training mode and without gradients, under the autocast that is active, and returns its output. At its end every
-    layer with forwards=2 takes the batch into its memory or moving averages: one entry a second forward, into which a
-    layer that was called more than once pools its calls (a siamese or recurrent network; our BatchNorm moves its
-    averages once a call, as torch's does). Where module raises, MemorizedBatchNorm and BatchRenorm have remembered
-    nothing. Layers in eval mode (frozen ones) remember nothing.
+    Call it after `optimizer.step()`, with the arguments of the first forward. It runs `module(*args, **kwargs)` as its
+    parts are, in training mode or not, without gradients and under the autocast that is active, and returns its output.
+    At its end every layer with forwards=2 takes the batch into its memory or moving averages: one entry a second
+    forward, into which a layer that was called more than once pools its calls (a siamese or recurrent network; our
+    BatchNorm moves its averages once a call, as torch's does). Where module raises, MemorizedBatchNorm and BatchRenorm
+    have remembered nothing. Layers in eval mode (frozen ones) remember nothing.
 
     A model has one phase at a time: do not run second_forward or held on it in two threads at once.
 
@@ -62,26 +62,24 @@ def second_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     from the second iteration on, and is silent where nothing changes at all (a learning rate of 0, a step that a
     GradScaler skips, parameters that the optimizer does not have). It knows of changes by autograd's version counters:
     it sees nothing of compiled forwards, nor the steps of optimizers that go past these counters, as those with
-    fused=True do. With these it warns falsely where something else writes parameters between the iterations, as
-    averaged weights do that are swapped in and out for evaluation.
+    fused=True and those that write p.data do. With these it warns falsely where something else writes parameters
+    between the iterations, as averaged weights do that are swapped in and out for evaluation.
 
-    Errors: TypeError where module is not an nn.Module; RuntimeError where it is in eval mode, where all its layers with
-    forwards=2 are and none is frozen, and where it has none.
+    Errors: TypeError where module is not an nn.Module; RuntimeError where it has no layer with forwards=2, and where
+    these are all in eval mode, unless some are frozen in a module in training mode.
 
     Source: Guo et al., AAAI 2018, Algorithm 1, lines 10 to 12.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"second_forward needs the module first, then its arguments, and not a {type(module).__name__}")
-    if not module.training:
-        raise RuntimeError("second_forward needs the module in training mode: call module.train() first")
     layers = norm_layers(module)
     of_two = [layer for layer in layers if layer.forwards == 2]
     if not of_two:
         raise RuntimeError(_no_layer_of_two_forwards(layers))
-    if not any(layer.training or layer.frozen for layer in of_two):
+    if not any(layer.training or (layer.frozen and module.training) for layer in of_two):
         raise RuntimeError(
             "second_forward: all layers with forwards=2 are in eval mode: call train() on the module that holds them "
-            "first, or freeze(module) if they are to stay as they are"
+            "first, and freeze(part) for a part that is to stay as it is"
         )
     if not torch.compiler.is_compiling():
         _check_order(layers)

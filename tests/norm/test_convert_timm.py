@@ -87,16 +87,27 @@ def test_our_layer_can_be_handed_over_as_norm_layer(make):
     step(model, torch.randn(2, 3, 64, 64))
 
 
-def test_frozen_layers_of_torchvision_become_ours_by_replace():
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_frozen_layers_of_torchvision_become_ours_by_replace(eps):
+    """As mbn/norm/README.md does it. torchvision gives the layers of COCO's detectors an eps of 0."""
+
     def thawed(old):
-        new = nn.BatchNorm2d(len(old.weight), old.eps)
+        new = nn.BatchNorm2d(len(old.weight), device=old.weight.device)
         new.load_state_dict(old.state_dict(), strict=False)
+        new.running_var.add_(old.eps - new.eps).clamp_(min=0)
         return new
 
     frozen = torchvision.ops.FrozenBatchNorm2d
     model, x = torchvision.models.resnet18(norm_layer=frozen).eval(), torch.randn(2, 3, 64, 64)
+    torchvision.models.detection._utils.overwrite_eps(model, eps)
+    for layer in model.modules():
+        if isinstance(layer, frozen):  # so small that eps counts
+            layer.running_var.uniform_(1e-4, 1e-3)
+            layer.weight.fill_(0.01)
     with torch.no_grad():
         expected = model(x)
+        with pytest.warns(UserWarning, match="replace= says what takes the place of its FrozenBatchNorm2d"):
+            convert(model)
         convert(model, replace={frozen: thawed})
         assert len(norm_layers(model)) == 20
         assert_close(model(x), expected)

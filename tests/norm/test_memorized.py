@@ -95,6 +95,22 @@ def test_a_memory_weight_of_either_shape_loads(together):
     assert torch.equal(layer(x), other(x))
 
 
+def test_a_state_in_float16_whose_counts_overflowed_loads_its_pool():
+    layer, other = MemorizedBatchNorm2d(3), MemorizedBatchNorm2d(3)
+    for _ in range(3):
+        second_forward(layer, torch.randn(4, 3, 128, 128) * 2 + 1)  # 65,536 values a channel
+    state = {name: value.half() for name, value in layer.state_dict().items()}
+    assert state["memory_weight"].isinf()
+    assert state["memory_count"].isinf().any()
+    other.load_state_dict(state)
+    x = torch.randn(4, 3, 2, 2)
+    assert other(x).isfinite().all()
+    assert_close(other.eval()(x), layer.eval()(x), atol=5e-3, rtol=0)
+    second_forward(other.train(), x)
+    assert other.memory_count.tolist()[:3] == [16, 160, 0]
+    assert other(x).isfinite().all()
+
+
 def test_eager_layers_call_torchs_kernels_and_compiled_ones_the_formula():
     x = torch.zeros(1)
     assert functional.has_native_kernels(x)

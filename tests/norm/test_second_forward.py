@@ -120,7 +120,7 @@ def test_second_forward_sees_the_new_weights_inside_one_autocast():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (MemorizedBatchNorm1d(3).eval(), r"call module\.train\(\) first"),
+        (MemorizedBatchNorm1d(3).eval(), r"in eval mode: call train\(\) on"),
         *((m, r"put them in with convert\(model\) before") for m in (nn.Linear(3, 3), nn.BatchNorm1d(3))),
         (MemorizedBatchNorm1d(3, forwards=1), r'convert\(model, norm="mbn", forwards=2\) before training'),
         (convert(nn.BatchNorm1d(3), norm="brn"), r'convert\(model, norm="brn", forwards=2\) before training'),
@@ -150,6 +150,20 @@ def test_second_forward_refuses_a_network_of_which_only_the_wrapper_is_in_traini
     before = snapshot(net)
     second_forward(wrapper, x)
     assert unchanged(before, net)
+
+
+def test_in_a_network_in_eval_mode_the_layers_that_train_remember():
+    """A common way to train only the head."""
+    net, x = network("mbn paper", forwards=2).eval(), inputs(4, 3, 5, 5)
+    first, *_, last = norm_layers(net)
+    last.train()
+    before = snapshot(first), snapshot(last)
+    second_forward(net, x)
+    assert unchanged(before[0], first)
+    assert not unchanged(before[1], last)
+    freeze(net)
+    with pytest.raises(RuntimeError, match=r"call train\(\) on the module"):
+        second_forward(net.eval(), x)
 
 
 @layers
