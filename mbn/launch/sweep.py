@@ -38,33 +38,47 @@ def sweep(overrides: list[str], train: Train) -> int:
         print(f"\n{sweep_table(runs, Path(machine.results), instead)}", flush=True)
 
 
-def _one_after_another(runs: Sequence[PlannedRun], train: Train, instead: dict[str, str]) -> int:
-    """Train run after run; one that fails does not stop the rest. instead: gets the reason of each that failed."""
+def _one_after_another(
+    runs: Sequence[PlannedRun], train: Train, instead: dict[str, str], *, others: bool = False
+) -> int:
+    """Train run after run; one that fails does not stop the rest, a signal does. instead: gets the reason of each that
+    failed. others: whether more runs follow these.
+    """
     code = 0
     instead |= {one.name: "not trained again" for one in runs if one.config.machine.again}
-    for one in runs:
-        try:
-            train(one.config)
-            instead.pop(one.name, None)
-        except Exception as error:
-            if isinstance(error, UserError) and error.code in signals.CODES.values():  # a signal stops them all
-                if done := sum(other.config.machine.again and other.name not in instead for other in runs):
-                    finished = f"{done} runs again that are" if done > 1 else "1 run again that is"
-                    print(
-                        f"note: with machine.again=true the same command trains {finished} finished now: leave what is "
-                        "finished out of it.",
-                        file=sys.stderr,
-                    )
-                raise
-            if type(error).__name__ == "AcceleratorError":  # the device no longer answers this process
-                raise
-            reason = failure(error)
-            print(f"error: {one.name}: {reason}", file=sys.stderr)
-            instead[one.name] = f"failed: {reason}"
-            if isinstance(error, DivergedError):  # its record says it
-                del instead[one.name]
-            code = 1
+    with signals.Stop() as stop:
+        for one in runs:
+            stop.nothing_to_save = True  # until it trains
+            try:
+                train(one.config, stop)
+                instead.pop(one.name, None)
+            except Exception as error:
+                if isinstance(error, UserError) and error.code in signals.CODES.values():
+                    _say_what_is_trained_again(runs, instead)
+                    raise
+                if type(error).__name__ == "AcceleratorError":  # the device no longer answers this process
+                    raise
+                reason = failure(error)
+                print(f"error: {one.name}: {reason}", file=sys.stderr)
+                instead[one.name] = f"failed: {reason}"
+                if isinstance(error, DivergedError):  # its record says it
+                    del instead[one.name]
+                code = 1
+            if stop.code is not None and (others or one is not runs[-1]):  # it came when this run was about to end
+                _say_what_is_trained_again(runs, instead)
+                raise UserError("stopped: the same command goes on with the other runs.", code=stop.code)
     return code
+
+
+def _say_what_is_trained_again(runs: Sequence[PlannedRun], instead: dict[str, str]) -> None:
+    """One line, where a sweep with machine.again has stopped, on the runs that it has finished."""
+    if done := sum(one.config.machine.again and one.name not in instead for one in runs):
+        finished = f"{done} runs again that are" if done > 1 else "1 run again that is"
+        print(
+            f"note: with machine.again=true the same command trains {finished} finished now: leave what is finished "
+            "out of it.",
+            file=sys.stderr,
+        )
 
 
 def _check_apart(runs: Sequence[PlannedRun]) -> None:
@@ -96,14 +110,14 @@ def _together(runs: Sequence[PlannedRun], train: Train, instead: dict[str, str])
     """
     from mbn.launch.lanes import Lanes, fits
     from mbn.launch.pool import Pool
-    from mbn.system.cuda_graph import allow_many_streams
 
-    allow_many_streams()  # before the first run uses CUDA
     results, together = Path(runs[0].config.machine.results), runs[0].config.machine.together
+    lanes = Lanes(train, together)  # first: it lets many streams reach a GPU, which is too late once CUDA is used
     alone = [one for one in runs if one.finished(results) or not fits(one.config)]
-    code = _one_after_another(alone, train, instead)
-    with Lanes(train, together) as lanes:
-        outcome = Pool([one for one in runs if one not in alone], results, together, lanes).work()
+    others = [one for one in runs if one not in alone]
+    code = _one_after_another(alone, train, instead, others=bool(others))
+    with lanes:
+        outcome = Pool(others, results, together, lanes).work()
     for name, reason in (outcome.failed | outcome.diverged).items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     instead |= {name: f"failed: {reason}" for name, reason in outcome.failed.items()}

@@ -65,17 +65,18 @@ def newest(path: Path) -> dict[str, Any] | None:
     for generation in (path, previous(path)):
         if not generation.exists():
             continue
+        more = generation == path and previous(path).exists()
         try:
             return read(generation)
         except DamagedError as error:
             aside = damaged(generation)
             generation.replace(aside)
-            more = generation == path and previous(path).exists()
             then = "going back one checkpoint" if more else "no checkpoint is left, so training starts over"
             print(f"warning: {error}, and now {aside.name}; {then}.", file=sys.stderr)
         except OSError as error:
+            then = "go on from the checkpoint before it" if more else "start over"
             raise UserError(
-                f"cannot read {generation} ({error.strerror}): make it readable and run the command again, or "
-                "move it away to go on from the checkpoint before it."
+                f"cannot read {generation} ({error.strerror}): make it readable and run the command again, or move it "
+                f"away to {then}."
             ) from None
     return None

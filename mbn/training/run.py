@@ -42,7 +42,7 @@ from mbn.training.iteration import READ_EVERY, Update
 from mbn.training.journal import Journal, NoJournal
 from mbn.training.progress import Pace, Progress, say_if_busy, say_where
 from mbn.training.schedule import scheduled
-from mbn.training.state import State, Sums, other_version, saved_state
+from mbn.training.state import State, Sums, other_version, remove_training, saved_state
 from mbn.training.trained import Trained
 
 # The files in a run's folder that are written atomically.
@@ -83,6 +83,8 @@ def train(
             run = Run(config, build, folder, run_lock.check if run_lock else _nothing, open_data, processes)
         run.go_on()
         if processes.main:
+            if config.machine.again and run.saved_iteration is None:  # only now, when it is known to be possible
+                remove_training(folder)
             for path in (*(folder / file for file in WRITTEN), record.path_of(results, name)):
                 remove_partials(path)
         run.journal = processes.on_main(run.open_journal) or NoJournal()
@@ -223,6 +225,7 @@ class Run:
     def answer(self, request: StopRequest) -> None:
         """Stop when this request says so."""
         self.stop, request.ignores_repeats = request, self.processes.several
+        request.nothing_to_save = False
         if not self.processes.several:  # else the others would wait for what this process did not get
             self.data.stop = request
 

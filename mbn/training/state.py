@@ -258,7 +258,8 @@ def _groups(model: nn.Module, decay_norm: bool) -> list[dict[str, Any]]:
 def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
     """The checkpoint in a run's folder to go on from, or None.
 
-    With machine.again a run starts over if it is finished, or was not begun with machine.again. Errors: UserError.
+    With machine.again a run starts over if its record is of the training in this folder, or if that was not begun with
+    machine.again; `remove_training` then deletes it. Errors: UserError.
     """
     path = folder / "checkpoint.pt"
     saved = checkpoint_file.newest(path)
@@ -267,26 +268,25 @@ def saved_state(config: Config, folder: Path) -> dict[str, Any] | None:
     check_fields(saved, path)
     if saved["identity"] != distinction(config):
         raise UserError(f"{path} belongs to another configuration: move {folder} away and run the command again.")
-    written = record.path_of(Path(config.machine.results), run_name(config)).exists()
-    finished = written and saved["iteration"] == saved["length"] and saved.get("untested") is None
-    if config.machine.again and (finished or not saved["anew"] or (written and diverged(config, folder, saved))):
-        for file in sorted(folder.iterdir()):
-            if OWN_FILE.fullmatch(file.name) and file.is_file():
-                file.unlink()
-        return None
-    return saved
+    return None if config.machine.again and (not saved["anew"] or recorded(config, folder, saved)) else saved
 
 
-def diverged(config: Config, folder: Path, saved: dict[str, Any]) -> bool:
-    """Whether a run's record says that the run in this folder, whose checkpoint is `saved`, diverged."""
+def recorded(config: Config, folder: Path, saved: dict[str, Any]) -> bool:
+    """Whether a run's record is of the training in this folder, whose checkpoint is `saved`: it ended, or diverged."""
     results, name = Path(config.machine.results), run_name(config)
-    if record.content_hash(results, name) == saved.get("replaces"):  # of an earlier training
+    if record.content_hash(results, name) in (None, saved.get("replaces")):  # none, or of an earlier training
         return False
     with contextlib.suppress(UserError, OSError):
         found = record.read(record.path_of(results, name))
-        journal = hashlib.sha256((folder / "metrics.jsonl").read_bytes()).hexdigest()
-        return record.diverged(found) and found["journal"] == journal
+        return found["journal"] == hashlib.sha256((folder / "metrics.jsonl").read_bytes()).hexdigest()
     return False
+
+
+def remove_training(folder: Path) -> None:
+    """Delete what the program has written of a training into a run's folder, its checkpoints first."""
+    for file in sorted(folder.iterdir()):
+        if OWN_FILE.fullmatch(file.name) and file.is_file():
+            file.unlink()
 
 
 def check_fields(saved: dict[str, Any], path: Path) -> None:

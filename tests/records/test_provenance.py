@@ -360,5 +360,5 @@ def test_a_command_with_several_runs_imports_all_code_before_the_first_one(monke
     assert modules <= names
     order = []
     monkeypatch.setattr(provenance, "import_all", lambda: order.append("import"))
-    sweep(["dataset=digits", "seed=3,4", "machine.results=nowhere"], lambda config: order.append(config.seed))
+    sweep(["dataset=digits", "seed=3,4", "machine.results=nowhere"], lambda config, _: order.append(config.seed))
     assert order == ["import", 3, 4]

@@ -1,6 +1,7 @@
 """Checkpoint files: what is read is what was saved; a damaged one is set aside, and the one before it is used."""
 
 import contextlib
+import errno
 import hashlib
 import pickle
 import re
@@ -105,6 +106,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(here, 
     with contextlib.suppress(Exception):  # an unsafe reader falls into the trap
         torch.load(checkpoint_file.damaged(two), weights_only=False)
     assert sprung.exists() == damage.startswith("malicious")
+
+
+@pytest.mark.parametrize(
+    ("last", "then"),
+    [(2, "go on from the checkpoint before it"), (1, "start over")],
+)
+def test_a_checkpoint_that_cannot_be_read_is_said_with_what_moving_it_away_would_do(tmp_path, monkeypatch, last, then):
+    path = tmp_path / "checkpoint.pt"
+    for iteration in range(1, last + 1):
+        checkpoint_file.save({"iteration": iteration}, path)
+
+    def denied(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint_file, "read", denied)
+    with pytest.raises(UserError, match=rf"make it readable and run the command again, or move it away to {then}\.$"):
+        checkpoint_file.newest(path)
 
 
 def test_a_damaged_checkpoint_is_never_kept_as_the_previous_one(here, two, after):

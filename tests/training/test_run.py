@@ -547,6 +547,23 @@ def test_a_signal_stops_a_sweep(here, left, after):
     assert not left("seed=2").folder.exists()
 
 
+@pytest.mark.parametrize(("more", "end"), [((), "finish"), (TOO_LARGE, "end_diverged")], ids=["finishes", "diverges"])
+def test_a_signal_at_the_end_of_a_run_stops_the_sweep_after_it(here, left, monkeypatch, more, end):
+    original = getattr(run_module.Run, end)
+    monkeypatch.setattr(run_module.Run, end, lambda *args: (send("SIGTERM")(), original(*args))[1])
+    done = here("-m", "seed=0,1,2", *more)
+    assert done.code == 75
+    assert "stopped: the same command goes on with the other runs." in done.err
+    assert left("seed=0", *more).record_path.exists()
+    assert not left("seed=1", *more).folder.exists()
+
+
+def test_a_signal_in_the_last_iteration_of_a_sweep_changes_nothing(here, left, after):
+    after(16, send("SIGTERM"))
+    assert here("-m", "seed=0,1").code == 0
+    assert left("seed=1").record_path.exists()
+
+
 def test_a_sweep_that_is_trained_again_and_stopped_shows_no_earlier_result(here, after):
     assert here("-m", "seed=0,1").code == 0
     after(4, send("SIGTERM"))

@@ -12,6 +12,7 @@ from mbn import config
 from mbn.data.in_memory import DeviceDataset
 from mbn.records import record
 from mbn.system import signals
+from mbn.system.errors import UserError
 from mbn.training import checkpoint_file, run
 
 EVERY = "machine.checkpoint_seconds=1e-9"
@@ -125,6 +126,34 @@ def test_training_again_that_was_stopped_in_its_last_test_goes_on(here, left, wh
     done = here(*more)
     assert "resuming at iteration 8 of 8" in done.out
     assert_same_bits(left().checkpoint()["model"], whole().checkpoint()["model"])
+
+
+def test_training_again_whose_record_could_not_be_written_is_not_trained_again(here, left, whole, monkeypatch):
+    """Its old record is of an earlier training."""
+    here()
+    before = left().record_path.read_bytes()
+
+    def full(*_):
+        raise UserError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write", full)
+        assert here("machine.again=true").code == 1
+    assert left().record_path.read_bytes() == before
+    done = here("machine.again=true")
+    assert "resuming at iteration 8 of 8" in done.out
+    assert left().record_path.read_bytes() != before
+    assert_same_bits(left().checkpoint()["model"], whole().checkpoint()["model"])
+
+
+def test_training_again_that_is_not_possible_deletes_nothing(here, left):
+    here()
+    before = {path: path.read_bytes() for path in left().folder.iterdir() if path.name != "lock"}
+    assert len(before) >= 4
+    refused = here("machine.again=true", "machine.device=cuda:77")
+    assert refused.code == 1
+    assert "cuda:77" in refused.err
+    assert {path: path.read_bytes() for path in left().folder.iterdir() if path.name != "lock"} == before
 
 
 @pytest.mark.parametrize(("more", "iteration"), [(EVERY, 4), ("schedule.iterations=14", 12)])
