@@ -212,7 +212,7 @@ def read(name: str, folder: Path = GRIDS) -> Grid:
     """Read a grid. Errors: UserError where there is none of that name, or where a key or a claim is wrong."""
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"there is no table {name!r}: choose among {', '.join(names(folder))}, or all.")
+        raise UserError(f"there is no table {name!r}: choose among {', '.join(names(folder))}, or all.", 2)
     content = read_yaml(path)
     own, shown, claims = content.pop("cells", {}), content.pop("metrics", ["test_error"]), content.pop("claims", [])
     try:

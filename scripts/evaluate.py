@@ -191,6 +191,8 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     weights = weights_file.read(path)
     # No training batch is needed, and there may be fewer training images here.
     if weights.described is None:
+        if any(override.lstrip("+").startswith("norm.group=") for override in overrides):
+            raise UserError("norm.group is for training: leave it out.", code=2)
         config = configuration.load([*overrides, "batch_size=1"])
     else:
         others = without_groups(overrides, "machine", "evaluate", "dataset")

@@ -39,6 +39,7 @@ from mbn.launch.estimate import Estimate
 from mbn.launch.missing_runs import PlannedRun, runs, table_names
 from mbn.launch.table_status import status_text, table_status
 from mbn.records import provenance, record
+from mbn.records.controls import MEASURED
 from mbn.records.import_records import gather
 from mbn.system.command_line import MOST_SEEDS, Parser, entry_point, whole
 from mbn.system.durations import duration, in_seconds
@@ -49,8 +50,6 @@ from mbn.system.files import visible
 SETTINGS = ("machine.", "evaluate.")
 # Side by side, or for one run: more than any machine has cores or GPUs.
 MOST_PROCESSES = 10_000
-# What is measured at the end of each run on a CPU, where it takes a small part of the training's time.
-CONTROLS = ("rules", "precise")
 
 
 @entry_point
@@ -181,7 +180,7 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     if jobs > 1:
         settings = [*share_cores(meant, jobs, config), *settings]
     if not accelerated(config) and options.launcher is None:
-        settings = [*controls(settings, config), *settings]
+        settings = [*ask_for_controls(settings, config), *settings]
     results = Path(config.machine.results)
     missing = [run.on(config) for run in meant if not run.finished(results)]
     expected = Estimate.read(results).sentence(missing, min(jobs, len(missing)))
@@ -209,9 +208,9 @@ def share_cores(meant: list[PlannedRun], jobs: int, config: Config) -> list[str]
     return [f"machine.{key}={number}" for key, number in own.items()]
 
 
-def controls(settings: list[str], config: Config) -> list[str]:
-    """The settings that ask for CONTROLS, except those that the user has set; sets them in config too."""
-    wanted = [name for name in CONTROLS if not any(s.lstrip("+").startswith(f"evaluate.{name}=") for s in settings)]
+def ask_for_controls(settings: list[str], config: Config) -> list[str]:
+    """The settings that ask for all controls, except those that the user has set; sets them in config too."""
+    wanted = [name for name in MEASURED if not any(s.lstrip("+").startswith(f"evaluate.{name}=") for s in settings)]
     for name in wanted:
         setattr(config.evaluate, name, True)
     return [f"evaluate.{name}=true" for name in wanted]

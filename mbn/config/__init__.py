@@ -18,6 +18,7 @@ from mbn.config.registry import networks as networks
 from mbn.config.run_identity import cores as cores
 from mbn.config.run_identity import distinction as distinction
 from mbn.config.run_identity import identity as identity
+from mbn.config.run_identity import images_before as images_before
 from mbn.config.run_identity import iterations as iterations
 from mbn.config.run_identity import iterations_per_epoch as iterations_per_epoch
 from mbn.config.run_identity import network as network

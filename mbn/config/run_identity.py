@@ -17,6 +17,12 @@ def iterations_per_epoch(config: Config) -> int:
     return -(-config.dataset.train_images // config.batch_size)
 
 
+def images_before(config: Config, iteration: int) -> int:
+    """Training images seen before a 0-based iteration."""
+    epochs, batches = divmod(iteration, iterations_per_epoch(config))
+    return epochs * config.dataset.train_images + batches * config.batch_size
+
+
 def iterations(config: Config) -> int:
     """The run's length in iterations, however it is set. At least 1."""
     schedule = config.schedule

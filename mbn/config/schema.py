@@ -108,9 +108,13 @@ class Machine:
         "auto (where the run began; a new one on CUDA, else CPU), cpu, cuda, cuda:1, mps",
         DEVICE,
     )
-    threads: int | None = setting(None, "CPU threads; null: as torch chooses, or as the run began", at_least(1, 4096))
+    threads: int | None = setting(
+        None, "CPU threads; null: as the run began; a new one as torch chooses, at most one a core", at_least(1, 4096)
+    )
     together: int = setting(1, "runs of a sweep (-m) trained at a time in this process, for a GPU", at_least(1, 4096))
-    again: bool = setting(False, "true trains a run anew: its checkpoints are deleted, also those of a stopped one")
+    again: bool = setting(
+        False, "true trains a run again from its start, and deletes its checkpoints; if stopped, it goes on"
+    )
     mode: str = setting(
         "auto",
         f"{', '.join(MODES)}; auto: as the run began; a new one in graphs on CUDA, and compiled if it is long",

@@ -48,7 +48,9 @@ def take_precise_statistics(
     def forward(images: Tensor) -> None:
         if captured:
             if len(images) not in forwards:
-                forwards[len(images)] = Captured(take, lambda error: warn(first_line(error)))
+                forwards[len(images)] = Captured(
+                    take, lambda error: warn(first_line(error), "forwards", "precise statistics are taken without")
+                )
             forwards[len(images)](images)
         else:
             uncaptured(lambda: model(images), images.device)

@@ -3,7 +3,7 @@ a layer that normalises and behind a ReLU.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,31 +25,10 @@ def named_relus(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.ReLU | StandardReLU)}
 
 
-@contextlib.contextmanager
-def observed_relus(model: nn.Module, note: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While in use, calls note(name, dead) after each call of a ReLU; dead: for each channel whether it lets nothing
-    through, so that its output is what the ReLU makes of 0 over the whole batch.
-    """
-
-    def dead(relu: nn.Module, y: Tensor) -> Tensor:
-        nothing = relu.forward(y.new_zeros(()))  # not relu(...), which would call this hook again
-        return (y <= nothing).transpose(0, 1).flatten(1).all(1)
-
-    with contextlib.ExitStack() as hooks:
-        for name, relu in named_relus(model).items():
-            hook = relu.register_forward_hook(lambda relu, _, y, name=name: note(name, dead(relu, y)))
-            hooks.enter_context(hook)
-        yield
-
-
-@contextlib.contextmanager
-def observed(model: nn.Module, note: Callable[[str, BatchStatisticsNorm, Tensor], None]) -> Iterator[None]:
-    """While in use, calls note(name, layer, x) before each layer with batch statistics normalises an x."""
-    with contextlib.ExitStack() as hooks:
-        for name, layer in named_norm_layers(model).items():
-            hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: note(name, layer, inputs[0]))
-            hooks.enter_context(hook)
-        yield
+def _dead(relu: nn.Module, y: Tensor) -> Tensor:
+    """For each channel of a ReLU's output whether it lets nothing through: all of it is what 0 becomes."""
+    nothing = relu.forward(y.new_zeros(()))  # not relu(...), which would call its hooks again
+    return (y <= nothing).transpose(0, 1).flatten(1).all(1)
 
 
 def uses_dropout(model: nn.Module) -> bool:
@@ -66,20 +45,23 @@ def training_statistics(model: nn.Module, images: Tensor) -> Statistics:
     """
     seen: Statistics = {}
 
-    def note(name: str, layer: BatchStatisticsNorm, x: Tensor) -> None:
-        seen[name] = layer.training_statistics(x)
+    def note(name: str, layer: BatchStatisticsNorm, inputs: tuple[Tensor]) -> None:
+        seen[name] = layer.training_statistics(inputs[0])
 
-    def note_dead(name: str, dead: Tensor) -> None:
-        seen[name] = (torch.cat([*seen.get(name, ()), dead]),)
+    def note_dead(name: str, relu: nn.Module, _: tuple[Tensor], y: Tensor) -> None:
+        seen[name] = (torch.cat([*seen.get(name, ()), _dead(relu, y)]),)
 
     devices = [images.device] if images.device.type == "cuda" else []
     # Dropout must not use up training's draws. Without dropout the generators are left alone: threads share them.
     with (
         torch.random.fork_rng(devices, enabled=uses_dropout(model)),
         held(model),
-        observed(model, note),
-        observed_relus(model, note_dead),
+        contextlib.ExitStack() as hooks,
     ):
+        for name, layer in named_norm_layers(model).items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(note, name)))
+        for name, relu in named_relus(model).items():
+            hooks.enter_context(relu.register_forward_hook(partial(note_dead, name)))
         model(images)
     return seen
 

@@ -271,7 +271,7 @@ class BatchStatisticsNorm(nn.Module):
         if self.phase == "first" and self.forwards == 2:
             self._note_first_forward()
         if remember and self.phase == "first" and self.uses_what_it_remembers and in_backward():
-            _warn_repeated()
+            warn_once(REPEATED)
             remember = False
         if self.tally is not None:
             self._add_to_tally(x, *self.tally)
@@ -444,7 +444,7 @@ class BatchStatisticsNorm(nn.Module):
 
     def _tell_of_processes(self) -> None:
         if self.sync is None and not torch.compiler.is_compiling() and several_processes():
-            _warn_of_processes()
+            warn_once(OF_PROCESSES, stacklevel=6)
 
     @property
     def process_group(self) -> Any:
@@ -483,7 +483,7 @@ class BatchStatisticsNorm(nn.Module):
             stepped = bool(self.forward_versions) and self.versions() != self.forward_versions
             # Several forwards alone say it only where there never was a second one: a generator may have some between.
             if stepped or (self._forgotten and not self._second_run):
-                _warn_forgotten()
+                warn_once(FORGOTTEN)
             self._waiting = self._forgotten = False
         return super().train(mode)
 
@@ -598,36 +598,26 @@ def _shortest(value: float, dtype: torch.dtype) -> float:
     return next((d for d in decimals if torch.tensor(d, dtype=dtype, device="cpu").item() == value), value)
 
 
-@functools.cache
-def _warn_forgotten() -> None:
-    """Warn only once in a process: otherwise every layer would warn about the same forgotten call."""
-    warnings.warn(
-        "eval() follows training forwards that remembered nothing (forwards=2), so evaluation uses statistics from "
-        "before them: call second_forward(model, inputs) after each optimizer.step()",
-        stacklevel=4,
-    )
+FORGOTTEN = (
+    "eval() follows training forwards that remembered nothing (forwards=2), so evaluation uses statistics from before "
+    "them: call second_forward(model, inputs) after each optimizer.step()"
+)
+REPEATED = (
+    "a forward was repeated in the backward pass (activation checkpointing), where layers with forwards=1 meet a "
+    "memory that holds the batch already: gradients are wrong; use convert(..., forwards=2) and second_forward"
+)
+OF_PROCESSES = (
+    "there are several processes, and each takes the statistics of mbn's layers over its own batch (also after "
+    "convert_sync_batchnorm): convert(model, sync=True) takes them over all processes; to keep one memory a process, "
+    "say sync=False and let DistributedDataParallel broadcast no buffers: forward_sync_buffers=False, or "
+    "broadcast_buffers=False in an older torch"
+)
 
 
 @functools.cache
-def _warn_repeated() -> None:
-    """Warn only once in a process, as above."""
-    warnings.warn(
-        "a forward was repeated in the backward pass (activation checkpointing), where layers with forwards=1 meet a "
-        "memory that holds the batch already: gradients are wrong; use convert(..., forwards=2) and second_forward",
-        stacklevel=4,
-    )
-
-
-@functools.cache
-def _warn_of_processes() -> None:
-    """Warn only once in a process, as above."""
-    warnings.warn(
-        "there are several processes, and each takes the statistics of mbn's layers over its own batch (also after "
-        "convert_sync_batchnorm): convert(model, sync=True) takes them over all processes; to keep one memory a "
-        "process, say sync=False and let DistributedDataParallel broadcast no buffers: forward_sync_buffers=False, or "
-        "broadcast_buffers=False in an older torch",
-        stacklevel=6,
-    )
+def warn_once(text: str, stacklevel: int = 4) -> None:
+    """Warn only once in a process: otherwise every layer, in every iteration, would warn of the same mistake."""
+    warnings.warn(text, stacklevel=stacklevel)
 
 
 def norm_layers(module: nn.Module) -> list[BatchStatisticsNorm]:

@@ -1,17 +1,20 @@
 """Which forward pass remembers: the second forward propagation, and forwards that change nothing."""
 
 import contextlib
-import functools
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .base import BatchStatisticsNorm, norm_layers
+from .base import BatchStatisticsNorm, norm_layers, warn_once
 from .convert import norm_of
 from .memories import enter_noted
+
+TOO_EARLY = (
+    "second_forward comes before the optimizer's step: no parameter of its layers has changed since the training "
+    "forward, so the batch is remembered under the old weights; call second_forward after optimizer.step()"
+)
 
 
 @contextlib.contextmanager
@@ -112,14 +115,4 @@ def _check_order(layers: list[BatchStatisticsNorm]) -> None:
     for layer, versions in zip(known, now, strict=True):
         layer.forward_versions, layer.second_versions = (), versions
     if changed_before and not changed_since:
-        _warn_too_early()
-
-
-@functools.cache
-def _warn_too_early() -> None:
-    """Warn only once in a process: a training loop makes the same mistake in every iteration."""
-    warnings.warn(
-        "second_forward comes before the optimizer's step: no parameter of its layers has changed since the training "
-        "forward, so the batch is remembered under the old weights; call second_forward after optimizer.step()",
-        stacklevel=4,
-    )
+        warn_once(TOO_EARLY)

@@ -121,7 +121,7 @@ def _members(source: Path) -> Iterator[Member]:
                     yield source / entry.filename, entry.file_size, partial(archive.read, entry)
     else:
         wanted = "a folder, or a .tar, .tar.gz or .zip archive" if source.exists() else "something that exists"
-        raise UserError(f"cannot import {source}: name {wanted}.")
+        raise UserError(f"cannot import {source}: name {wanted}.", code=2)
 
 
 class _Bounded:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from mbn.config import Config, iterations, iterations_per_epoch
+from mbn.config import Config, images_before, iterations
 from mbn.config.schema import MODES
 from mbn.methods import METHODS
 from mbn.records.curves import AT_EPOCHS, five_digits
@@ -174,8 +174,7 @@ def _agreements(record: dict[str, Any], config: Config) -> Iterator[tuple[str, b
     else:
         yield "diverged_at", record["diverged_at"] < length, f"less than its {length} iterations"
     yield "iterations", record["iterations"] == length, f"{length}, as its configuration gives"
-    epochs, batches = divmod(length, iterations_per_epoch(config))
-    images = config.dataset.train_images * epochs + config.batch_size * batches
+    images = images_before(config, length)
     yield "images", record["images"] == images, f"{images}, as its configuration gives"
 
 

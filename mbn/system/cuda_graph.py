@@ -220,5 +220,5 @@ def fault(device: torch.device) -> str | None:
     return None
 
 
-def warn(why: str) -> None:
-    print(f"warning: iterations cannot be captured here ({why}): training in eager mode.", file=sys.stderr)
+def warn(why: str, what: str = "iterations", instead: str = "training in eager mode") -> None:
+    print(f"warning: {what} cannot be captured here ({why}): {instead}.", file=sys.stderr)

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -59,7 +60,14 @@ OF_CELLS = (
     "the variances are equal."
 )
 LEAST = 3
-Pair = tuple[RunCell, RunCell]
+
+
+class Pair(NamedTuple):
+    """Two cells, and the difference of their mean test errors as in the tables."""
+
+    first: RunCell
+    second: RunCell
+    number: Contrast
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,10 @@ def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
         of_network.setdefault(network(cell.cell), []).append(cell)
     effects = {name: GpuEffect.fit(some) for name, some in of_network.items()}
     compared = _compared(tables, cells)
-    rows = [_row(tables, pair, effects) for pair in compared]
+    rows = [_row(pair, effects) for pair in compared]
     if not rows:
         return ""
-    rows += _over_networks(tables, compared, effects)
+    rows += _over_networks(compared, effects)
     head = ["", "n", "pooled", "Welch", "permutation", "paired (n)", "allowing for GPUs", "r (n)"]
     parts = ["# Robustness", ABOUT, "## Differences", pipes([head, *rows]), OF_DIFFERENCES]
     if claims := _primary(tables, cells, effects):
@@ -104,6 +112,7 @@ def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
 
 def _compared(tables: dict[str, Table], cells: list[RunCell]) -> list[Pair]:
     """Two cells whose mean test errors a claim compares, and each cell with BN at its place; if both have two runs."""
+    all_runs = next(iter(tables.values())).all_runs
     by_name = {cell.cell.name(0): cell for cell in cells}
     named = [
         tuple(cell.name(0) for cell in place.claim.cells[place.verdict.place])
@@ -116,22 +125,21 @@ def _compared(tables: dict[str, Table], cells: list[RunCell]) -> list[Pair]:
         if len({*names}) == 2 and {*names} <= by_name.keys():
             first, second = (by_name[name] for name in names)
             if min(len(_errors(first)), len(_errors(second))) > 1:
-                pairs.setdefault(frozenset(names), (first, second))
-    return sorted(pairs.values(), key=lambda pair: cells.index(pair[0]))
+                samples = [s for cell in (first, second) if (s := all_runs.sample(cell.cell, TEST_ERROR))]
+                pairs.setdefault(frozenset(names), Pair(first, second, contrast(samples, (1, -1))))
+    return sorted(pairs.values(), key=lambda pair: cells.index(pair.first))
 
 
-def _row(tables: dict[str, Table], pair: Pair, effects: "dict[str, GpuEffect | None]") -> list[str]:
-    first, second = pair
-    a, b = map(_errors, pair)
+def _row(pair: Pair, effects: "dict[str, GpuEffect | None]") -> list[str]:
+    first, second, number = pair
+    a, b = _errors(first), _errors(second)
     equal = sorted(a.keys() & b.keys())
     pairs = [a[seed] for seed in equal], [b[seed] for seed in equal]
-    number = _difference_between(tables, pair)
-    p = number.p()
     where = first.place if first.place == second.place else f"{first.place} and {second.place}"
     return [
         f"{where}: {first.method} - {second.method}",
         number.n,
-        number.without_n + (f", {p_text(p)}" if p is not None else ""),
+        _text(_difference_of(number)),
         _text(welch([*a.values()], [*b.values()])),
         p_text(permutation([*a.values()], [*b.values()])),
         _text(paired(*pairs), len(equal)),
@@ -140,19 +148,10 @@ def _row(tables: dict[str, Table], pair: Pair, effects: "dict[str, GpuEffect | N
     ]
 
 
-def _difference_between(tables: dict[str, Table], pair: Pair) -> Contrast:
-    """The difference of two cells' mean test errors, as in the tables."""
-    all_runs = next(iter(tables.values())).all_runs
-    return contrast([sample for cell in pair if (sample := all_runs.sample(cell.cell, TEST_ERROR))], (1, -1))
-
-
-def _over_networks(
-    tables: dict[str, Table], compared: list[Pair], effects: "dict[str, GpuEffect | None]"
-) -> list[list[str]]:
+def _over_networks(compared: list[Pair], effects: "dict[str, GpuEffect | None]") -> list[list[str]]:
     """A row for each difference of two methods that several networks have at one batch size."""
     found: dict[str, dict[str, Contrast]] = {}
-    for first, second in compared:
-        number = _difference_between(tables, (first, second))
+    for first, second, number in compared:
         if first.place == second.place and number.precision is not None:
             name = network(first.cell)
             what = f"{first.place.removeprefix(name)}: {first.method} - {second.method}"
@@ -281,7 +280,7 @@ def permutation(a: Sequence[float], b: Sequence[float]) -> float:
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference | None:
     """The mean of a_i - b_i; None with fewer than two pairs, or where all differ alike."""
-    if len(a) < 2 or math.isclose(np.ptp(np.subtract(a, b)), 0, abs_tol=1e-9):
+    if len(a) < 2 or math.isclose(np.ptp(np.subtract(a, b)), 0, abs_tol=ROUNDING):
         return None
     test = stats.ttest_rel(a, b)
     interval = test.confidence_interval(CONFIDENCE)

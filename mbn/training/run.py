@@ -167,7 +167,11 @@ class Run:
         self.stop = StopRequest()
         self.journal: Journal | NoJournal = NoJournal()
         saved = processes.from_main(lambda: saved_state(config, folder))
-        device, threads = self._device_and_threads(saved)
+        machine, earlier = config.machine, _earlier(saved, processes)
+        device = choose_device(machine.device, earlier.get("device"), processes)
+        threads = choose_threads(machine.threads, earlier.get("threads"), processes)
+        torch.set_num_threads(threads)
+        set_arithmetic(device, machine.tf32, machine.deterministic)
         # Before anything is compiled: data that are missing are said at once.
         self.data = processes.main_first(lambda: (open_data or load_data)(config, device))
         # No group of images whose statistics are taken together is in two processes.
@@ -177,8 +181,10 @@ class Run:
         model = build(from_config(config))
         for layer in norm_layers(model):
             layer.sync = processes.several  # statistics of the whole batch
-        mode = self._mode(saved, model, device, threads)
-        now = conditions(config.machine, device, threads, mode, self.data.fingerprint, processes.size)
+        # Another kind of device has other modes: a run that a GPU goes on with is captured.
+        mode_before = earlier.get("mode") if torch.device(earlier.get("device", device)).type == device.type else None
+        mode = choose_mode(machine.mode, mode_before, config, model, device, threads, processes)
+        now = conditions(machine, device, threads, mode, self.data.fingerprint, processes.size)
         trained_with = {key: now[key] for key in ("code", "data", "versions", "mode")}
         processes.check_alike(trained_with, "give all machines the same checkout, packages and data.")
         self.state = State(config, model, device, now, processes)
@@ -202,25 +208,6 @@ class Run:
         # The last checkpoint: its iteration, and when it was written.
         self.saved_iteration = self.state.iteration if saved else None
         self.saved_at = time.monotonic()
-
-    # Device, threads and mode are chosen once: a resumed run goes on as it began.
-
-    def _device_and_threads(self, saved: Saved) -> tuple[torch.device, int]:
-        """Choose them, and set torch's threads and arithmetic."""
-        machine, earlier = self.config.machine, saved["machine"] if saved else {}
-        device = choose_device(machine.device, earlier.get("device"), self.processes)
-        as_many = saved is not None and parts_of(saved)[-1].get("processes", 1) == self.processes.size
-        threads = choose_threads(machine.threads, earlier.get("threads") if as_many else None, self.processes)
-        torch.set_num_threads(threads)
-        set_arithmetic(device, machine.tf32, machine.deterministic)
-        return device, threads
-
-    def _mode(self, saved: Saved, model: nn.Module, device: torch.device, threads: int) -> str:
-        earlier = saved["machine"] if saved else {}
-        # Another kind of device has other modes: a run that a GPU goes on with is captured.
-        same_kind = torch.device(earlier.get("device", device)).type == device.type
-        earlier_mode = earlier.get("mode") if same_kind else None
-        return choose_mode(self.config.machine.mode, earlier_mode, self.config, model, device, threads, self.processes)
 
     def answer(self, request: StopRequest) -> None:
         """Stop when this request says so."""
@@ -481,6 +468,14 @@ class Run:
                 "and run the command again to write this run's record, which needs no more training."
             )
         return record.write(results, content)
+
+
+def _earlier(saved: Saved, processes: Processes) -> dict[str, Any]:
+    """Device, threads and mode by which a run goes on as it began: threads only in as many processes."""
+    if not saved:
+        return {}
+    as_many = parts_of(saved)[-1].get("processes", 1) == processes.size
+    return {key: value for key, value in saved["machine"].items() if key != "threads" or as_many}
 
 
 def iterations_between_rows(per_epoch: int) -> int:

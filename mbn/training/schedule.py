@@ -43,12 +43,7 @@ def lambda_values(config: Config, iteration: int, iterations: int) -> tuple[floa
     return (value_at(config.norm.lam, config.schedule.milestones, iteration, iterations),)
 
 
-def renorm_values(config: Config, iteration: int, iterations: int) -> tuple[float, float]:
-    """r_max and d_max of batch renormalisation."""
-    return renorm_bounds(iteration, iterations)
-
-
-def renorm_bounds(iteration: int, iterations: int) -> tuple[float, float]:
+def renorm_values(_: Config | None, iteration: int, iterations: int) -> tuple[float, float]:
     """r_max and d_max of batch renormalisation at a 0-based iteration of a run of that many.
 
     Plain batch norm (1 and 0) until 1/32 of training. Then both rise linearly: d_max to 5 at 5/32, r_max to 3 at 1/4.

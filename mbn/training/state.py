@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mbn.config import Config, distinction, iterations, iterations_per_epoch, run_name, to_dict
+from mbn.config import Config, distinction, images_before, iterations, iterations_per_epoch, run_name, to_dict
 from mbn.measure.statistics_gap import Statistics, uses_dropout
 from mbn.records import record, sense
 from mbn.system.errors import UserError
@@ -216,9 +216,7 @@ class State:
 
     def images_before(self, iteration: int) -> int:
         """Training images seen before a 0-based iteration."""
-        epochs, batches = divmod(iteration, self.per_epoch)
-        n = self.config.dataset.train_images
-        return epochs * n + min(batches * self.config.batch_size, n)
+        return images_before(self.config, iteration)
 
     @property
     def images(self) -> int:

@@ -138,19 +138,19 @@ def test_a_forgotten_second_forward_is_said_at_the_validation(fit, figure, monke
         def validation_step(self, batch, batch_idx):
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-    base._warn_forgotten.cache_clear()
+    base.warn_once.cache_clear()
     with warnings.catch_warnings(action="error", category=UserWarning):
         fit(Validating(network()), loader(), val=loader())
     monkeypatch.setitem(globals(), "SecondForward", lightning.Callback)
     with pytest.warns(UserWarning, match=r"call second_forward\(model, inputs\) after each optimizer.step\(\)"):
         fit(Validating(network()), loader(), val=loader())
-    base._warn_forgotten.cache_clear()
+    base.warn_once.cache_clear()
     figure("one warning; none where it was not forgotten")
 
 
 def test_two_processes_with_sync_batchnorm_are_told_that_it_passes_over_the_layers(fit, figure):
     """sync_batchnorm=True exchanges torch's BatchNorm alone."""
-    base._warn_of_processes.cache_clear()
+    base.warn_once.cache_clear()
     with pytest.raises(ProcessRaisedException, match=r"convert\(model, sync=True\) takes them over all processes"):
         fit(Classifier(network()), loader(), devices=2, strategy="ddp_fork", sync_batchnorm=True)
     figure("a warning at the first iteration names convert(model, sync=True)")

@@ -123,7 +123,7 @@ def test_printed_commands_are_the_runs_that_are_meant(dry, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "asked"),
     [
-        ("machine.device=cpu", ["rules=true", "precise=true"]),
+        ("machine.device=cpu", ["precise=true", "rules=true"]),
         ("machine.device=cpu evaluate.rules=false", ["precise=true", "rules=false"]),
         ("machine.device=cuda", []),
         ("machine.device=cuda evaluate.rules=true", ["rules=true"]),
@@ -156,7 +156,7 @@ def test_runs_side_by_side_share_the_cores(table, jobs, settings, shares, dry, t
     ("arguments", "says", "code"),
     [
         ("", "no table", 2),
-        ("tabel4", "no table 'tabel4': choose among", 1),
+        ("tabel4", "no table 'tabel4': choose among", 2),
         ("table6 --budget 9", "--budget", 2),
         ("table6 --budget 9m --launcher slurm", "--budget", 2),
         ("table6 --slurm gpus=1", "--launcher slurm", 2),
@@ -172,12 +172,12 @@ def test_runs_side_by_side_share_the_cores(table, jobs, settings, shares, dry, t
         ("table6 machine.again=true", "machine.again", 2),
         ("table6 machine.together=4", "--jobs N", 2),
         ("table6 machine.thread=1", "no setting", 2),
-        ("--import nowhere", "cannot import", 1),
+        ("--import nowhere", "cannot import", 2),
         ("--import=", "argument --import: must be a folder or an archive, not ''", 2),
         ("--import nowhere --dry-run", "--import writes records, and --dry-run writes nothing: give one", 2),
         ("--import nowhere table6 --dry-run", "--import writes records, and --dry-run writes nothing: give one", 2),
         ("--status table4 norm=bn", "leave out norm=bn", 2),
-        ("--status tabel4", "no table 'tabel4': choose among", 1),
+        ("--status tabel4", "no table 'tabel4': choose among", 2),
         ("--status machine.results=nowhere", "there is no folder", 2),
     ],
 )

@@ -229,6 +229,10 @@ def same_as_by_hand(measured, expected):
     assert measured[1:] == pytest.approx((expected[1], 0), abs=0.006)  # no top-5 error of three classes
 
 
+def test_groups_are_refused_for_torchvisions_weights(theirs, tree, refusal):
+    assert "norm.group is for training: leave it out." in refusal(theirs[1], *options(tree, "norm.group=4"))
+
+
 def test_training_images_are_prepared_as_test_images_are(theirs, tree, measure):
     measured = measure(theirs[1], "--train", *options(tree))
     same_as_by_hand(measured, by_hand(theirs[0], tree, MEAN, STD, "train"))

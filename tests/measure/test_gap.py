@@ -46,7 +46,7 @@ def test_the_probe_changes_neither_buffers_nor_generators_nor_modes(norm):
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    base._warn_forgotten.cache_clear()
+    base.warn_once.cache_clear()
     model.eval()  # no warning: a probe does not count as a forgotten second forward
 
 

@@ -1,5 +1,6 @@
 """PreciseBN: the statistics of all training images with the final weights, and the error measured with them."""
 
+import copy
 import itertools
 import re
 import threading
@@ -71,6 +72,18 @@ def test_each_layer_gets_the_moments_of_what_training_forwards_give_it(norm, siz
     for layer, inputs in zip(norm_layers(model), zip(*given, strict=True), strict=True):
         expected = reference.moments(reference.vectors(torch.cat(inputs)))
         torch.testing.assert_close(list(layer.test_statistics()), list(expected), atol=1e-9, rtol=1e-9)
+
+
+def test_what_cannot_be_captured_is_measured_without_and_said(graphs, monkeypatch, capsys):
+    def fails(_):
+        raise RuntimeError("not here")
+
+    model, _, x = remembering("mbn")
+    captured = take_precise_statistics(copy.deepcopy(model), split(x, 4), True)
+    monkeypatch.setattr(cuda_graph, "capture", fails)
+    assert take_precise_statistics(model, split(x, 4), True) == captured
+    said = "warning: forwards cannot be captured here (RuntimeError: not here): precise statistics are taken without.\n"
+    assert capsys.readouterr().err.startswith(said)
 
 
 @every_norm

@@ -25,11 +25,9 @@ layers = pytest.mark.parametrize("layer", [BatchNorm1d, BatchRenorm1d, Memorized
 @pytest.fixture
 def no_warning_yet():
     """A process that has not warned yet, for the tests after this one too."""
-    for once in (base._warn_forgotten, base._warn_repeated, home._warn_too_early):
-        once.cache_clear()
+    base.warn_once.cache_clear()
     yield
-    for once in (base._warn_forgotten, base._warn_repeated, home._warn_too_early):
-        once.cache_clear()
+    base.warn_once.cache_clear()
 
 
 @kinds

@@ -459,7 +459,7 @@ def unsynchronised(begin):
     """The warnings of layers with the default, at each of two calls, and of layers with sync=False."""
     texts = []
     for sync in (None, False):
-        base._warn_of_processes.cache_clear()
+        base.warn_once.cache_clear()
         net = network("mbn paper", sync=sync)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

@@ -16,7 +16,7 @@ from running import Tiny
 
 from mbn import network_layers
 from mbn.training.iteration import Update
-from mbn.training.schedule import renorm_bounds, value_at
+from mbn.training.schedule import renorm_values, value_at
 
 PATH = Path(__file__).with_name("golden.json")
 METHODS = {
@@ -57,7 +57,7 @@ def losses(method, perturbation=0.0):
     measured = []
     for t in range(ITERATIONS):
         lam = value_at([0.1, 0.5, 0.9], [0.4, 0.6], t, ITERATIONS)
-        set_changing(model, lam, *renorm_bounds(t, ITERATIONS))
+        set_changing(model, lam, *renorm_values(None, t, ITERATIONS))
         update(images[t % 8], labels[t % 8])
         measured += [loss for loss, _ in update.drain()]
     return measured

@@ -8,7 +8,7 @@ import running
 from mbn.config import load
 from mbn.norm.base import norm_layers
 from mbn.training.iteration import Update
-from mbn.training.schedule import renorm_bounds, scheduled, value_at
+from mbn.training.schedule import renorm_values, scheduled, value_at
 
 LR, LAM, STONES = [0.1, 0.01, 0.001], [0.1, 0.5, 0.9], [0.4, 0.6]
 
@@ -60,14 +60,14 @@ def test_the_bounds_at_the_points_of_the_original_schedule():
     """5k, 25k and 40k of 160k steps; exactly, for they are fractions. Between them they are linear."""
     bounds = {0: (1, 0), 5: (1, 0), 15: (1 + 4 / 7, 2.5), 22.5: (2, 4.375), 25: (1 + 8 / 7, 5), 40: (3, 5), 159: (3, 5)}
     for thousands, expected in bounds.items():
-        assert renorm_bounds(int(1000 * thousands), 160_000) == expected
+        assert renorm_values(None, int(1000 * thousands), 160_000) == expected
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 31, 33, 320, 1001, 78_200])
 def test_the_bounds_only_rise_and_never_pass_3_and_5(iterations):
     """A public version's warm-up factor grows past 1, and its bounds with it, to the end of training."""
     step = max(1, iterations // 500)
-    bounds = [renorm_bounds(t, iterations) for t in [*range(0, iterations, step), iterations - 1]]
+    bounds = [renorm_values(None, t, iterations) for t in [*range(0, iterations, step), iterations - 1]]
     assert bounds[0] == (1.0, 0.0)
     assert all(1 <= r <= 3 and 0 <= d <= 5 for r, d in bounds)
     assert all(a <= b for pair in itertools.pairwise(bounds) for a, b in zip(*pair, strict=True))
@@ -78,7 +78,7 @@ def test_the_bounds_only_rise_and_never_pass_3_and_5(iterations):
 @pytest.mark.parametrize(
     ("norm", "names", "expected"),
     [
-        ("brn", ("r_max", "d_max"), [renorm_bounds(t, 32) for t in range(32)]),
+        ("brn", ("r_max", "d_max"), [renorm_values(None, t, 32) for t in range(32)]),
         ("mbn", ("lam",), [(0.1,)] * 13 + [(0.5,)] * 7 + [(0.9,)] * 12),
     ],
 )
