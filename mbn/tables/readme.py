@@ -104,9 +104,10 @@ def _outcome(verdict: Verdict, decided: bool) -> str:
     mean, paper = verdict.number.mean, verdict.paper
     if verdict.excluded and mean is not None and paper is not None and mean > paper:
         return "an advantage of MBN over BN as large as the paper's did not come out"
-    if mean is not None and mean < 0:
-        return "MBN has a lower test error than BN so far, but too few seeds have run to be sure"
-    return "MBN's advantage over BN in the paper has not reproduced so far"
+    if mean:
+        lower, higher = ("MBN", "BN") if mean < 0 else ("BN", "MBN")
+        return f"{lower} has a lower test error than {higher} so far, but too few seeds have run to be sure"
+    return "nothing is decided"
 
 
 def _numbers(verdict: Verdict, entries: list[Entry]) -> str:
