@@ -35,7 +35,7 @@ SMALLEST = 1e-4
 # Iterations before an Update only replays: the uncaptured ones and the one that captures.
 REPLAYED_FROM = Captured.AS_IT_IS + 1
 # Images in an epoch's last batch.
-LAST = 3
+SMALL_BATCH = 3
 
 
 @dataclass
@@ -117,7 +117,7 @@ def in_float64(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[boo
     for way, own in {"kernels": native, "formula": lambda x: x.dtype == torch.float64 and native(x)}.items():
         one, other = (new_training(case, arm, where) for where in (replace(setup, build=TwoLayers), twin))
         with mock.patch.object(functional, "has_native_kernels", own):
-            apart = compare(one, other, in_time(random_batches([case.batch_size, LAST] * 3, setup), deadline))
+            apart = compare(one, other, in_time(random_batches([case.batch_size, SMALL_BATCH] * 3, setup), deadline))
         found |= {way: apart["largest"], f"{way}, at": apart["at"]}
     return max(found["kernels"], found["formula"]) <= FLOAT32, found
 
@@ -132,7 +132,7 @@ def finite(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, d
 
 def compare_captured(arm: Arm, case: Case, setup: Setup, deadline: float) -> tuple[bool, dict[str, Any]]:
     """Captured iterations against eager ones from the same state; six are replayed for each of two batch sizes."""
-    batches = random_batches([case.batch_size, LAST] * (REPLAYED_FROM + 5), setup)
+    batches = random_batches([case.batch_size, SMALL_BATCH] * (REPLAYED_FROM + 5), setup)
     replayed, eager = new_training(case, arm, setup), new_training(case, replace(arm, mode="eager"), setup)
     found = compare(replayed, eager, in_time(batches, deadline))
     return close(found, CAPTURED_WITHIN), found

@@ -11,7 +11,7 @@ from typing import Any
 from mbn.config import Config, iterations, to_dict
 from mbn.launch.missing_runs import PlannedRun
 from mbn.records.record import diverged
-from mbn.records.sense import RULES
+from mbn.records.sense import FIELD_RULES
 from mbn.system.durations import duration
 
 # Runs of fewer iterations tell nothing: testing, and perhaps compiling, took most of their time.
@@ -33,7 +33,7 @@ class Estimate:
                 if diverged(one) or all(kind in one.get("device", "") for kind in ("cuda", "cpu")):
                     continue
                 numbers = ("iterations", "images", "seconds")
-                if not all(RULES[key].holds(one[key]) for key in numbers) or one["iterations"] < SHORTEST:
+                if not all(FIELD_RULES[key].holds(one[key]) for key in numbers) or one["iterations"] < SHORTEST:
                     continue
                 for group in (_kind(one["config"]), _network(one["config"])):
                     self._known[group].append((one["iterations"], one["images"], one["seconds"]))

@@ -25,7 +25,7 @@ SIZES = (8, 128)
 # Of BN's moving averages, beside the run's own.
 MOMENTA = (0.9, 1.0)
 # How many of the last training batches these averages are made from.
-LAST = 100
+LAST_BATCHES = 100
 
 
 def newest_entry_as_the_batch(model: nn.Module, test: Batches, processes: Processes = ALONE) -> float:
@@ -105,7 +105,7 @@ def rules(
     """All rules by which this network can be tested beside its own. A network without batch statistics has none.
 
     batch_size: of the run. test: gives the test images in batches of any size; test_in_batches: in batches of this
-    size; last_of_training: the last LAST training batches; each from the start at every call.
+    size; last_of_training: the last LAST_BATCHES training batches; each from the start at every call.
 
     The names stand in records. "held" and "rolling": whether the test batches enter memories and averages. With BN
     alone both are the same number, which then has no such word.

@@ -73,7 +73,7 @@ MODE = among(*(mode for mode in MODES if mode != "auto"))
 HASH = _hexadecimal("64 hexadecimal digits", "[0-9a-f]{64}")
 COMMIT_NAME = _hexadecimal("the hexadecimal digits of a commit, 7 to 40 of them, or 64", COMMIT)
 
-RULES = {
+FIELD_RULES = {
     "name": TEXT,
     **dict.fromkeys((*TEST_ERRORS, "train_error"), PERCENT),
     **dict.fromkeys(("test_loss", "train_loss"), AT_LEAST_0),
@@ -116,11 +116,11 @@ CONTROLS = {
     "by": Rule("what measured it, by its names", lambda value: isinstance(value, dict)),
 }
 # Of these, commit, dirty and code may be null.
-BY = {key: RULES[key] for key in ("device", "threads", "code", "commit", "dirty", "versions", "date")}
+BY = {key: FIELD_RULES[key] for key in ("device", "threads", "code", "commit", "dirty", "versions", "date")}
 # A stretch of a run under the same conditions: all may be null, except where it begins.
 PART = {
     "from": Rule("a whole number, at least 0", lambda value: _is_whole(value, 0)),
-    **{key: RULES[key] for key in ("device", "threads", "mode", "code", "commit", "dirty", "versions")},
+    **{key: FIELD_RULES[key] for key in ("device", "threads", "mode", "code", "commit", "dirty", "versions")},
     **dict.fromkeys(("tf32", "deterministic"), BOOL),
     **dict.fromkeys(("cpu_capability", "data"), TEXT),
 }
@@ -146,7 +146,7 @@ def fault(record: dict[str, Any], config: Config) -> str | None:
 
 def _faults(record: dict[str, Any], config: Config) -> Iterator[str]:
     diverged = record["diverged_at"] is not None
-    for key, rule in RULES.items():
+    for key, rule in FIELD_RULES.items():
         nullable = key in NULLABLE or (diverged and key in RESULTS)
         if key in record and (record[key] is not None or not nullable) and not rule.holds(record[key]):
             yield f"{key} must be {rule.wanted}, not {as_json(record[key])}"

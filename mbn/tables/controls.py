@@ -20,7 +20,7 @@ def _layers_lost(record: Record) -> float | None:
     return counts[-1]
 
 
-BESIDE = (train_error_in_evaluation, precise)
+MEASURES = (train_error_in_evaluation, precise)
 DISTANCES = (_distance("mean"), _distance("std"))
 NONE = "-"
 ABOUT = (
@@ -60,7 +60,7 @@ def _of(cell: RunCell) -> list[str]:
     """The texts of a cell's row; the last is of layers lost."""
     runs = [one for _, one in sorted(cell.runs.items())]
     texts = []
-    for measure in BESIDE:
+    for measure in MEASURES:
         having = [one for one in runs if measure(one) is not None]
         texts += _two(_mean(having, TEST_ERROR), _mean(having, measure), len(having), "") if having else [NONE, NONE]
     for distance in DISTANCES:
@@ -73,7 +73,7 @@ def _of(cell: RunCell) -> list[str]:
 
 def _against(cell: RunCell, bn: RunCell) -> list[str]:
     texts = []
-    for measure in BESIDE:
+    for measure in MEASURES:
         pairs = [(cell.runs[seed], bn.runs[seed]) for seed in cell.runs.keys() & bn.runs.keys()]
         both = [pair for pair in pairs if None not in map(measure, pair)]
         ours, theirs = [one for one, _ in both], [one for _, one in both]

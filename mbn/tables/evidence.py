@@ -54,14 +54,13 @@ def _not_measured(every: list[Place], tables: dict[str, Table]) -> str:
 OF_CLAIMS = (
     "Differences of test errors in percentage points, unless another number is named. They are unpaired, and the "
     "variance is pooled over all cells of our tables that have the same network and data set (of GN and NormProp over "
-    "their own); a cell with one seed borrows it from the others. "
-    "n: seeds of each cell. Together: the mean over all places that have runs, "
-    "weighted by precision, and the paper's with the same weights (over several networks with Satterthwaite's degrees "
-    "of freedom). The **primary claims** are judged by p after Holm's correction for the three of them (one that is "
-    "not measured counts as p = 1); their intervals are not corrected. All others are exploratory, and "
-    "their p is not corrected. That two cells are equal holds where the 90 % interval lies inside the margin, and "
-    "does not hold where the 95 % interval lies outside. A number of the paper, which names no seeds, is taken for "
-    "that of one more run of each cell, and excluded where it lies outside the 95 % interval for that."
+    "their own); a cell with one seed borrows it from the others. n: seeds of each cell. Together: the mean over all "
+    "places that have runs, weighted by precision, and the paper's with the same weights (over several networks with "
+    "Satterthwaite's degrees of freedom). The **primary claims** are judged by p after Holm's correction for the three "
+    "of them (one that is not measured counts as p = 1); their intervals are not corrected. All others are "
+    "exploratory, and their p is not corrected. That two cells are equal holds where the 90 % interval lies inside the "
+    "margin, and does not hold where the 95 % interval lies outside. A number of the paper, which names no seeds, is "
+    "taken for that of one more run of each cell, and excluded where it lies outside the 95 % interval for that."
 )
 
 

@@ -75,7 +75,7 @@ def _mean(runs: list[Record], column: str) -> str:
 
 
 # The methods and the columns of the table of BN beside MBN.
-PAIR = ("BN-1", "MBN-2")
+BN_AND_MBN = ("BN-1", "MBN-2")
 OF_PAIR = (AS_IN_THE_TABLES, *(name for name in BATCHES if not name.startswith("batches of 8,")), *AVERAGES)
 OF_BN_AND_MBN = (
     "Means over equal seeds of BN / MBN, in brackets. *Batches*: training mode, with the memory held or rolling; BN "
@@ -90,8 +90,8 @@ def bn_and_mbn(cells: list[RunCell], table4: Table) -> str:
     runs: dict[str, dict[str, list[Record]]] = {}
     bn: dict[str, Cell] = {}
     for cell, found in measured_by_rules(cells):
-        if cell.method in PAIR:
-            runs.setdefault(cell.place, {method: [] for method in PAIR})[cell.method] = found
+        if cell.method in BN_AND_MBN:
+            runs.setdefault(cell.place, {method: [] for method in BN_AND_MBN})[cell.method] = found
             bn[cell.place] = cell.bn
     if not runs:
         return "None yet."
@@ -104,7 +104,7 @@ def bn_and_mbn(cells: list[RunCell], table4: Table) -> str:
         row = [f"{place} ({_seeds(of)})"]
         for name in OF_PAIR:
             names = (name, AS_IN_THE_TABLES if name in AVERAGES else name)
-            row.append(_pair(_mean(of[method], one) for method, one in zip(PAIR, names, strict=True)))
+            row.append(_pair(_mean(of[method], one) for method, one in zip(BN_AND_MBN, names, strict=True)))
         rows.append([*row, paper.get(bn[place].name(0), "-")])
     return f"{pipes(rows)}\n\n{OF_BN_AND_MBN}"
 

@@ -302,7 +302,7 @@ def check_fields(saved: dict[str, Any], path: Path) -> None:
 def _has_parts(saved: dict[str, Any]) -> bool:
     try:
         parts = parts_of(saved)
-        return sense.RULES["parts"].holds(parts) and not [*sense.wrong_in_parts(parts)]
+        return sense.FIELD_RULES["parts"].holds(parts) and not [*sense.wrong_in_parts(parts)]
     except (KeyError, TypeError):
         return False
 

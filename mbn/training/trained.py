@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mbn.config import Config, iterations, iterations_per_epoch
 from mbn.data.in_memory import Batch, Data
 from mbn.measure.evaluation import Evaluation, batch_size_for, evaluate
-from mbn.measure.other_rules import LAST, Rules, rules
+from mbn.measure.other_rules import LAST_BATCHES, Rules, rules
 from mbn.measure.precise_bn import take_precise_statistics
 from mbn.methods import METHODS
 from mbn.norm.as_in_training import kept
@@ -93,7 +93,7 @@ class Trained:
 
     def _rules(self) -> Rules:
         length, size = iterations(self.config), self.config.batch_size
-        first = max(0, length - LAST)
+        first = max(0, length - LAST_BATCHES)
 
         def last() -> Iterator[Batch]:
             return self._alike(islice(self.data.train_batches(first, size), length - first))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from mbn.data.datasets import load_data
-from mbn.measure.other_rules import LAST, averages_with_momentum, statistics_of_the_test_batch
+from mbn.measure.other_rules import LAST_BATCHES, averages_with_momentum, statistics_of_the_test_batch
 from mbn.network_layers import from_config
 from mbn.records import controls
 from mbn.system.files import lock
@@ -64,8 +64,8 @@ def test_rules_have_the_last_batches_of_training_and_test_batches_in_file_order(
         return averages_with_momentum(model, momentum, given[-1], *more)
 
     monkeypatch.setattr("mbn.measure.other_rules.averages_with_momentum", spy)
-    assert LAST == 100  # as the page of results says
-    monkeypatch.setattr("mbn.training.trained.LAST", 3)
+    assert LAST_BATCHES == 100  # as the page of results says
+    monkeypatch.setattr("mbn.training.trained.LAST_BATCHES", 3)
     here("norm=bn", *ASKED)
     found, (model, data) = left("norm=bn").record()["controls"]["rules"], network(left("norm=bn"))
     last = list(itertools.islice(data.train_batches(5, 256), 3))

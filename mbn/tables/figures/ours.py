@@ -27,7 +27,7 @@ from mbn.tables.figures.style import (
 FAR = 1.5
 # Methods stand beside each other at one batch size, in a band so many octaves wide.
 BAND = 0.3
-SHARE = "share of training (%)"
+OVER_TRAINING = "share of training (%)"
 
 
 def batch_size(tables: Sequence[Table], paper: Table) -> Figure | None:
@@ -134,7 +134,7 @@ def gap(table: Table) -> Figure | None:
         panel.yaxis.set_minor_locator(NullLocator())
         panel.set_title(f"{kinds[key]}: {table.grid.title.rpartition(', ')[2]}, batch {row}")
     for panel in panels[-2:]:
-        panel.set_xlabel(SHARE)
+        panel.set_xlabel(OVER_TRAINING)
     return with_legend(figure, panels)
 
 
@@ -163,6 +163,6 @@ def training(table: Table, row: str) -> Figure | None:
         end = [(style, [(x, ys) for x, ys in points if x >= changes[-1]]) for style, points in lines[key]]
         plot(late, end)
         late.set_xlim(changes[-1] - 1, 101)
-        whole.set(title=name, xlabel=SHARE)
-        late.set(title=f"{name}, last {100 - changes[-1]:g} %", xlabel=SHARE)
+        whole.set(title=name, xlabel=OVER_TRAINING)
+        late.set(title=f"{name}, last {100 - changes[-1]:g} %", xlabel=OVER_TRAINING)
     return with_legend(figure, panels, columns=3)

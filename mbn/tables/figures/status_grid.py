@@ -18,15 +18,15 @@ DONE = "#0072B2"
 # a name, and a line of text.
 CELL = 0.165
 WIDE = PAGE / CELL
-BESIDE = 3
-PLACE, LETTER, TEXT = (WIDE - 1) / BESIDE, 0.35, 0.85
+ABREAST = 3
+PLACE, LETTER, TEXT = (WIDE - 1) / ABREAST, 0.35, 0.85
 # Letters in a line above a table.
-LINE = 40
+LETTERS_A_LINE = 40
 
 
 def status_grid(tables: Sequence[Table]) -> Figure:
     """Tables side by side and below each other, with the names of their rows and columns."""
-    shelves = [tables[i : i + BESIDE] for i in range(0, len(tables), BESIDE)]
+    shelves = [tables[i : i + ABREAST] for i in range(0, len(tables), ABREAST)]
     heights = [max(_head(table) + len(table.grid.rows) + 1.3 for table in shelf) for shelf in shelves]
     tall = sum(heights) + 3.4
     figure = Figure(figsize=(PAGE, tall * CELL))
@@ -63,7 +63,7 @@ def _columns(table: Table) -> list[str]:
 def _lines(table: Table) -> list[tuple[str, str]]:
     """The lines below the heading, each with its colour."""
     parts = ((table.grid.title, "black"), (_sentence(table.status.whole), GREY))
-    return [(line, colour) for text, colour in parts for line in textwrap.wrap(text, LINE)]
+    return [(line, colour) for text, colour in parts for line in textwrap.wrap(text, LETTERS_A_LINE)]
 
 
 def _table(panel: Axes, left: float, top: float, table: Table) -> None:
