@@ -179,7 +179,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     from mbn.training import weights_file
     from mbn.training.iteration import autocast
 
-    if any(override.lstrip("+").startswith(("evaluate.precise=", "evaluate.rules=")) for override in overrides):
+    if any(configuration.is_given(f"evaluate.{name}", overrides) for name in ("precise", "rules")):
         raise UserError(
             "evaluate.precise and evaluate.rules are for train.py, also if a run is finished: here use --rules.",
             2,
@@ -191,7 +191,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     weights = weights_file.read(path)
     # No training batch is needed, and there may be fewer training images here.
     if weights.described is None:
-        if any(override.lstrip("+").startswith("norm.group=") for override in overrides):
+        if configuration.is_given("norm.group", overrides):
             raise UserError("norm.group is for training: leave it out.", code=2)
         config = configuration.load([*overrides, "batch_size=1"])
     else:

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mbn import grid
-from mbn.config import DATASETS, REPOSITORY, Config, cores, load
+from mbn.config import DATASETS, REPOSITORY, Config, cores, is_given, load
 from mbn.config.folders import check_there
 from mbn.launch.estimate import Estimate
 from mbn.launch.missing_runs import PlannedRun, runs, table_names
@@ -150,12 +150,12 @@ def chosen_seeds(options: argparse.Namespace) -> Sequence[int]:
 
 def common(settings: list[str], scale: float) -> Config:
     """The configuration with the machine, evaluation and scale of all runs. Errors: UserError, ConfigError."""
-    if any(text.lstrip("+").startswith("machine.again=") for text in settings):
+    if is_given("machine.again", settings):
         raise UserError(
             "machine.again is for a single run, and this trains only runs without a record: use train.py for it.",
             code=2,
         )
-    if any(text.lstrip("+").startswith("machine.together=") for text in settings):
+    if is_given("machine.together", settings):
         raise UserError("machine.together is for train.py -m: here --jobs N trains N runs side by side.", code=2)
     return load([*settings, f"schedule.scale={scale}"])
 
@@ -210,7 +210,7 @@ def share_cores(meant: list[PlannedRun], jobs: int, config: Config) -> list[str]
 
 def ask_for_controls(settings: list[str], config: Config) -> list[str]:
     """The settings that ask for all controls, except those that the user has set; sets them in config too."""
-    wanted = [name for name in MEASURED if not any(s.lstrip("+").startswith(f"evaluate.{name}=") for s in settings)]
+    wanted = [name for name in MEASURED if not is_given(f"evaluate.{name}", settings)]
     for name in wanted:
         setattr(config.evaluate, name, True)
     return [f"evaluate.{name}=true" for name in wanted]

@@ -5,6 +5,7 @@ from mbn.config.loading import checked as checked
 from mbn.config.loading import compose as compose
 from mbn.config.loading import from_dict as from_dict
 from mbn.config.loading import groups as groups
+from mbn.config.loading import is_given as is_given
 from mbn.config.loading import load as load
 from mbn.config.loading import options as options
 from mbn.config.loading import parse as parse

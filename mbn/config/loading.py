@@ -8,7 +8,7 @@ import json
 import math
 import os.path
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -38,6 +38,11 @@ def load(overrides: list[str]) -> Config:
     Errors: ConfigError.
     """
     return checked(compose(overrides))
+
+
+def is_given(name: str, overrides: Iterable[str]) -> bool:
+    """Whether one of these overrides, as they are typed, sets name, such as machine.again."""
+    return any(override.lstrip("+").startswith(f"{name}=") for override in overrides)
 
 
 def sweep_lines(overrides: list[str]) -> list[list[str]]:
