@@ -104,7 +104,10 @@ def command(arguments: list[str], processes: Processes) -> int:
                 from mbn.launch.sweep import sweep
 
                 return sweep(overrides, run)
-            run(configuration.load(overrides))
+            config = configuration.load(overrides)
+            if config.machine.together > 1:
+                raise UserError("machine.together is for a sweep: add -m, or leave it out.", code=2)
+            run(config)
     return 0
 
 

@@ -42,11 +42,11 @@ class Cell:
     overrides: tuple[str, ...] | None
     paper: dict[str, str | None] = field(hash=False)
 
-    def command(self, seed: int, scale: float = 1.0, extra: tuple[str, ...] = ()) -> list[str]:
-        """The overrides of one run of this cell; extra ones (machine and evaluate settings) come last."""
+    def command(self, seed: int, scale: float = 1.0) -> list[str]:
+        """The overrides of one run of this cell."""
         assert self.overrides is not None
         scaled = [f"schedule.scale={scale!r}"] if scale != 1 else []
-        return [*self.overrides, *scaled, f"seed={seed}", *extra]
+        return [*self.overrides, *scaled, f"seed={seed}"]
 
     def config(self, seed: int, scale: float = 1.0) -> Config:
         """What `load(self.command(seed, scale))` gives, composed once for all seeds and scales."""

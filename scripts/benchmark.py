@@ -5,7 +5,8 @@ python scripts/benchmark.py --quick      # ResNet-20 at batch 128 without a comp
 python scripts/benchmark.py              # also compiled, batch 8, memory, runs side by side; writes results/benchmarks
 
 On CUDA the second command measures captured iterations, many networks at once and ImageNet's loader. --limit is the
-time for all jobs together; --only 'r20-*,lanes-r20-b8-*' and --skip loader choose among them.
+time for all jobs together; --only 'r20-*,lanes-r20-b8-*' and --skip loader choose among them. With one of these, or
+a shorter limit, the files are named MACHINE-part, and a whole measurement stays as it is.
 """
 
 import sys
@@ -60,8 +61,10 @@ def main(arguments: list[str], sizes: Sizes | None = None) -> int:
     else:
         todo, sizes = suites.on_cpu(), sizes or suites.CPU_SIZES
     setup = Setup(data, device, models.build, sizes, options.random)
-    limit = (300 if cuda else 3600) if options.limit is None else options.limit
-    stem = results / "benchmarks" / file_stem(device)
+    usual = 300.0 if cuda else 3600.0
+    limit = usual if options.limit is None else options.limit
+    part = options.only != "*" or bool(options.skip) or limit < usual
+    stem = results / "benchmarks" / (file_stem(device) + "-part" * part)
     path = None if options.quick else stem.with_suffix(".json")
     report, findings = jobs.run(todo, setup, limit, options.only, options.skip, path)
     if options.quick:

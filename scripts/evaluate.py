@@ -29,6 +29,12 @@ from mbn.system.files import lock
 if TYPE_CHECKING:
     from mbn.training.weights_file import Weights
 
+# Beginnings of the names of settings that change nothing here.
+FOR_TRAINING = (
+    *("batch_size", "seed", "schedule", "optimizer", "norm.group"),
+    *(f"machine.{name}" for name in ("again", "together", "mode", "checkpoint_seconds")),
+)
+
 
 @entry_point
 def main(arguments: list[str]) -> None:
@@ -69,6 +75,12 @@ def main(arguments: list[str]) -> None:
         raise UserError("--record writes what --rules measures: add --rules.", code=2)
     if options.rules and (options.train or options.export):
         raise UserError("--rules is a command of its own: leave out --train and --export.", code=2)
+    if any(configuration.is_given(f"evaluate.{name}", options.overrides) for name in ("precise", "rules")):
+        raise UserError(
+            "evaluate.precise and evaluate.rules are for train.py, also if a run is finished: here --rules measures "
+            "both.",
+            code=2,
+        )
     if options.rules:
         rules(options.weights, options.overrides, options.record)
     else:
@@ -179,11 +191,9 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     from mbn.training import weights_file
     from mbn.training.iteration import autocast
 
-    if any(configuration.is_given(f"evaluate.{name}", overrides) for name in ("precise", "rules")):
-        raise UserError(
-            "evaluate.precise and evaluate.rules are for train.py, also if a run is finished: here use --rules.",
-            2,
-        )
+    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
+        if key.startswith(FOR_TRAINING):
+            raise UserError(f"{key} is for training: leave it out.", code=2)
     if export is not None and "=" in export.name:
         raise UserError(f"{export} looks like a setting: name the file after --export.", code=2)
     if export is not None:
@@ -191,11 +201,9 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     weights = weights_file.read(path)
     # No training batch is needed, and there may be fewer training images here.
     if weights.described is None:
-        if configuration.is_given("norm.group", overrides):
-            raise UserError("norm.group is for training: leave it out.", code=2)
         config = configuration.load([*overrides, "batch_size=1"])
     else:
-        others = without_groups(overrides, "machine", "evaluate", "dataset")
+        others = without_groups(overrides, "machine", "evaluate")
         if export is not None and others:
             raise UserError(f"--export names the run that {path} describes: leave out {' '.join(others)}.", code=2)
         few = weights.described["norm"].get("group") or 1
@@ -218,10 +226,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     )
     if export is not None:
         again = " over the export before it" if export.exists() else ""
-        identity = configuration.identity(config)
-        if weights.described:  # the run in which it was trained, with the data set that was tested
-            identity = {**weights.described, "dataset": identity["dataset"]}
-        weights_file.write(export, model, identity, weights.journal)
+        weights_file.write(export, model, weights.described or configuration.identity(config), weights.journal)
         print(f"wrote {export}{again}")
 
 

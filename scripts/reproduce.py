@@ -81,7 +81,7 @@ def work(options: argparse.Namespace) -> int:
 def parser() -> Parser:
     p = Parser(
         description=__doc__,
-        epilog="Settings machine.* (but machine.again and machine.together) and evaluate.* are handed to every "
+        epilog="Settings machine.* (except machine.again and machine.together) and evaluate.* are handed to every "
         "train.py; results are in machine.results. On a CPU evaluate.rules and evaluate.precise are true unless they "
         "are set; on a GPU and with Slurm they are not.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -170,13 +170,16 @@ def reproduce(items: list[str], settings: list[str], config: Config, options: ar
     if options.gpus_per_run is not None and options.launcher != "slurm":
         raise UserError("--gpus-per-run needs --launcher slurm: here, torchrun starts the processes of a run.", code=2)
     if options.budget is not None and options.launcher == "slurm":
-        raise UserError("--budget is for runs that wait here: with Slurm give time= to --slurm.", code=2)
+        raise UserError("--budget is for runs on this machine: with Slurm give time= to --slurm.", code=2)
+    if (options.jobs is not None or options.lanes is not None) and options.launcher == "slurm":
+        raise UserError("--jobs and --lanes are for runs on this machine: with Slurm leave them out.", code=2)
     if not Path(config.machine.results).is_dir():
         print(f"{config.machine.results} is a new folder: no run has its record there yet.", file=sys.stderr)
     # On a CPU it is faster to train one run on each core than one run after another on all cores. A cluster's job has
     # its processors to itself.
     jobs = 1 if options.launcher == "slurm" else options.jobs or (1 if accelerated(config) else cores())
     meant = runs(tables, chosen_seeds(options), filters, options.scale, options.grids)
+    jobs = min(jobs, len(meant))  # not those that are missing: the same command gives its last run the same threads
     if jobs > 1:
         settings = [*share_cores(meant, jobs, config), *settings]
     if not accelerated(config) and options.launcher is None:

@@ -18,6 +18,7 @@ from mbn.system import signals
 if __name__ == "__main__":
     signals.answer_while_loading()
 
+from mbn import grid
 from mbn.config import REPOSITORY
 from mbn.config.folders import results_to_read
 from mbn.system.command_line import Parser, add_which_runs, entry_point
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> None:
     names = [item for item in options.items if "=" not in item]
     records = read_records(results)
     every = not names or "all" in names
+    for name in set(names) - {"all"}:
+        grid.read(name)  # an unknown one is refused beside `all`, too
     chosen = read_tables(records, None if every else names, options.seeds, options.scale)
     content = contents(chosen, every)
     files = {results / "tables" / name: text.encode() for name, text in content.items()}

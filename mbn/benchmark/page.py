@@ -162,9 +162,10 @@ def page(report: dict[str, Any], findings: Findings, bars: list[Bar]) -> str:
         f"{report['images']}.",
         "",
         "An arm's time is the median over rounds; every round runs all arms of a case one after the other in one "
-        "process, and ratios are taken round by round. compile: the forwards are compiled; graph-eager: the iteration "
-        "is captured as a CUDA graph and replayed; graph: both; a bar takes the faster one. On a GPU fp32 is with "
-        "TF32 in convolutions and matrix products. The plain loop is PIL images with torchvision's transforms, a "
+        "process. Ratios within a case are taken round by round; the bars of a GPU divide medians. compile: the "
+        "forwards are compiled; graph-eager: the iteration is captured as a CUDA graph and replayed; graph: both; a "
+        "bar takes the faster one. On a GPU fp32 is with TF32 in convolutions and matrix products. The plain loop is "
+        "PIL images with torchvision's transforms, a "
         f"DataLoader with {WORKERS} worker{'s' * (WORKERS > 1)}, `nn.BatchNorm2d` and `torch.optim.SGD`; all others "
         "have the data on the device.",
         "",

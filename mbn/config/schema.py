@@ -190,7 +190,8 @@ def _rules_of_several(config: Config) -> Iterator[tuple[str, bool, str, Any]]:
     stages = len(config.schedule.milestones) + 1
     for key, spec, value in leaves(config):
         if spec.metadata.get("staged"):
-            wanted = f"a list of 1 or {stages} numbers (one more than milestones)"
+            more = f" or {stages} numbers (one more than milestones)" if stages > 1 else " number, without milestones"
+            wanted = f"a list of 1{more}"
             yield key, len(value) in (1, stages), wanted, value
     size = group_of(config.norm)
     wanted = f"null or a number that divides batch_size={config.batch_size}"

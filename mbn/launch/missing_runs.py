@@ -6,14 +6,13 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mbn import grid
 from mbn.config import Config, run_name, to_dict
 from mbn.records import record
 from mbn.system.errors import UserError
 from mbn.system.files import visible
-from mbn.system.setting_fields import typed
+from mbn.system.setting_fields import by_full_names, typed
 
 # `all` is everything for CIFAR.
 NOT_IN_ALL = ("table3",)
@@ -114,11 +113,6 @@ def _read(text: str | None) -> Hashable:
 
 def setting(config: Config, key: str) -> str | None:
     """A setting's value as it is typed, or a group's name; None where the configuration has no such setting."""
-    node: Any = to_dict(config)
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return None
-        node = node[part]
-    if isinstance(node, dict):
-        return node.get("name")
-    return typed(node)
+    values = by_full_names(to_dict(config))
+    name = key if key in values else f"{key}.name"
+    return typed(values[name]) if name in values else None

@@ -41,7 +41,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = ALONE
 ) -> Evaluation:
-    """Run model, which must be in eval mode, over batches of images and labels; each of several processes over its own.
+    """Run model, in the mode that it is in, over batches of images and labels; each of several processes over its own.
 
     Errors: StoppedError, in all processes, if the batches of one raise it.
     """

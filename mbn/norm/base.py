@@ -18,6 +18,7 @@ from .functional import (
     affine_normalize,
     batch_moments,
     gathered,
+    in_one_layout,
     is_capturing,
     is_transformed,
     joint_batch_norm,
@@ -256,7 +257,10 @@ class BatchStatisticsNorm(nn.Module):
                 f"{type(self).__name__} needs its statistics in float32 and not {self.running_mean.dtype}: "
                 "leave buffers out of the cast (with FSDP's MixedPrecision, buffer_dtype=torch.float32)"
             )
+        shape, x = x.shape, in_one_layout(x)
         y = self._train(x) if self.training else self._evaluate(x)
+        if x.dim() < len(shape):
+            y = y.unflatten(2, shape[2:])
         for name in self.followed_by:
             y = self._modules[name](y)  # type: ignore[misc]
         return y
@@ -313,7 +317,9 @@ class BatchStatisticsNorm(nn.Module):
             n = values_per_channel(part) // groups
             if n == 1:
                 self.check_single_value(part[:1])
-            y, mu, s2 = self.normalize(side_by_side(part, groups), remember, None)
+            y, mu, s2 = self.normalize(in_one_layout(side_by_side(part, groups)), remember, None)
+            if y.dim() < part.dim():
+                y = y.unflatten(2, part.shape[2:])
             ys.append(one_after_another(y, groups, part.stride(1) == 1))
             seen.append((mu.view(groups, -1), s2.view(groups, -1), mu.new_full((groups,), n)))
         if remember:

@@ -150,6 +150,18 @@ def one_after_another(y: Tensor, groups: int, channels_last: bool) -> Tensor:
     return y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
 
 
+def in_one_layout(x: Tensor) -> Tensor:
+    """x; of a single image (1, C, *spatial) on a CPU, for whose values gradients are wanted, (1, C, pixels).
+
+    torch's kernels take the strides of x and of the gradient of y for those of one layout. Those of a single image fit
+    several, and then the gradients are wrong, without an error, in nn.BatchNorm too (torch 2.6 to 2.14).
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # it would depend on the number of images
+        return x
+    single = x.dim() > 3 and x.shape[0] == 1 and x.device.type == "cpu" and torch.is_grad_enabled()
+    return x.flatten(2) if single else x
+
+
 def as_values(count: Tensor, n: int | Tensor) -> Tensor:
     """count as numbers of values: one of -B, of statistics that a BatchNorm brought along, means B batches of n values.
 
@@ -337,7 +349,7 @@ class _PaperGradient(torch.autograd.Function):
         whole = _ones_if_none(weight, invstd)
         part = rho * whole
         dx, dweight, dbias = _batch_norm_backward(dy, x, part, mu_hat, invstd)
-        dx.addcmul_(dy, per_channel(((whole - part) * invstd).to(dx.dtype), dx))
+        dx.addcmul_(dy, per_channel((whole - part) * invstd, dx))
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dbias), None
 
 
@@ -477,7 +489,7 @@ class _JointBatchNorm(torch.autograd.Function):
         if x.numel() > 0:
             factor = invstd if scale is None else scale * invstd
             a, b = -share * sums * factor
-            dx = affine_normalize(x, mu, s2, a, b, ctx.eps).addcmul_(dy, per_channel(factor.to(dy.dtype), dy))
+            dx = affine_normalize(x, mu, s2, a, b, ctx.eps).addcmul_(dy, per_channel(factor, dy))
         dscale, dshift = own
         dweight = dscale if r is None else dscale * r + dshift * d
         return dx, None, None, None, *_wanted(ctx, 4, dweight, dshift), None, None, None, None

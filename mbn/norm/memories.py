@@ -42,7 +42,7 @@ class AllMemories:
     A layer that is cast or moved to another device enters its batches on its own again; make a new AllMemories then.
 
     layers: those whose forward remembers, each once. Errors: RuntimeError from `enter` if a layer was moved, or if its
-    forward has not run since the last call.
+    forward has not run since the last call (BatchNorm's is not missed: only its counter is kept here).
     """
 
     def __init__(self, layers: list[BatchStatisticsNorm]) -> None:

@@ -201,11 +201,12 @@ def set_renorm(module: nn.Module, r_max: float, d_max: float) -> None:
     first, *others = layers
     first.set_bounds(r_max, d_max)
     # Few kernel launches in all, and no copy from the host: the schedule changes them at every iteration.
-    alike = [layer for layer in others if layer.bounds.device == first.bounds.device]
+    alike: list[Tensor] = []
     for layer in others:
-        if layer in alike:
+        if (layer.bounds.device, layer.bounds.dtype) == (first.bounds.device, first.bounds.dtype):
             layer.known = first.known
+            alike.append(layer.bounds)
         else:
             layer.set_bounds(r_max, d_max)
     if alike:
-        torch._foreach_copy_([layer.bounds for layer in alike], [first.bounds] * len(alike))
+        torch._foreach_copy_(alike, [first.bounds] * len(alike))

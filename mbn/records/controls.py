@@ -37,6 +37,13 @@ def missing(config: Config, controls: Controls | None) -> tuple[str, ...]:
     return tuple(name for name in asked(config) if controls is None or controls[MEASURED[name][0]] is None)
 
 
+def elsewhere(controls: Controls | None, conditions: dict[str, Any]) -> tuple[str, ...]:
+    """Which of MEASURED were measured under other conditions: again, where others are, because `by` is of all."""
+    if controls is None or all(controls["by"][key] == conditions[key] for key in BY):
+        return ()
+    return tuple(name for name, fields in MEASURED.items() if controls[fields[0]] is not None)
+
+
 def completed(controls: Controls | None, new: Controls, conditions: dict[str, Any]) -> Controls:
     """Controls in which what is new replaces what was there. conditions: of the measurement, with the keys of BY."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -103,7 +103,7 @@ def _outcome(verdict: Verdict, decided: bool) -> str:
             return "MBN's advantage in the paper does not hold: BN has the lower test error"
     mean, paper = verdict.number.mean, verdict.paper
     if verdict.excluded and mean is not None and paper is not None and mean > paper:
-        return "an advantage of MBN over BN as large as the paper's did not come out"
+        return "an advantage of MBN over BN as large as the paper's was not found"
     if mean:
         lower, higher = ("MBN", "BN") if mean < 0 else ("BN", "MBN")
         return f"{lower} has a lower test error than {higher} so far, but too few seeds have run to be sure"

@@ -48,11 +48,11 @@ OF_DIFFERENCES = (
     "weighted by precision. GN and NormProp are left out."
 )
 OF_PRIMARY = (
-    "The mean over all places of a claim that have runs, weighted by precision as in the tables, but for one column; p "
-    "after Holm's correction for the three claims is in brackets. Equal weights: every place counts alike, as all will "
-    "once each cell has its five seeds. Paired: at each place the mean of the differences between runs of equal seeds, "
-    "whose variance is pooled over the places of a network and data set. One run left out: the corrected p, pooled, "
-    "without any one of the claim's runs."
+    "The mean over all places of a claim that have runs, except in one column weighted by precision as in the tables; "
+    "p after Holm's correction for the three claims is in brackets. Equal weights: every place counts alike, as all "
+    "will once each cell has its five seeds. Paired: at each place the mean of the differences between runs of equal "
+    "seeds, whose variance is pooled over the places of a network and data set. One run left out: the corrected p, "
+    "pooled, without any one of the claim's runs."
 )
 OF_CELLS = (
     "That cells differ in their variance is tested where a network has two cells with three seeds or more: Brown and "

@@ -130,7 +130,8 @@ def add_controls(
 ) -> dict[str, Any]:
     """Measure the wanted of `controls.MEASURED` from a finished run's final checkpoint, and return its record.
 
-    Nothing else in the record changes except its version and checksum; `by` says what measured. stop: as for `train`.
+    So are those that other code or another machine has measured before: `by`, which says what measured, is one for all.
+    Nothing else in the record changes except its version and checksum. stop: as for `train`.
     Errors: UserError where the final checkpoint is gone, or is not the one that the record is of, or has another test
     error here; when a signal stopped the measurement.
     """
@@ -143,6 +144,7 @@ def add_controls(
         controls.check_end(result, path, run.checkpoint_path, ended, run.journal_hash)
         with own_stream(run.state.device), _signals(stop) as request:
             run.answer(request)
+            wanted = sorted({*wanted, *controls.elsewhere(result["controls"], run.state.now)})
             new = run.measure(wanted, result["test_error"])
             return record.rewrite(path, controls=controls.completed(result["controls"], new, run.state.now))
 

@@ -142,7 +142,7 @@ class State:
             torch.manual_seed(_own_seed(config.seed, processes, 0))  # not the masks of another process
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds. Errors: KeyError, TypeError, ValueError, RuntimeError for another's."""
+        """Take over what a checkpoint holds. Errors: whatever one of other code leads to."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for group in self.optimizer.param_groups:

@@ -215,6 +215,20 @@ def test_the_command_chooses_by_the_kind_of_device(monkeypatch, tmp_path, device
     ]
 
 
+@pytest.mark.parametrize("part", [["--only", "a"], ["--skip", "b"], ["--limit", "9"], ["--limit", "9999"], []])
+def test_a_part_does_not_take_the_place_of_a_whole_measurement(part, monkeypatch, tmp_path):
+    def run(todo, setup, limit, only, skip, path):
+        jobs.write_report(path, {})
+        return {"cases": {"a": {"status": "done"}}}, {}
+
+    monkeypatch.setattr(script.jobs, "run", run)
+    monkeypatch.setattr(script, "page", lambda *_: "")
+    assert script.main(["--device", "cpu", f"machine.results={tmp_path}", *part], SIZES) == 0
+    found = list((tmp_path / "benchmarks").iterdir())
+    assert len(found) == 2
+    assert {path.stem.endswith("-part") for path in found} == {part not in ([], ["--limit", "9999"])}
+
+
 def test_quick_prints_a_table_and_writes_nothing(tmp_path, capsys):
     given = ("--quick", "--device", "cpu", f"machine.data={EMPTY}", f"machine.results={tmp_path}")
     assert script.main(list(given), SIZES) == 0

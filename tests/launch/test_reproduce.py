@@ -159,6 +159,8 @@ def test_runs_side_by_side_share_the_cores(table, jobs, settings, shares, dry, t
         ("tabel4", "no table 'tabel4': choose among", 2),
         ("table6 --budget 9", "--budget", 2),
         ("table6 --budget 9m --launcher slurm", "--budget", 2),
+        ("table6 --jobs 2 --launcher slurm", "--jobs and --lanes", 2),
+        ("table6 --no-lanes --launcher slurm", "--jobs and --lanes", 2),
         ("table6 --slurm gpus=1", "--launcher slurm", 2),
         ("table6 --gpus-per-run 4", "--launcher slurm", 2),
         ("table6 --seeds 0", "--seeds: must be a whole number from 1 to 10000", 2),
@@ -235,6 +237,14 @@ def test_threads_are_divided(dry, tmp_path):
     for more in (("--jobs", "1"), ("--jobs", "2", "machine.threads=3")):
         wanted = [o for o in more if o.startswith("machine.threads")]
         assert all([o for o in line if o.startswith("machine.threads")] == wanted for line in dry(*common, *more))
+
+
+@pytest.mark.parametrize(("seeds", "threads"), [(1, []), (2, ["machine.threads=8"]), (5, ["machine.threads=3"])])
+def test_few_runs_share_all_cores(seeds, threads, dry, tmp_path, script, monkeypatch):
+    monkeypatch.setattr(script, "cores", lambda: 16)
+    settings = ("norm.memory=10", "machine.device=cpu", f"machine.results={tmp_path}")
+    for line in dry("table6", "--seeds", seeds, *settings):
+        assert [word for word in line if word.startswith("machine.threads")] == threads
 
 
 # Training.

@@ -229,8 +229,14 @@ def same_as_by_hand(measured, expected):
     assert measured[1:] == pytest.approx((expected[1], 0), abs=0.006)  # no top-5 error of three classes
 
 
-def test_groups_are_refused_for_torchvisions_weights(theirs, tree, refusal):
-    assert "norm.group is for training: leave it out." in refusal(theirs[1], *options(tree, "norm.group=4"))
+@pytest.mark.parametrize(
+    "setting",
+    ["norm.group=4", "batch_size=64", "schedule.lr=[9]", "schedule=imagenet", "++seed=3", "machine.mode=eager"],
+)
+def test_settings_of_training_are_refused(setting, digits, theirs, tree, refusal):
+    key = setting.lstrip("+").partition("=")[0]
+    for given in ((digits[0],), (theirs[1], *options(tree))):
+        assert f"{key} is for training: leave it out." in refusal(*given, setting)
 
 
 def test_training_images_are_prepared_as_test_images_are(theirs, tree, measure):

@@ -1,6 +1,7 @@
 """What BatchNorm, BatchRenorm and MemorizedBatchNorm have in common, each against the float64 loops of `reference`."""
 
 import copy
+import itertools
 import random
 
 import numpy as np
@@ -137,6 +138,46 @@ def test_the_layout_of_the_input_is_kept_and_that_of_the_gradient_does_not_matte
         results.append([y, *torch.autograd.grad(y, [v, layer.weight, layer.bias], dl_dy)])
     assert results[1][0].is_contiguous(memory_format=torch.channels_last)
     assert_close(results[1], results[0], atol=1e-12, rtol=1e-12, check_stride=False)
+
+
+@kinds
+def test_a_tiny_gamma_has_its_gradient_in_half_precision(path, kind):
+    """As gammas that start at 0 have; gradients are large, as those of a scaled loss."""
+    layer = trained(kind, dtype=torch.float32, forwards=2)
+    with torch.no_grad():
+        layer.weight.fill_(1e-6)
+    x, dl_dy = 30 * torch.randn(4, 3, 5, 2).half(), 1000 * torch.randn(4, 3, 5, 2).half()
+    exact, v = copy.deepcopy(layer).double(), x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(exact(v), v, dl_dy.double())
+    (found,) = torch.autograd.grad(layer(x.requires_grad_()), x, dl_dy)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def layouts(x):
+    """x with its dimensions in memory in every order; of a single image also with the stride that x[None] has."""
+    for order in itertools.permutations(range(x.dim())):
+        back = [order.index(d) for d in range(x.dim())]
+        yield x.permute(order).contiguous().permute(back)
+        if len(x) == 1 and order[0] == 0:
+            yield x.permute(order).contiguous().permute(back)[0][None]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("dims", "shape"), [(4, (1, 3, 5, 2)), (4, (3, 1, 5, 2)), (5, (1, 3, 2, 1, 3))], ids=str)
+@kinds
+def test_gradients_of_single_images_are_the_same_in_every_layout(path, kind, dims, shape, training):
+    """torch's own kernel for a CPU takes the strides of one image for those of another layout."""
+    layer = make(kind, shape[1], dims, group_size=1).train(training)
+    x, dl_dy = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+
+    def results(v, dl_dy):
+        with held(layer):
+            y = layer(v.requires_grad_())
+        return [y, *torch.autograd.grad(y, [v, layer.weight, layer.bias], dl_dy)]
+
+    expected = results(x, dl_dy)
+    for v, d in itertools.product(layouts(x), list(layouts(dl_dy))[:: 1 if dims == 4 else 9]):
+        assert_close(results(v.detach(), d), expected, atol=1e-12, rtol=1e-12, check_stride=False)
 
 
 # Statistics.

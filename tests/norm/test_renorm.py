@@ -3,9 +3,10 @@
 import pytest
 import torch
 from layer_kinds import follow, inputs, make, one_or_two, trained
+from torch import nn
 from torch.testing import assert_close
 
-from mbn import BatchRenorm1d, held
+from mbn import BatchRenorm1d, held, set_renorm
 
 
 def test_the_first_batches_by_hand():
@@ -23,6 +24,15 @@ def test_the_first_batches_by_hand():
     y = layer(5 * one + 10)  # about mean 9 and sigma 4: r = 1.25 and d = 0.25
     assert y.flatten().tolist() == pytest.approx([3 * (-1.25 + 0.25) + 7, 3 * (1.25 + 0.25) + 7])
     assert (layer.running_mean.item(), layer.running_std.item()) == pytest.approx((9.25, 4.25))
+
+
+def test_bounds_are_not_those_that_another_layers_precision_has_rounded():
+    layers = nn.ModuleList([make("brn", dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float32)])
+    set_renorm(layers, 1.3, 0.7)
+    assert layers[1].bounds.tolist() == [1.3, 0.7]
+    for layer in layers:
+        assert layer.bounds.tolist() == pytest.approx([1.3, 0.7])
+        assert layer.known == (1.3, 0.7)
 
 
 def test_without_clipping_training_normalises_as_evaluation_does(path):
