@@ -8,7 +8,7 @@ from mbn.tables.cells import Entry, Table
 from mbn.tables.claims import Verdict
 from mbn.tables.over_seeds import p_text
 from mbn.tables.page import link, pipes
-from mbn.tables.places import primary
+from mbn.tables.places import Place, primary
 
 
 def replace_part(page: str, part: str, mark: str = "results", name: str = "README.md") -> str:
@@ -24,9 +24,10 @@ def readme_part(tables: dict[str, Table]) -> str:
     """The finding, a picture of the claims, Table 4's cells that have run, and where to read more."""
     table4 = tables["table4"]
     printed = [e for table in tables.values() for e in table.entries if e.paper is not None and e.cell.overrides]
-    corrected = {place.name: place.verdict.outcome for place in primary(tables)}
-    decided = corrected.get(table4.grid.claims[0].primary) != claims.OPEN
-    parts = [" ".join(filter(None, [finding(table4, decided), elsewhere(tables.get("table4-resnet20"))]))]
+    whole = next((place for place in primary(tables) if place.name == table4.grid.claims[0].primary), None)
+    decided = whole is None or whole.verdict.outcome != claims.OPEN
+    found = [finding(table4, decided), overall(whole), elsewhere(tables.get("table4-resnet20"))]
+    parts = [" ".join(filter(None, found))]
     if any(table.has_runs for table in tables.values()):
         parts.append(
             "![Claims: the paper's difference, and ours with its 95 % interval](results/figures/claims-short.png)"
@@ -74,6 +75,18 @@ def finding(table: Table, decided: bool = True) -> str:
         levels = _numbers(v, [table.entry(cell, claim.metric) for cell in claim.cells[v.place]])
         parts.append(f"Test error of {network}: {levels}")
     return " ".join([*parts, *_rest(table, [v.place for v in verdicts if v not in compared], bool(compared))])
+
+
+def overall(place: Place | None) -> str:
+    """What the primary claim says over several batch sizes: one sentence.
+
+    Example: Over all batch sizes that have run it is +0.73 [+0.08, +1.38], p = 0.098 after Holm's correction:
+    undecided.
+    """
+    if place is None or len(place.measured) < 2:
+        return ""
+    number = f"{place.verdict.number.without_n}, {p_text(place.holm)} after Holm's correction"
+    return f"Over all batch sizes that have run it is {number}: {place.verdict.outcome}."
 
 
 def elsewhere(table: Table | None) -> str:

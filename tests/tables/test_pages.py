@@ -21,7 +21,9 @@ from mbn.tables import page as page_module
 from mbn.tables.cells import BATCH_SIZES, read_records, read_tables
 from mbn.tables.evidence import evidence_part, evidence_parts, overview_part
 from mbn.tables.export import cells_csv, contents, latex
+from mbn.tables.over_seeds import p_text
 from mbn.tables.page import markdown
+from mbn.tables.places import primary
 from mbn.tables.readme import elsewhere, finding, readme_part, replace_part
 
 BN, MBN = [8.1, 8.3, 8.4, 8.6, 8.2], [7.5, 7.8, 7.6, 8.1, 7.4]
@@ -321,6 +323,10 @@ def test_readme_part(records):
         "ResNet-56 on CIFAR-10: -0.64 [-0.95, -0.33] at batch 8 (the paper: -4.27, outside the 95 % interval for one "
         "more run of each, p < 0.001), -0.20 [-0.76, +0.36] at batch 16 (the paper: -1.39, outside "
     )
+    (claim,) = (place for place in primary(read_tables(records, names)) if place.name == "MBN < BN")
+    number, p = claim.verdict.number.without_n, p_text(claim.holm)
+    expected = f"{number}, {p} after Holm's correction: {claim.verdict.outcome}."
+    assert f" Over all batch sizes that have run it is {expected}" in first
     assert "](results/figures/claims-short.png)" in picture
     assert "MBN-2" in words
     assert table.splitlines()[2:] == [
