@@ -104,10 +104,7 @@ def command(arguments: list[str], processes: Processes) -> int:
                 from mbn.launch.sweep import sweep
 
                 return sweep(overrides, run)
-            config = configuration.load(overrides)
-            if config.machine.together > 1:
-                raise UserError("machine.together is for a sweep: add -m, or leave it out.", code=2)
-            run(config)
+            run(configuration.load(overrides))
     return 0
 
 

@@ -18,6 +18,7 @@ from .functional import (
     affine_normalize,
     batch_moments,
     gathered,
+    in_its_layout,
     in_one_layout,
     is_capturing,
     is_transformed,
@@ -257,10 +258,7 @@ class BatchStatisticsNorm(nn.Module):
                 f"{type(self).__name__} needs its statistics in float32 and not {self.running_mean.dtype}: "
                 "leave buffers out of the cast (with FSDP's MixedPrecision, buffer_dtype=torch.float32)"
             )
-        shape, x = x.shape, in_one_layout(x)
-        y = self._train(x) if self.training else self._evaluate(x)
-        if x.dim() < len(shape):
-            y = y.unflatten(2, shape[2:])
+        y = in_its_layout((self._train if self.training else self._evaluate)(in_one_layout(x)), x)
         for name in self.followed_by:
             y = self._modules[name](y)  # type: ignore[misc]
         return y
@@ -317,10 +315,9 @@ class BatchStatisticsNorm(nn.Module):
             n = values_per_channel(part) // groups
             if n == 1:
                 self.check_single_value(part[:1])
-            y, mu, s2 = self.normalize(in_one_layout(side_by_side(part, groups)), remember, None)
-            if y.dim() < part.dim():
-                y = y.unflatten(2, part.shape[2:])
-            ys.append(one_after_another(y, groups, part.stride(1) == 1))
+            beside = side_by_side(part, groups)
+            y, mu, s2 = self.normalize(in_one_layout(beside), remember, None)
+            ys.append(one_after_another(in_its_layout(y, beside), groups, part.stride(1) == 1))
             seen.append((mu.view(groups, -1), s2.view(groups, -1), mu.new_full((groups,), n)))
         if remember:
             self._take_groups(x, seen, processes)

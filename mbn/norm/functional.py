@@ -162,6 +162,15 @@ def in_one_layout(x: Tensor) -> Tensor:
     return x.flatten(2) if single else x
 
 
+def in_its_layout(y: Tensor, x: Tensor) -> Tensor:
+    """The way back from `in_one_layout`, to the shape of x, and with channels last where x has them so."""
+    if y.dim() == x.dim():
+        return y
+    y = y.unflatten(2, x.shape[2:])
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return y.clone(memory_format=last) if x.stride(1) == 1 else y
+
+
 def as_values(count: Tensor, n: int | Tensor) -> Tensor:
     """count as numbers of values: one of -B, of statistics that a BatchNorm brought along, means B batches of n values.
 

@@ -188,7 +188,7 @@ def lock(path: Path) -> Iterator[Lock]:
     with _opened(path) as file:
         held = Lock(path, file)
         try:
-            held.shared = not _flocked(file, path, "LOCK_EX", tries=5)
+            held.shared = not _flocked(file, path, "LOCK_EX")
         except BlockingIOError:
             message = f"{path.parent} is being trained by {_holder(file)}: wait for it, or stop it."
             raise UserError(message, code=LOCKED) from None
@@ -242,10 +242,9 @@ def _opened(path: Path) -> IO[str]:
         raise cannot_write(path, error) from None
 
 
-def _flocked(file: IO[str], path: Path, kind: str, tries: int = 1) -> bool:
+def _flocked(file: IO[str], path: Path, kind: str) -> bool:
     """Lock an open file; False, with a warning, where the file system has no locks.
 
-    tries: at intervals of 20 ms, because one that asks whether it is locked (`is_locked`) holds it for a moment.
     Errors: BlockingIOError where another process holds it: the one error that means so.
     """
     try:
@@ -253,10 +252,7 @@ def _flocked(file: IO[str], path: Path, kind: str, tries: int = 1) -> bool:
 
         fcntl.flock(file, getattr(fcntl, kind) | fcntl.LOCK_NB)
     except BlockingIOError:
-        if tries == 1:
-            raise
-        time.sleep(0.02)
-        return _flocked(file, path, kind, tries - 1)
+        raise
     except (ImportError, OSError) as error:  # Windows; NFS and Lustre without locks
         _warn_once(
             "lock",

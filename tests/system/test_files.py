@@ -12,8 +12,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -222,25 +220,6 @@ def test_a_lock_that_is_held_here_is_held_for_others(tmp_path):
         with pytest.raises(UserError, match=f"process {os.getpid()} on"), lock(path):
             pass
     assert not is_locked(path)
-
-
-def test_one_that_only_asks_keeps_nobody_from_a_lock(tmp_path):
-    """`is_locked` holds the lock itself for a moment."""
-    path, asked = tmp_path / "lock", threading.Event()
-    path.touch()
-
-    def ask():
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            asked.set()
-            time.sleep(0.03)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    asked.wait()
-    with lock(path):
-        pass
-    thread.join()
 
 
 @pytest.fixture

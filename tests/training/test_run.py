@@ -501,12 +501,6 @@ def test_a_sweep_in_which_two_are_one_run_is_refused_before_it_trains(here, left
     assert here("-m", "seed=0,0").code == 0  # the same command twice
 
 
-def test_runs_of_one_command_together_are_a_sweep(here, left):
-    done = here("norm=bn", "machine.together=2")
-    assert (done.code, "machine.together is for a sweep: add -m" in done.err) == (2, True)
-    assert not left("norm=bn").record_path.exists()
-
-
 def test_a_sweep_runs_one_after_another(here, left):
     sweep = ("-m", "norm=bn,mbn", "seed=0,1")
     done = here(*sweep)
