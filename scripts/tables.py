@@ -51,8 +51,9 @@ def main(arguments: list[str]) -> None:
     names = [item for item in options.items if "=" not in item]
     records = read_records(results)
     every = not names or "all" in names
-    for name in set(names) - {"all"}:
-        grid.read(name)  # an unknown one is refused beside `all`, too
+    for name in names if every else ():
+        if name != "all":
+            grid.read(name)  # an unknown one is refused beside `all`, too
     chosen = read_tables(records, None if every else names, options.seeds, options.scale)
     content = contents(chosen, every)
     files = {results / "tables" / name: text.encode() for name, text in content.items()}

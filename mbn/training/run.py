@@ -130,7 +130,8 @@ def add_controls(
 ) -> dict[str, Any]:
     """Measure the wanted of `controls.MEASURED` from a finished run's final checkpoint, and return its record.
 
-    So are those that other code or another machine has measured before: `by`, which says what measured, is one for all.
+    Those that other code or another machine has measured before are measured again: `by`, which says what measured, is
+    one for all.
     Nothing else in the record changes except its version and checksum. stop: as for `train`.
     Errors: UserError where the final checkpoint is gone, or is not the one that the record is of, or has another test
     error here; when a signal stopped the measurement.
