@@ -159,7 +159,12 @@ def of_its_run(path: Path, overrides: list[str]) -> tuple["Weights", Any]:
 
 def without_groups(overrides: list[str], *groups: str) -> list[str]:
     """The overrides of other groups of settings than these."""
-    return [o for o in overrides if o.lstrip("+").partition("=")[0].partition(".")[0] not in groups]
+    return [o for o in overrides if key_of(o).partition(".")[0] not in groups]
+
+
+def key_of(override: str) -> str:
+    """The name of the setting or group in an override as it is typed."""
+    return override.lstrip("+").partition("=")[0]
 
 
 def prepared(config: configuration.Config) -> Any:
@@ -191,7 +196,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
     from mbn.training import weights_file
     from mbn.training.iteration import autocast
 
-    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
+    for key in map(key_of, overrides):
         if key.startswith(FOR_TRAINING):
             raise UserError(f"{key} is for training: leave it out.", code=2)
     if export is not None and "=" in export.name:
