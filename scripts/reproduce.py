@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -257,9 +258,10 @@ def train(
     options: argparse.Namespace,
 ) -> int:
     """Train the runs side by side on this machine."""
-    from mbn.launch.pool import Pool, Process
+    from mbn.launch.pool import LANE_START_SECONDS, START_SECONDS, Pool, Process
 
-    lanes = None
+    began = time.monotonic()
+    lanes, margin = None, 15.0 if accelerated(config) else 60.0
     with contextlib.ExitStack() as stack:
         if jobs > 1 and (accelerated(config) if options.lanes is None else options.lanes):
             import train as script
@@ -273,7 +275,10 @@ def train(
                 return lanes(run, results)
             return Process(run, command(run, settings), results)
 
-        outcome = Pool(missing, results, jobs, start, options.budget, 15.0 if accelerated(config) else 60.0).work()
+        starting = START_SECONDS if lanes is None else LANE_START_SECONDS
+        # Importing torch for the lanes took its time of the budget.
+        budget = None if options.budget is None else options.budget - (time.monotonic() - began)
+        outcome = Pool(missing, results, jobs, start, budget, margin, starting).work()
     return report(outcome, results, options.budget)
 
 

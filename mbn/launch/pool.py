@@ -25,12 +25,13 @@ from mbn.system.files import LOCKED, is_locked
 LOOK = 0.1
 # Seconds after which children that were asked to stop are killed: no iteration and no checkpoint takes so long.
 DEAF_SECONDS = 600.0
-# Seconds that a child needs to import torch. Before that there is nothing to save.
-START_SECONDS = 5.0
+# Seconds that a process needs to import torch, before which it has nothing to save; and a lane to compile, for which
+# the others' tests wait, so that they could not stop in time.
+START_SECONDS, LANE_START_SECONDS = 5.0, 90.0
 
 
 class StopAll(signals.Stop):
-    """Context manager: inside, the first signal is noted in `code`; a second one calls `kill` and exits at once.
+    """Context manager: inside, the first signal is noted in `code`; after it Ctrl-C calls `kill` and exits at once.
 
     SIGCONT calls `went_on`. The children have sessions of their own: a closed terminal (SIGHUP) reaches this process.
     """
@@ -119,7 +120,7 @@ class Process(Child):
         return self.process.poll()
 
     def stop(self) -> None:
-        if not self.asked:  # a second signal would end it without saving
+        if not self.asked:
             self.asked = True
             with contextlib.suppress(ProcessLookupError):
                 # To the process, not its group: workers that read images must live until it has saved.
@@ -141,7 +142,7 @@ class Pool:
 
     start: a function that starts a run, given the results folder. budget: seconds after which nothing runs any more,
     or None. margin: runs are asked to stop at most this many seconds earlier, to finish their iteration or evaluation
-    and to save.
+    and to save. starting: at most so many seconds a run needs until its first iteration: none begins with less left.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Pool:
         start: Callable[[PlannedRun, Path], Child],
         budget: float | None = None,
         margin: float = 60.0,
+        starting: float = START_SECONDS,
     ) -> None:
         self.results, self.jobs, self.start = results, jobs, start
         self.queue = deque(runs)
@@ -159,7 +161,8 @@ class Pool:
         self.children: list[Child] = []
         self.outcome = Outcome()
         self.deadline = None if budget is None else time.monotonic() + budget
-        self.margin = min(margin, max(5.0, (budget or 0.0) / 10))
+        most = max(START_SECONDS, (budget or 0.0) / 10)
+        self.margin, self.starting = min(margin, most), min(starting, most)
         self.said_waiting = False
         self.stopped_at: float | None = None  # when the children were asked to stop
         # smoothing=0: many runs end at about the same time, so the mean speed since the start predicts best
@@ -195,10 +198,10 @@ class Pool:
             if code is not None:
                 self.children.remove(child)
                 with self._alone(child.run):
-                    self._ended(child, code)
+                    self._ended(child, code, stop.code is not None)
         remaining = float("inf") if self.deadline is None else self.deadline - time.monotonic()
         unfinished = bool(self.queue or self.elsewhere or self.children)
-        if remaining < self.margin + START_SECONDS and not self.children:
+        if remaining < self.margin + self.starting and not self.children:
             self.outcome.spent = unfinished
             return False
         if stop.code is not None or remaining < self.margin:
@@ -209,7 +212,7 @@ class Pool:
             if remaining < 0 or time.monotonic() - self.stopped_at > DEAF_SECONDS:
                 self.kill()
             return bool(self.children)
-        if remaining > self.margin + START_SECONDS:
+        if remaining > self.margin + self.starting:
             self._start()
         return unfinished
 
@@ -238,13 +241,14 @@ class Pool:
         except Exception as error:
             self._failed(run, failure(error))
 
-    def _ended(self, child: Child, code: int) -> None:
+    def _ended(self, child: Child, code: int, stopping: bool) -> None:
+        """stopping: whether a signal has come, which a cluster may have sent to the child too."""
         run = child.run
         if code == 0 and run.finished(self.results):
             self._finished(run)
         elif code == LOCKED:
             self.elsewhere.append(run)
-        elif child.asked and (code in signals.CODES.values() or code < 0):
+        elif (child.asked or stopping) and (code in signals.CODES.values() or code < 0):
             self.queue.appendleft(run)
         else:
             reason = child.reason or last_line(child.log)

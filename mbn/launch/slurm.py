@@ -16,6 +16,9 @@ from mbn.system.files import LOCKED
 
 # How often a run may reach its time limit and be requeued: it goes on from its checkpoint each time.
 TIMEOUTS = 1000
+# A run that is held by another process is tried again so often, and after so many seconds: the lock of a job that died
+# with its machine may stay for minutes on a network drive.
+TRIES, TRY_AGAIN_AFTER = 10, 30.0
 
 
 class SlurmJob:
@@ -31,6 +34,15 @@ class SlurmJob:
 
         A run that another process trains (LOCKED) has not failed; but torchrun gives such runs the code 1.
         """
+        for _ in range(TRIES):
+            code = self._run()
+            if code != LOCKED:
+                break
+            time.sleep(TRY_AGAIN_AFTER)
+        if code not in (0, LOCKED):
+            raise RuntimeError(f"train.py ended with exit code {code}: see {self.log}")
+
+    def _run(self) -> int:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -44,8 +56,7 @@ class SlurmJob:
         # Not wait(): it holds a lock, and checkpoint(), called by a signal, would wait for that lock for ever.
         while self.process.poll() is None:
             time.sleep(0.1)
-        if self.process.returncode not in (0, LOCKED):
-            raise RuntimeError(f"train.py ended with exit code {self.process.returncode}: see {self.log}")
+        return self.process.returncode
 
     @staticmethod
     def _answer_interrupt_alone() -> None:

@@ -145,25 +145,25 @@ def _fsync_folder(folder: Path) -> None:
 class Lock:
     """A lock that this process holds.
 
-    named: whether the file holds this process's name. shared: whether the file system has no locks, so that another
-    process may have written its own name there.
+    named: whether the file holds this process's name.
     """
 
     def __init__(self, path: Path, file: IO[str]) -> None:
         self.path, self.file = path, file
         self.name = f"process {os.getpid()} on {platform.node()}"
-        self.named = self.shared = False
+        self.named = False
 
     def check(self) -> None:
-        """Check that the file at the path is still the one that was locked.
+        """Check that no other process has taken the place of this one.
 
-        Errors: UserError where it was removed or replaced: another process could lock the new one, and train there.
+        Errors: UserError where the file was removed or replaced, or holds another name: on some network drives two
+        machines can hold the same lock at once.
         """
         try:
-            same = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-            if self.named and (self.shared or not same):
-                # Numbers of files change on some network drives; a process that took the place wrote its own name.
+            if self.named:  # numbers of files change on some network drives, so the name alone counts
                 same = self.path.read_text(encoding="utf-8", errors="replace").strip() == self.name
+            else:
+                same = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
         except FileNotFoundError:
             same = False
         except OSError:  # cannot tell, and what is written next says why
@@ -188,7 +188,7 @@ def lock(path: Path) -> Iterator[Lock]:
     with _opened(path) as file:
         held = Lock(path, file)
         try:
-            held.shared = not _flocked(file, path, "LOCK_EX")
+            _flocked_alone(file, path)
         except BlockingIOError:
             message = f"{path.parent} is being trained by {_holder(file)}: wait for it, or stop it."
             raise UserError(message, code=LOCKED) from None
@@ -261,6 +261,22 @@ def _flocked(file: IO[str], path: Path, kind: str) -> bool:
         )
         return False
     return True
+
+
+def _flocked_alone(file: IO[str], path: Path) -> None:
+    """Lock an open file for this process alone; wait for those who only ask (`is_locked`), who share it for a moment.
+
+    Errors: BlockingIOError where another process holds it alone.
+    """
+    for _ in range(100):
+        try:
+            _flocked(file, path, "LOCK_EX")
+            return
+        except BlockingIOError:
+            _flocked(file, path, "LOCK_SH")  # raises where it is held alone
+            _flocked(file, path, "LOCK_UN")
+            time.sleep(0.01)
+    _flocked(file, path, "LOCK_EX")
 
 
 def _holder(file: IO[str]) -> str:

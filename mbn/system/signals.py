@@ -105,8 +105,8 @@ class StoppedError(Exception):
 class StopRequest:
     """Whether training is to stop: `code` is then the exit code, else None.
 
-    nothing_to_save: whether a stop would lose nothing now. ignores_repeats: whether a second signal changes nothing,
-    because a cluster and torchrun may both pass on the same one. continued: whether the process was suspended (Ctrl-Z)
+    nothing_to_save: whether a stop would lose nothing now. ignores_repeats: whether a second Ctrl-C changes nothing,
+    because the terminal and torchrun both pass it on. continued: whether the process was suspended (Ctrl-Z)
     and has continued since this was last set to False: the time between was no training.
     """
 
@@ -128,11 +128,11 @@ class StopRequest:
 
 
 class Stop(StopRequest, Answered):
-    """Context manager: inside, the first of these signals is noted in `code`; a second one exits at once. SIGCONT is
-    noted in `continued`.
+    """Context manager: inside, the first of these signals is noted in `code`. SIGCONT is noted in `continued`.
 
-    The first one exits at once too while `nothing_to_save`, as before the first iteration, which may compile for
-    minutes. Ctrl-C, which a person may press twice, is answered by a line.
+    The first one exits at once while `nothing_to_save`, as before the first iteration, which may compile for minutes.
+    After it Ctrl-C exits at once, and a line says so after the first Ctrl-C. Others change nothing more: clusters,
+    terminals that are closed and the end of a session often send two.
     """
 
     first_answer = "stopping: it saves after this iteration; a second Ctrl-C ends it at once, without saving."
@@ -147,7 +147,7 @@ class Stop(StopRequest, Answered):
             return
         code = CODES[name]
         if self.code is not None:
-            if not self.ignores_repeats:
+            if name == "SIGINT" and not self.ignores_repeats:
                 self._end(code)
             return
         if self.nothing_to_save:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mbn.system.errors import UserError
+from mbn.system.errors import UserError, lacks_memory
 from mbn.system.files import write_atomically
 
 MARK = b"\nsha256 "
@@ -43,7 +43,7 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read one checkpoint file onto the CPU. Errors: DamagedError; OSError."""
+    """Read one checkpoint file onto the CPU. Errors: DamagedError; OSError; what torch raises for lack of memory."""
     content = path.read_bytes()
     body, tail = content[:-_TAIL], content[-_TAIL:]
     if tail != MARK + hashlib.sha256(body).hexdigest().encode():
@@ -53,6 +53,8 @@ def read(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:  # its message advises to load the file unsafely
         raise DamagedError(f"{path} is damaged: it does not hold a state alone") from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        if lacks_memory(error):  # its bytes are right, as the checksum says
+            raise
         raise DamagedError(f"{path} is damaged: {(str(error).splitlines() or ['it ends early'])[0]}") from None
 
 

@@ -153,7 +153,7 @@ def add_controls(
 class Run:
     """A run: its state, its data, its journal, and the loop that trains it.
 
-    check_lock: called before a checkpoint or a record is written; raises UserError where the run's lock is lost.
+    check_lock: called before anything is written; raises UserError where the run's lock is lost.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class Run:
                     self.drain()
                     progress.show()
                 if row_due:
-                    self.journal.write(report.row("train", state, state.row_sums, rows.look()))
+                    self._write_row(report.row("train", state, state.row_sums, rows.look()))
                     state.row_sums = Sums()
                 if ends:
                     self._end_epoch(progress, rows)
@@ -351,11 +351,15 @@ class Run:
         if not math.isfinite(row["test_loss"]):
             raise self._diverged(f"the test loss was {row['test_loss']}", state.iteration - 1)
         state.untested = None
-        self.journal.write(row)
+        self._write_row(row)
         progress.tested = time.monotonic() - began
         progress.show_epoch(row)
         state.row_sums, state.epoch_sums = Sums(), Sums()
         state.clock.count(training=False)
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        self.check_lock()  # a row among those of another process would make its journal useless
+        self.journal.write(row)
 
     def save_is_due(self, epoch_ends: bool) -> bool:
         """Whether the run has ended, or the last checkpoint is old: at an epoch's end, over SAVES_APART seconds."""
@@ -405,7 +409,7 @@ class Run:
         self.processes.on_main(lambda: self._write_record(nothing | {"diverged_at": error.iteration}))
 
     def measure(self, wanted: Collection[str], expected: float | None = None) -> dict[str, Any]:
-        """The wanted of `controls.MEASURED`. expected: the test error that the network must have.
+        """The wanted of `controls.MEASURED`. expected: the test error that a finished run's network must have.
 
         Errors: UserError where it has another one, and after a signal.
         """
@@ -417,9 +421,11 @@ class Run:
             if expected is not None:
                 self.model.eval()
                 controls.check_near(trained.evaluation().error, expected, self.checkpoint_path)
-            return trained.controls(wanted)
+            return trained.controls(wanted, self.state.controls_done)
         except StoppedError:
             self._agree(False)  # the signal may have come to another process alone
+            if expected is None:  # the run has not ended: what is measured is kept for the same command
+                self.save()
             raise self._stopped() from None
 
     def finish(self) -> dict[str, Any]:

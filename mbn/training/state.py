@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mbn.config import Config, distinction, images_before, iterations, iterations_per_epoch, run_name, to_dict
 from mbn.measure.statistics_gap import Statistics, uses_dropout
-from mbn.records import record, sense
+from mbn.records import controls, record, sense
 from mbn.system.errors import UserError
 from mbn.system.processes import ALONE, Processes
 from mbn.system.signals import StopRequest
@@ -101,8 +101,8 @@ class State:
 
     scheduled: the values that `mbn.training.schedule.scheduled` gave last. epoch_sums, row_sums: sums since the epoch
     began, and since the last row of the journal. untested: between the end of an epoch's training and its test, the
-    statistics of its last batch, which the epoch's row needs. replaces: SHA-256 of the record that this run is to
-    replace, or None.
+    statistics of its last batch, which the epoch's row needs. controls_done: at the end, the results of those steps of
+    `Trained.controls` that are done. replaces: SHA-256 of the record that this run is to replace, or None.
     """
 
     def __init__(
@@ -131,10 +131,12 @@ class State:
         self.epoch_sums, self.row_sums = Sums(), Sums()
         self.clock = Clock()
         self.untested: Statistics | None = None
+        self.controls_done: dict[str, Any] = {}
         self.now, self.began = now, 0  # of this process: its conditions, and the iteration at which it began
         self.parts = with_part([], 0, now)
         self.again = config.machine.again
-        self.replaces = record.content_hash(Path(config.machine.results), self.name)
+        # Only a run that is trained again finds a record: one that appears later is another's.
+        self.replaces = record.content_hash(Path(config.machine.results), self.name) if self.again else None
         # Without dropout training draws no random numbers, so the first states are kept: other threads may change the
         # process's generators meanwhile.
         self.generators = None if uses_dropout(self.model) else generators(device)
@@ -159,6 +161,9 @@ class State:
         if untested is not None:
             self.untested = {name: tuple(t.to(self.device) for t in of_one) for name, of_one in untested.items()}
         self.began, self.parts = self.iteration, parts_of(saved)
+        measured = saved.get("controls", {})
+        if measured.get("by") == self._measured_by():
+            self.controls_done = measured["done"]
 
     def go_on(self) -> None:
         """Train on from a restored checkpoint: say so, and note the conditions of the part that begins."""
@@ -205,8 +210,13 @@ class State:
             "parts": self.parts,
             "replaces": self.replaces,
             "untested": self.untested,
+            "controls": {"by": self._measured_by(), "done": self.controls_done},
             "anew": self.again,
         }
+
+    def _measured_by(self) -> dict[str, Any]:
+        """What measures in this process: results of another code or device are not taken over."""
+        return {key: self.now[key] for key in controls.BY}
 
     def trained_in(self, mode: str) -> None:
         """Note the mode in this process's part: an iteration that could not be captured has changed it."""

@@ -41,10 +41,11 @@ class Trained:
     processes: Processes = ALONE
     captured: bool = False
 
-    def controls(self, wanted: Collection[str]) -> dict[str, Any]:
+    def controls(self, wanted: Collection[str], steps_done: dict[str, Any] | None = None) -> dict[str, Any]:
         """What `mbn.records.controls.MEASURED` lists under the wanted names. Afterwards the network is what it was,
         with the scheduled values of the end of training.
 
+        steps_done: the results of steps that need not be done again; those that are done now are added to it.
         Errors: StoppedError after a signal.
         """
         change = METHODS[self.config.norm.name].change
@@ -55,7 +56,7 @@ class Trained:
         steps: dict[str, Callable[[], Any]] = {"precise statistics": self._precise} if "precise" in wanted else {}
         if "rules" in wanted:
             steps |= {"training error": self._train_error, **self._rules()}
-        found = {}
+        done = {} if steps_done is None else steps_done
         try:
             with (
                 autocast(self.device, self.config.precision),
@@ -63,9 +64,11 @@ class Trained:
             ):
                 for name in bar:
                     bar.set_description(name)
-                    found[name] = steps[name]()
+                    if name not in done:
+                        done[name] = steps[name]()
         finally:
             self.model.train(training)
+        found = {name: done[name] for name in steps}
         controls = found.pop("precise statistics", {})
         if "rules" in wanted:
             controls |= {"train_error": found.pop("training error"), "rules": found or None}

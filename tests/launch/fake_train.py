@@ -20,6 +20,8 @@ def train(cfg):
     if record.path_of(results, name).exists():
         return
     with files.lock(folder / "lock"), signals.Stop() as stop:
+        if record.path_of(results, name).exists():  # another process has finished it until this one could lock it
+            return
         with (results / "starts").open("a") as file:
             file.write(name + "\n")
         if cfg.schedule.lr == [1e30]:

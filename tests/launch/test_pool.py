@@ -154,6 +154,17 @@ def test_a_process_that_cannot_be_started_is_one_sentence(tmp_path, runs, how):
         Process(run, command, tmp_path)
 
 
+def test_a_child_that_got_the_signal_of_a_whole_job_itself_has_not_failed(tmp_path, runs):
+    """Slurm signals every process of a job: the child has saved and ended before the pool asks it."""
+
+    def end(child):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 75
+
+    outcome = worked(tmp_path, runs[0][:1], end)
+    assert (outcome.code, outcome.failed, outcome.left) == (75, {}, [runs[0][0].name])
+
+
 # Waiting.
 
 
@@ -240,6 +251,20 @@ def test_a_budget_of_11_seconds_is_kept_to_the_look(tmp_path, runs, clock, secon
     names, deaf = [run.name for run in runs], len(events) == 4
     assert (outcome.code, outcome.spent, outcome.failed) == (None, True, {})
     assert (outcome.done, sorted(outcome.left)) == (names[: 2 - deaf], sorted(names[2 - deaf :]))
+
+
+@pytest.mark.parametrize(("budget", "last"), [(1000.0, 849.0), (300.0, 239.0)], ids=["90 s", "a tenth"])
+def test_no_run_begins_with_less_time_than_it_needs_to_start(tmp_path, runs, clock, monkeypatch, budget, last):
+    """Beside the 60 s, here 30, to stop: 90 s, or a tenth of the budget, so that a short one trains at all."""
+    monkeypatch.setattr(pool, "LOOK", 1.0)
+    begun = []
+
+    def start(run, results):
+        begun.append(clock.now)
+        return Fake(run, results, lambda _: 1)  # has failed after one look
+
+    Pool([runs[0][0]] * 1000, tmp_path, 1, start, budget, starting=90.0).work()
+    assert begun[-1] == last
 
 
 def test_a_file_system_without_locks_is_not_waited_for(tmp_path, runs, held, monkeypatch):

@@ -46,6 +46,17 @@ def test_a_job_whose_run_fails_has_failed(tmp_path):
     assert (tmp_path / "log").read_text() == "no\n"
 
 
+@pytest.mark.parametrize(("locked", "starts"), [(2, 3), (99, 3)], ids=["for a while", "for good"])
+def test_a_run_that_another_process_holds_is_tried_again(tmp_path, monkeypatch, locked, starts):
+    """Its lock may stay for minutes after the machine that held it has died."""
+    monkeypatch.setattr(slurm, "TRIES", 3)
+    monkeypatch.setattr(slurm, "TRY_AGAIN_AFTER", 0.0)
+    script = f'echo start; [ "$(wc -l < "$0")" -gt {locked} ] || exit 76'
+    log = tmp_path / "log"
+    slurm.SlurmJob(["sh", "-c", script, str(log)], log)()
+    assert log.read_text() == "start\n" * starts
+
+
 @pytest.fixture
 def submitted(tmp_path, monkeypatch):
     """What sbatch, a stand-in for Slurm's, was given."""

@@ -22,7 +22,9 @@ from mbn.norm.base import norm_layers
 from mbn.norm.renorm import set_renorm
 from mbn.records import controls, provenance, record
 from mbn.system import cuda_graph
+from mbn.system.signals import StoppedError
 from mbn.training import checkpoint_file
+from mbn.training.trained import Trained
 
 PRECISE, RULES = "evaluate.precise=true", "evaluate.rules=true"
 
@@ -237,6 +239,34 @@ def test_a_signal_stops_a_measurement_and_the_same_command_goes_on(
         assert left().record()["controls"] is None
     here(asked)
     assert without(left().record()["controls"], ["by"]) == without(whole(asked).record()["controls"], ["by"])
+
+
+@pytest.mark.parametrize("code", ["the same code", "other code"])
+def test_a_run_stopped_in_its_measurements_keeps_those_that_are_done(code, here, left, whole, monkeypatch):
+    """Else it would never end by budgets that are shorter than all measurements together."""
+    expected = whole(PRECISE, RULES).record()
+    steps = []
+
+    def stopped(_):
+        send("SIGTERM")()
+        raise StoppedError
+
+    def noted(name):
+        function = getattr(Trained, name)
+        monkeypatch.setattr(Trained, name, lambda trained: (steps.append(name), function(trained))[1])
+
+    noted("_precise")
+    noted("_train_error")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trained, "_train_error", stopped)
+        assert here(PRECISE, RULES).code == 75
+    assert not left().record_path.exists()
+    if code == "other code":
+        monkeypatch.setattr("mbn.records.provenance.code", lambda: "f" * 64)
+    assert here(PRECISE, RULES).code == 0
+    again = ["_precise"] if code == "other code" else []
+    assert steps == ["_precise", *again, "_train_error"]
+    assert without(left().record()["controls"], ["by"]) == without(expected["controls"], ["by"])
 
 
 @pytest.mark.parametrize("older", [False, True])

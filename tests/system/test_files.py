@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,18 @@ def test_a_lock_file_of_another_user_that_can_be_read_is_locked(tmp_path, forbid
     assert not path.exists()
 
 
+def test_those_who_ask_whether_a_lock_is_held_do_not_keep_a_trainer_out(tmp_path):
+    path = tmp_path / "lock"
+    path.touch()
+    with path.open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, lambda: fcntl.flock(asking, fcntl.LOCK_UN))
+        timer.start()
+        with lock(path):
+            assert is_locked(path)
+        timer.join()
+
+
 # A lock that is taken away while it is held.
 
 
@@ -302,8 +315,10 @@ def test_a_lock_that_is_removed_or_replaced_is_noticed(tmp_path, lacks, locks, r
     assert caught.value.code == 1
 
 
-def test_without_locks_the_process_that_came_first_notices_the_second(tmp_path, lacks):
-    lacks("flock", errno.ENOLCK)
+@pytest.mark.parametrize("locks", [True, False], ids=["locks of this machine alone", "no locks"])
+def test_the_process_that_came_first_notices_a_second_one_that_got_in(tmp_path, lacks, locks):
+    if not locks:
+        lacks("flock", errno.ENOLCK)
     path = tmp_path / "lock"
     with lock(path) as held:
         path.write_text("process 7 on another machine\n")  # into the same file

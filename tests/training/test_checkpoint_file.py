@@ -53,6 +53,21 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_previous_one(tmp_
     assert checkpoint_file.newest(path) == {"iteration": 1}
 
 
+def test_lack_of_memory_does_not_set_a_sound_checkpoint_aside(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    for iteration in range(2):
+        checkpoint_file.save({"iteration": iteration}, path)
+
+    def load(*_, **__):
+        raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", load)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            checkpoint_file.newest(path)
+    assert checkpoint_file.newest(path) == {"iteration": 1}
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint_file.newest(tmp_path / "checkpoint.pt") is None
 

@@ -353,6 +353,19 @@ def test_a_record_that_appeared_meanwhile_stays(here, left, whole, after):
     assert_same_run(left(), whole())
 
 
+def test_a_record_that_appeared_before_the_first_iteration_stays(here, left, whole, monkeypatch):
+    def import_it(*given):
+        left().record_path.parent.mkdir(parents=True)
+        left().record_path.write_bytes(expected.record_path.read_bytes())
+        return load(*given)
+
+    expected, load = whole(), run.load_data
+    monkeypatch.setattr(run, "load_data", import_it)
+    done = here()
+    assert done.code == 1
+    assert f"{left().record_path} appeared while this run was trained, and stays" in done.err
+
+
 def test_a_record_that_appeared_while_a_run_was_trained_again_and_stopped_stays(here, left, after):
     here()
     after(3, send("SIGTERM"))

@@ -71,10 +71,10 @@ def python(code):
     ("first", "second", "code", "says"),
     [
         ("SIGTERM", "SIGINT", 130, ""),
-        ("SIGINT", "SIGTERM", 75, "stopping: it saves after this iteration; a second Ctrl-C ends it at once, without "),
+        ("SIGINT", "SIGINT", 130, "stopping: it saves after this iteration; a second Ctrl-C ends it at once, without "),
     ],
 )
-def test_a_second_signal_exits_at_once_and_the_first_ctrl_c_says_so(first, second, code, says):
+def test_ctrl_c_after_a_signal_exits_at_once_and_the_first_ctrl_c_says_so(first, second, code, says):
     script = (
         "import os, signal\n"
         "from mbn.system.signals import Stop\n"
@@ -88,6 +88,24 @@ def test_a_second_signal_exits_at_once_and_the_first_ctrl_c_says_so(first, secon
     assert (ended, out) == (code, "")
     assert err.startswith(says)
     assert err.count("\n") == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGHUP"), ("SIGUSR2", "SIGTERM"), ("SIGINT", "SIGUSR1")],
+)
+def test_a_second_signal_that_nobody_typed_changes_nothing(first, second):
+    """systemd sends SIGHUP after SIGTERM, a shell and the kernel one SIGHUP each, Slurm signals parent and child."""
+    script = (
+        "import os, signal\n"
+        "from mbn.system.signals import Stop\n"
+        "with Stop() as stop:\n"
+        f"    os.kill(os.getpid(), signal.{first})\n"
+        f"    os.kill(os.getpid(), signal.{second})\n"
+        "    print(stop.code)\n"
+    )
+    ended, out, _ = python(script)
+    assert (ended, out) == (0, f"{SIGNALS[first]}\n")
 
 
 def test_a_process_beside_the_main_one_is_ended_without_a_word():
