@@ -215,7 +215,7 @@ def run(path: Path, overrides: list[str], export: Path | None, train: bool) -> N
         config = with_overrides(weights.described | {"batch_size": few}, overrides)
     device = prepared(config)
     model = network(config, weights.state, path, device)
-    data = load_data(config, device)
+    data = load_data(config, device, to_test=not train)
     batches = (data.plain_train_batches if train else data.test_batches)(batch_size_for(config, device))
     with autocast(device, config.precision):
         measured = evaluate(model, batches)

@@ -22,9 +22,10 @@ from mbn.system.registered import registered
 REGISTRY = "mbn/config/registry.py"
 
 
-def load_data(config: Config, device: torch.device) -> Data:
+def load_data(config: Config, device: torch.device, to_test: bool = False) -> Data:
     """Open the data set of a run; CIFAR and ImageNet in the folder machine.data.
 
+    to_test: training images are not needed, and are not looked for where they are files of their own.
     Errors: UserError if files are damaged, or missing and cannot be downloaded, or not as many as configured, or if
     images or labels are of another kind than Arrays holds.
     """
@@ -34,7 +35,7 @@ def load_data(config: Config, device: torch.device) -> Data:
         workers = config.machine.workers
         if workers is None:
             workers = from_environment().part_of(cores())
-        return registered(source.path, REGISTRY)(dataset, folder, config.seed, device, workers)
+        return registered(source.path, REGISTRY)(dataset, folder, config.seed, device, workers, to_test)
     arrays = check_arrays(registered(source.path, REGISTRY)(folder), source.path)
     check_numbers(
         dataset,

@@ -5,6 +5,7 @@ val/<class>/*.JPEG, or a flat val/*.JPEG beside the devkit's archive, which hold
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import math
@@ -13,6 +14,7 @@ import pickle
 import stat
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +29,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from mbn.config import Dataset as DatasetConfig
 from mbn.data import random_streams
-from mbn.data.in_memory import Batch, check_numbers, normalize
+from mbn.data.in_memory import Batch, check_numbers, normalize, own_batches
 from mbn.data.workers import Workers
 from mbn.system.errors import UserError, printable
+from mbn.system.files import cannot_use
 from mbn.system.processes import ALONE
 from mbn.system.signals import StopRequest
 
@@ -41,6 +44,10 @@ RESIZE = 256 / 224
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # Of an image that is longer than so many times its width, or wider, only the middle is resized for evaluation.
 LONGEST = 100
+# A file that cannot be read is tried again after so many seconds: a disk in a network may be away for a moment, and a
+# run reads images a hundred million times. Not after errors that last.
+PAUSES = (1.0, 5.0, 20.0)
+LASTING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOMEM)
 # Folders listed at a time: a disk in a network answers many questions in the time of one.
 LISTED_AT_A_TIME = 16
 
@@ -105,14 +112,15 @@ def list_images(folder: Path | str) -> Listing:
     return Listing([name for name, _ in found], [size for _, size in found], hidden)
 
 
-def open_folders(dataset: DatasetConfig, root: Path) -> tuple[Files, Files]:
+def open_folders(dataset: DatasetConfig, root: Path, to_test: bool = False) -> tuple[Files, Files]:
     """The training and the test images under root, labelled by the sorted names of train/'s folders.
 
+    to_test: training images are not needed; train/ is then left out, and may be missing, if val/ has class folders.
     Errors: UserError where a folder is missing or unreadable, a class has no test images, or the numbers are not as
     configured.
     """
     try:
-        return _open_folders(dataset, root)
+        return _open_folders(dataset, root, to_test)
     except OSError as error:
         raise UserError(
             f"cannot read {error.filename or root} ({error.strerror}): restore it or make it readable, and run the "
@@ -120,14 +128,19 @@ def open_folders(dataset: DatasetConfig, root: Path) -> tuple[Files, Files]:
         ) from None
 
 
-def _open_folders(dataset: DatasetConfig, root: Path) -> tuple[Files, Files]:
+def _open_folders(dataset: DatasetConfig, root: Path, to_test: bool) -> tuple[Files, Files]:
+    hidden: list[str] = []
+    if to_test and (root / "val").is_dir() and (classes := _folders(root / "val", hidden)):
+        test = _from_folders(root / "val", classes, hidden)
+        _say_hidden(hidden)
+        check_numbers(dataset, classes=len(classes), test_images=len(test))
+        return Files(root / "train", [], [], []), test
     for name in ("train", "val"):
         if not (root / name).is_dir():
             raise UserError(
                 f"{root / name} is missing: machine.data must name a folder with train/<class>/*.JPEG and "
                 "val/<class>/*.JPEG (`python train.py experiment=quickstart` needs no data)."
             )
-    hidden: list[str] = []
     classes = _folders(root / "train", hidden)
     train = _from_folders(root / "train", classes, hidden)
     present = _folders(root / "val", hidden)
@@ -143,10 +156,14 @@ def _open_folders(dataset: DatasetConfig, root: Path) -> tuple[Files, Files]:
         test = _from_folders(root / "val", classes, hidden)
     else:
         test = _flat_val(root, classes, hidden)
-    if hidden:
-        print(f"warning: {len(hidden)} hidden files are left out, such as {printable(hidden[0])}.", file=sys.stderr)
+    _say_hidden(hidden)
     check_numbers(dataset, classes=len(classes), train_images=len(train), test_images=len(test))
     return train, test
+
+
+def _say_hidden(hidden: list[str]) -> None:
+    if hidden:
+        print(f"warning: {len(hidden)} hidden files are left out, such as {printable(hidden[0])}.", file=sys.stderr)
 
 
 def _folders(folder: Path, hidden: list[str]) -> list[str]:
@@ -234,7 +251,7 @@ Key = tuple[int | None, int]
 class Decoder:
     """From (epoch, index) to a uint8 image of the right size and its label.
 
-    epoch is None for the plain images of evaluation. Errors: UserError where a file cannot be decoded.
+    epoch is None for the plain images of evaluation. Errors: UserError where a file cannot be read or decoded.
     """
 
     def __init__(self, files: Files, size: int, flip: bool, seed: int) -> None:
@@ -243,14 +260,15 @@ class Decoder:
     def __getitem__(self, key: Key) -> tuple[np.ndarray, int]:
         epoch, index = key
         path = self.files.path(index)
+        content = _read(path)
         try:
-            with open(path, "rb") as file:  # noqa: PTH123
-                image: Any = decode(file.read())
+            image: Any = decode(content)
         except MemoryError:
             raise
         except Exception as error:  # a damaged file can make Pillow raise anything
             raise UserError(
-                f"{path} cannot be decoded ({_reason(error)}): restore it, or remove it and adapt dataset.*_images."
+                f"{path} cannot be decoded ({_reason(error)}): restore it, or put another image in its place; without "
+                "it (adapt dataset.*_images) this is another run, which starts over."
             ) from None
         if epoch is None:
             image = middle(image, self.size)
@@ -273,6 +291,19 @@ class Decoder:
         return images, np.array([label for _, label in decoded], dtype=np.int64)
 
 
+def _read(path: str) -> bytes:
+    """The content of a file. Errors: UserError where it cannot be read, also after a while."""
+    for pause in (*PAUSES, None):
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123
+                return file.read()
+        except OSError as error:
+            if pause is None or error.errno in LASTING:
+                raise cannot_use(path, error) from None
+            time.sleep(pause)
+    raise AssertionError
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is not a JPEG, PNG, WebP or BMP"
@@ -293,10 +324,20 @@ def from_iteration(iteration: int, seed: int, n: int, size: int) -> Iterator[lis
 
 class ImageFolders:
     """Batches of an ImageNet-like folder; the same for any number of workers, as every draw is a function of
-    (seed, epoch, index)."""
+    (seed, epoch, index).
 
-    def __init__(self, dataset: DatasetConfig, root: Path, seed: int, device: torch.device, workers: int) -> None:
-        self.train, self.test = open_folders(dataset, root)
+    to_test: the training images are not needed."""
+
+    def __init__(
+        self,
+        dataset: DatasetConfig,
+        root: Path,
+        seed: int,
+        device: torch.device,
+        workers: int,
+        to_test: bool = False,
+    ) -> None:
+        self.train, self.test = open_folders(dataset, root, to_test)
         self.fingerprint = fingerprint(self.train, self.test)
         self.stop = StopRequest()
         self.share: Callable[[int], slice] = ALONE.share
@@ -308,15 +349,15 @@ class ImageFolders:
         batches = from_iteration(iteration, self.seed, len(self.train), size)
         return self._batches(self.train, (batch[self.share(len(batch))] for batch in batches))
 
-    def test_batches(self, size: int) -> Iterator[Batch]:
-        return self._plain(self.test, size)
+    def test_batches(self, size: int, each: bool = False) -> Iterator[Batch]:
+        return self._plain(self.test, size, each)
 
     def plain_train_batches(self, size: int) -> Iterator[Batch]:
-        return self._plain(self.train, size)
+        return self._plain(self.train, size, False)
 
-    def _plain(self, files: Files, size: int) -> Iterator[Batch]:
-        own = range(len(files))[self.share(len(files))]
-        return self._batches(files, ([(None, i) for i in own[s : s + size]] for s in range(0, len(own), size)))
+    def _plain(self, files: Files, size: int, each: bool) -> Iterator[Batch]:
+        own = own_batches(len(files), size, self.share, each)
+        return self._batches(files, ([(None, index) for index in batch] for batch in own))
 
     def _batches(self, files: Files, tasks: Iterable[list[Key]]) -> Iterator[Batch]:
         decoder = Decoder(files, self.dataset.image_size, self.dataset.flip, self.seed)

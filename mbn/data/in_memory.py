@@ -113,6 +113,19 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 Batch = tuple[Tensor, Tensor]
+
+
+def own_batches(n: int, size: int, share: Callable[[int], slice], each: bool) -> Iterator[range]:
+    """Which of n images in their order a process tests, in batches: of each batch its share, or batches of its share of
+    all."""
+    if each:
+        batches = (range(start, min(start + size, n)) for start in range(0, n, size))
+        yield from (batch[share(len(batch))] for batch in batches)
+    else:
+        own = range(n)[share(n)]
+        yield from (own[start : start + size] for start in range(0, len(own), size))
+
+
 # Images augmented at once, by kind of device: many save a GPU kernel launches, fewer fit into a CPU's caches.
 BLOCK = {"cuda": 8192}
 BLOCK_ELSEWHERE = 512
@@ -123,7 +136,7 @@ class Data(Protocol):
 
     fingerprint: a SHA-256 in hex digits that is another one for other images or labels. stop: a request that ends a
     wait for a batch with StoppedError; whoever trains puts its own here. share(n): which of n images this process
-    gets, of each training batch and of all test images; whoever trains in several processes puts its own here.
+    gets; whoever trains in several processes puts its own here.
     """
 
     fingerprint: str
@@ -131,11 +144,13 @@ class Data(Protocol):
     share: Callable[[int], slice]
 
     def train_batches(self, iteration: int, size: int) -> Iterator[Batch]:
-        """The augmented training batches from an iteration on (the first is 0), epoch after epoch, without end."""
+        """The augmented training batches from an iteration on (the first is 0), epoch after epoch, without end; of each
+        batch this process's share."""
         ...
 
-    def test_batches(self, size: int) -> Iterator[Batch]:
-        """The test images in batches, the last one smaller."""
+    def test_batches(self, size: int, each: bool = False) -> Iterator[Batch]:
+        """The test images in batches, the last one smaller. each: of each batch this process gets its share, as in
+        training, and not its share of all images."""
         ...
 
     def plain_train_batches(self, size: int) -> Iterator[Batch]:
@@ -189,13 +204,13 @@ class DeviceDataset:
                 yield from zip(images.split(each), labels.split(each), strict=True)
             epoch, position = epoch + 1, 0
 
-    def test_batches(self, size: int) -> Iterator[Batch]:
-        return self._plain(self.test_images, self.test_labels, size)
+    def test_batches(self, size: int, each: bool = False) -> Iterator[Batch]:
+        return self._plain(self.test_images, self.test_labels, size, each)
 
     def plain_train_batches(self, size: int) -> Iterator[Batch]:
-        return self._plain(self.train_images, self.train_labels, size)
+        return self._plain(self.train_images, self.train_labels, size, False)
 
-    def _plain(self, images: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
-        own = self.share(len(images))
-        for x, y in zip(images[own].split(size), labels[own].split(size), strict=True):
-            yield normalize(x, self.mean, self.std), y
+    def _plain(self, images: Tensor, labels: Tensor, size: int, each: bool) -> Iterator[Batch]:
+        for own in own_batches(len(images), size, self.share, each):
+            here = slice(own.start, own.stop)
+            yield normalize(images[here], self.mean, self.std), labels[here]

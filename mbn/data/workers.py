@@ -36,6 +36,10 @@ AHEAD = 2
 # Seconds between two looks at the clock and at the request to stop; seconds until a wait is said, and until it ends the
 # run: a disk in a network may come back after minutes.
 POLL, SLOW, TOO_SLOW = 0.1, 60.0, 1800.0
+# More seconds do not count between two looks: the process was suspended.
+LONGEST_LOOK = 1.0
+
+GO_ON = "the same command goes on from the last checkpoint, and fewer machine.workers need less memory."
 
 Make = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 
@@ -55,7 +59,8 @@ class Workers:
         # Before multiprocessing's own end, which would wait for them.
         atexit.register(self.close)
         if multiprocessing.get_start_method() == "forkserver":  # from Python 3.14 on
-            multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, and not by each process
+            # torch and what make needs are imported once, and not by each process.
+            multiprocessing.set_forkserver_preload([__name__, make.__module__])
         try:
             for _ in range(number):
                 self._start(make, pin)
@@ -119,8 +124,11 @@ def _work(ours: Connection, pipe: Connection, make: Make) -> None:
             task = pipe.recv()
             try:
                 images, labels = make(task)
-            except (UserError, MemoryError) as error:
+            except UserError as error:
                 pipe.send(error)
+                continue
+            except MemoryError:
+                pipe.send(UserError(f"this machine's memory is not enough to decode images: {GO_ON}"))
                 continue
             except Exception:  # a mistake of ours, of any kind: not every exception can be sent
                 pipe.send(RuntimeError(traceback.format_exc()))
@@ -174,16 +182,14 @@ def _died(code: int | None) -> UserError:
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):  # a number without a name
             how = f"was ended by {signal.Signals(-code).name}"
-    return UserError(
-        f"a process that decodes images {how}, perhaps for lack of memory: the same command goes on from the last "
-        "checkpoint, and fewer machine.workers need less memory."
-    )
+    return UserError(f"a process that decodes images {how}, perhaps for lack of memory: {GO_ON}")
 
 
 def _waited(future: Future, stop: StopRequest, source: str) -> tuple[Tensor, Tensor]:
-    began, said = time.monotonic(), False
+    looked, waited, said = time.monotonic(), 0.0, False
     for _ in stop.checked(iter(lambda: bool(wait([future], POLL).done), True)):
-        waited = time.monotonic() - began
+        before, looked = looked, time.monotonic()
+        waited += min(looked - before, LONGEST_LOOK)
         if waited > TOO_SLOW:
             raise UserError(
                 f"no images came from {source} in {TOO_SLOW / 60:.0f} minutes: check that disk; the "

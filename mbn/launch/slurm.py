@@ -103,9 +103,15 @@ def submit(runs: Sequence[tuple[PlannedRun, Sequence[str]]], results: Path, opti
 
 
 def slurm_options(text: str) -> dict[str, str]:
-    """sbatch's options from `partition=gpu,time=8:00:00,gpus=1`. Errors: UserError."""
+    """sbatch's options from `partition=gpu,time=8:00:00,gpus=1`, of which time is needed. Errors: UserError."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     for key, _, value in pairs:
         if not key or not value:
             raise UserError(f"cannot read --slurm {text!r}: it takes key=value,key=value.", code=2)
-    return {key.replace("-", "_"): value for key, _, value in pairs}
+    options = {key.replace("-", "_"): value for key, _, value in pairs}
+    if "time" not in options:
+        raise UserError(
+            "--slurm needs time=, as in --slurm partition=gpu,time=8:00:00: without it submitit gives a job 5 minutes.",
+            code=2,
+        )
+    return options

@@ -121,7 +121,8 @@ def _memory_is_enough(config: Config) -> Iterator[None]:
         few += ", norm.memory" if getattr(config.norm, "memory", 0) > MBN.memory else ""
         raise UserError(
             f"the device's memory is not enough: try a smaller batch_size than {config.batch_size}{few}, or "
-            "evaluate.batch_size; the same command goes on from the last checkpoint."
+            "evaluate.batch_size; the same command goes on from the last checkpoint, and machine.mode=eager needs less "
+            "memory on a GPU."
         ) from None
 
 
@@ -296,6 +297,10 @@ class Run:
             if self.saved_iteration != state.iteration:
                 self.save()
             raise self._stopped() from None
+        except UserError:  # an image that cannot be decoded, a worker that died: what is trained so far is sound
+            if state.iteration not in (0, self.saved_iteration) and not self.processes.several:  # who save together
+                self.save()
+            raise
         ends = (state.iteration + 1) % state.per_epoch == 0 or state.iteration + 1 == state.length
         state.untested = report.statistics_of(state, images) if ends else None
         update.n = state.images_before(state.iteration + 1) - state.images

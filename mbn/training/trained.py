@@ -120,13 +120,7 @@ class Trained:
 
     def _test_in_batches(self, size: int) -> Iterator[Batch]:
         """The test images in their order, in batches of size; of each batch this process's share, as in training."""
-        share, self.data.share = self.data.share, ALONE.share
-        try:
-            for images, labels in self._alike(self.data.test_batches(size)):
-                own = share(len(labels))
-                yield images[own], labels[own]
-        finally:
-            self.data.share = share
+        return self._alike(self.data.test_batches(size, each=True))
 
     def _alike(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches, of which all processes have as many."""

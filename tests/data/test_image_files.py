@@ -1,8 +1,11 @@
 """What is opened as an image, and how: formats, modes, extreme shapes and sizes, and files that are none of ours."""
 
+import errno
 import io
 import os
 import re
+import types
+from pathlib import Path
 
 import jpegs
 import numpy as np
@@ -11,6 +14,7 @@ import torchvision.transforms.v2.functional as TF
 from jpegs import CLASSES, described, opened
 from PIL import Image, PngImagePlugin
 
+from mbn.data import image_folder
 from mbn.data.image_folder import LONGEST, Decoder, Files, decode, list_images, middle, open_folders
 from mbn.system.errors import UserError
 
@@ -114,6 +118,41 @@ def test_whatever_a_parser_raises_is_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             read(tmp_path, OPENED["PNG RGB"])
         assert re.fullmatch(r"\S*x\.JPEG cannot be decoded \([^.]+\): restore it[^\n]*\.", str(caught.value))
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A function that lets a file be read only after so many errors with this number; the pauses in between."""
+    pauses = []
+    monkeypatch.setattr(image_folder, "time", types.SimpleNamespace(sleep=pauses.append))
+
+    def fails(number, times):
+        left = [OSError(number, os.strerror(number))] * times
+
+        def opened(path, mode):
+            if left:
+                raise left.pop()
+            return Path(path).open(mode)
+
+        monkeypatch.setattr(image_folder, "open", opened, raising=False)
+        return pauses
+
+    return fails
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "EMFILE"])
+def test_an_image_that_cannot_be_read_for_a_moment_is_read_again(name, tmp_path, disk):
+    pauses = disk(getattr(errno, name), 3)
+    assert read(tmp_path, OPENED["PNG RGB"]).shape == (32, 32, 3)
+    assert pauses == [1, 5, 20]
+
+
+@pytest.mark.parametrize(("name", "tries"), [("ESTALE", 3), ("ENOENT", 0), ("EACCES", 0)])
+def test_an_image_that_cannot_be_read_is_not_called_damaged(name, tries, tmp_path, disk):
+    pauses = disk(getattr(errno, name), 4)
+    with pytest.raises(UserError, match=r"^cannot use \S*x\.JPEG \([^.]+\): [^.]* and run the command again\.$"):
+        read(tmp_path, OPENED["PNG RGB"])
+    assert len(pauses) == tries
 
 
 # Names.

@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jpegs
 import numpy as np
@@ -17,12 +19,13 @@ import torch
 import torchvision.transforms.functional as TF
 from jpegs import CLASSES, MEAN, STD, described, opened
 from PIL import Image
-from running import Run, assert_same_run, build_small, outcome, start
+from running import Run, assert_same_run, build_small, load_script, outcome, start
 from torchvision.datasets import imagenet
 
 import train
 from mbn.config import REPOSITORY
-from mbn.data.image_folder import Decoder, Files, list_images, open_folders
+from mbn.data.image_folder import Decoder, Files, from_iteration, list_images, open_folders
+from mbn.network_layers import from_config
 from mbn.system.errors import UserError
 from mbn.system.files import is_locked
 
@@ -244,6 +247,39 @@ def test_a_corrupt_image_ends_a_run_with_one_sentence_that_names_it(copied, tmp_
     (error,) = [line for line in done.err.splitlines() if "error" in line]
     assert error.startswith(f"error: {path} cannot be decoded")
     assert not (tmp_path / "results" / "records").exists()
+
+
+@pytest.mark.parametrize("iteration", [0, 3])
+def test_what_was_trained_before_a_corrupt_image_is_saved(iteration, copied, tree, tmp_path, small, capsys):
+    overrides = ("norm=bn", "batch_size=5", "schedule.epochs=2", "machine.mode=eager")
+    run = Run(tmp_path / "left", command(copied, *overrides))
+    (_, index), *_ = next(itertools.islice(from_iteration(iteration, 0, 24, 5), 1))
+    path = Path(opened(copied).train.path(index))
+    content = path.read_bytes()
+    path.write_bytes(b"x" * len(content))
+    assert train.main([*command(copied, *overrides), f"machine.results={run.results}"]) == 1
+    assert f"error: {path} cannot be decoded" in capsys.readouterr().err
+    assert (run.checkpoint()["iteration"] if iteration else run.checkpoint_path.exists()) == iteration
+    path.write_bytes(content)
+    assert train.main([*command(copied, *overrides), f"machine.results={run.results}"]) == 0
+    assert_same_run(run, trained(tree, tmp_path / "whole", *overrides))
+
+
+@pytest.mark.parametrize("more", [(), ("--train",)], ids=["test images", "training images"])
+def test_weights_are_tested_with_the_test_images_alone(more, copied, tmp_path, small, capsys):
+    shutil.rmtree(copied / "train")
+    config = Run(tmp_path, command(copied, "norm=bn")).config
+    weights = tmp_path / "weights.pt"
+    torch.save(build_small(layers=from_config(config), classes=3).state_dict(), weights)
+    settings = [*jpegs.RUN, "norm=bn", "machine.workers=0", f"machine.data={copied}"]
+    code = load_script("evaluate").main([str(weights), *settings, *more])
+    said = capsys.readouterr()
+    if more:
+        assert (code, said.err.count("\n")) == (1, 1)
+        assert "train is missing" in said.err
+    else:
+        assert code == 0
+        assert "weights.pt on imagenet: loss" in said.out
 
 
 SIGNALLED = """

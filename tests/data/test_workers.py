@@ -141,10 +141,33 @@ def test_a_wait_is_said_and_then_ends(monkeypatch, capsys):
     monkeypatch.setattr(workers, "POLL", 0.001)
     # A clock on which 10 s pass between two looks.
     monkeypatch.setattr(workers, "time", types.SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
+    monkeypatch.setattr(workers, "LONGEST_LOOK", 10.0)
     with pytest.raises(UserError, match=r"^no images came from the disk in 30 minutes: [^.]*\.$"):
         made(hangs)
     assert workers.time.monotonic() == 1820  # the look before was the first after 1800 s
     assert capsys.readouterr().err == "warning: no images have come from the disk for 60 seconds: still waiting.\n"
+
+
+def slow(task):
+    time.sleep(0.1)
+    return numbered(task)
+
+
+def test_the_time_in_which_the_run_was_suspended_does_not_count(monkeypatch, capsys):
+    """An hour between two looks: Ctrl-Z, or a container that was paused."""
+    monkeypatch.setattr(workers, "POLL", 0.01)
+    monkeypatch.setattr(workers, "time", types.SimpleNamespace(monotonic=itertools.count(0, 3600).__next__))
+    assert len(made(slow, tasks=3)) == 3
+    assert capsys.readouterr().err == ""
+
+
+def lacks_memory(_):
+    raise MemoryError
+
+
+def test_lack_of_memory_in_a_process_is_not_blamed_on_the_device():
+    with pytest.raises(UserError, match=r"^this machine's memory is not enough to decode images: .*machine.workers"):
+        made(lacks_memory)
 
 
 def test_a_process_that_cannot_start_is_one_sentence(monkeypatch):

@@ -79,6 +79,7 @@ def test_runs_are_handed_to_slurm_as_one_array(checkout, submitted):
     ("options", "asked"), [("partition=gpu", "gpus-per-node=4"), ("gres=gpu:a100:4", "gres=gpu:a100:4")]
 )
 def test_runs_in_several_processes_are_started_by_torchrun(checkout, submitted, options, asked):
+    options = f"{options},time=60"
     checkout.call("toy", "--seeds", "1", "--launcher", "slurm", "--slurm", options, "--gpus-per-run", "4")
     said = submitted.read_text()
     assert f"#SBATCH --{asked}\n" in said
@@ -103,5 +104,11 @@ def test_a_cluster_that_is_not_there(checkout, monkeypatch):
 
 @pytest.mark.parametrize("text", ["gpu", "a=", "=b"])
 def test_options_are_pairs(text):
-    with pytest.raises(UserError):
-        slurm.slurm_options(text)
+    with pytest.raises(UserError, match="cannot read"):
+        slurm.slurm_options(f"time=1,{text}")
+
+
+def test_a_time_is_needed():
+    """submitit asks for 5 minutes otherwise, in which a run might never reach its next checkpoint."""
+    with pytest.raises(UserError, match="needs time="):
+        slurm.slurm_options("partition=gpu")

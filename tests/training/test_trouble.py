@@ -135,7 +135,7 @@ def test_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(here, left, 
 
 @pytest.mark.long("3", "Signals to train.py (ResNet-20, MBN) answered by their exit code within 30 s, nothing lost")
 def test_signals_to_real_runs(tmp_path, count, figure):
-    """At random moments, from the first import on. Every tenth run gets a second one, by which Ctrl-C ends it at once."""
+    """At random moments, from the first import on. Every tenth run gets a second one; Ctrl-C then ends it at once."""
     overrides = ["dataset=digits", "model=resnet20", "batch_size=64", "machine.threads=1", "machine.device=cpu"]
     overrides += ["schedule.iterations=2000", f"machine.results={tmp_path}"]
     draw = random.Random(3)
