@@ -37,7 +37,32 @@ _HOME = {
     "to_batch_norm": "convert",
     "unfreeze": "freeze",
 }
-__all__ = sorted(_HOME)
+# Written out: type checkers do not read an expression here.
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "BatchStatisticsNorm",
+    "MemorizedBatchNorm1d",
+    "MemorizedBatchNorm2d",
+    "MemorizedBatchNorm3d",
+    "StandardReLU",
+    "UnitConv2d",
+    "convert",
+    "freeze",
+    "held",
+    "norm_layers",
+    "project_unit_rows",
+    "second_forward",
+    "set_lambda",
+    "set_precise_statistics",
+    "set_renorm",
+    "to_batch_norm",
+    "unfreeze",
+]
 
 if TYPE_CHECKING:
     from .norm.base import BatchStatisticsNorm as BatchStatisticsNorm
@@ -63,14 +88,14 @@ if TYPE_CHECKING:
     from .norm.renorm import set_renorm as set_renorm
     from .norm.second_forward import held as held
     from .norm.second_forward import second_forward as second_forward
+else:  # else every misspelt name would have a type
 
-
-def __getattr__(name: str):
-    if name in _HOME:
-        value = getattr(importlib.import_module(f".norm.{_HOME[name]}", __name__), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _HOME:
+            value = getattr(importlib.import_module(f".norm.{_HOME[name]}", __name__), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -2,9 +2,11 @@
 
 import functools
 import operator
+import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -18,9 +20,11 @@ from .functional import (
     affine_normalize,
     batch_moments,
     gathered,
+    in_dtype,
     in_its_layout,
     in_one_layout,
     is_capturing,
+    is_exporting,
     is_transformed,
     joint_batch_norm,
     joint_moments,
@@ -155,8 +159,12 @@ class BatchStatisticsNorm(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if type(forwards) is not int or forwards not in (1, 2):
-            raise ValueError(f"forwards must be 1 or 2, not {forwards!r}")
+        check_number(
+            *("forwards", forwards),
+            lambda: operator.index(forwards) in (1, 2) and not isinstance(forwards, bool),
+            "1 or 2",
+        )
+        check_number("sync", sync, lambda: sync is None or isinstance(sync, bool), "True, False or None")
         check_number("eps", eps, lambda: eps > 0, "above 0")
         check_number(
             "group_size",
@@ -168,7 +176,7 @@ class BatchStatisticsNorm(nn.Module):
         self.eps = eps
         self.group_size = None if group_size is None else operator.index(group_size)
         self.affine = affine
-        self.forwards = forwards
+        self.forwards = operator.index(forwards)
         self.phase = "first"
         # What forwards write is there from the start: for new attributes torch 2.11 compiles again.
         self.noted, self.deferred, self.tally = (), False, None
@@ -251,22 +259,26 @@ class BatchStatisticsNorm(nn.Module):
         if x.dim() not in self.input_dims:
             wanted = " or ".join(f"{d}D" for d in self.input_dims)
             raise ValueError(f"{type(self).__name__} expects a {wanted} input, not {x.dim()}D")
-        if x.shape[1] != self.num_features:
+        if not torch.jit.is_tracing() and x.shape[1] != self.num_features:  # a trace warns of what depends on sizes
             raise ValueError(f"{type(self).__name__} expects {self.num_features} channels, not {x.shape[1]}")
         if self.running_mean.dtype.itemsize < 4:
             raise RuntimeError(
                 f"{type(self).__name__} needs its statistics in float32 and not {self.running_mean.dtype}: "
                 "leave buffers out of the cast (with FSDP's MixedPrecision, buffer_dtype=torch.float32)"
             )
-        y = in_its_layout((self._train if self.training else self._evaluate)(in_one_layout(x)), x)
+        y = self._train(x) if self.training else in_its_layout(self._evaluate(in_one_layout(x)), x)
         for name in self.followed_by:
             y = self._modules[name](y)  # type: ignore[misc]
         return y
 
     def _evaluate(self, x: Tensor) -> Tensor:
-        # In float64 for an x in float64, as in training.
-        mu, s2 = (each.to(torch.promote_types(each.dtype, x.dtype)) for each in self.test_statistics())
-        return affine_normalize(x, mu, s2, *self._affine(x), self.eps)
+        mu, s2 = self.test_statistics()
+        if x.dtype == torch.float64:  # as in training
+            mu, s2 = in_dtype(mu, x.dtype), in_dtype(s2, x.dtype)
+        weight, bias = self._affine(x)
+        if is_exporting() and x.dtype == mu.dtype:  # one operation, which ONNX fuses with a convolution
+            return F.batch_norm(x, mu, s2, weight, bias, False, 0.0, self.eps)
+        return affine_normalize(x, mu, s2, weight, bias, self.eps)
 
     def _train(self, x: Tensor) -> Tensor:
         remember = self.phase == ("first", "second")[self.forwards - 1]
@@ -287,7 +299,7 @@ class BatchStatisticsNorm(nn.Module):
             return self.normalize_empty(x, remember)
         if n == 1:
             self.check_single_value(x)
-        return self.normalize_training(x, remember, joint)
+        return in_its_layout(self.normalize_training(in_one_layout(x), remember, joint), x)
 
     def normalize_empty(self, x: Tensor, remember: bool) -> Tensor:
         """As in torch: nothing to normalise, and gradients of zero."""
@@ -447,7 +459,7 @@ class BatchStatisticsNorm(nn.Module):
 
     def _tell_of_processes(self) -> None:
         if self.sync is None and not torch.compiler.is_compiling() and several_processes():
-            warn_once(OF_PROCESSES, stacklevel=6)
+            warn_once(OF_PROCESSES)
 
     @property
     def process_group(self) -> Any:
@@ -457,12 +469,12 @@ class BatchStatisticsNorm(nn.Module):
     def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta in the statistics' precision, as torch's kernels need them for an x in half precision."""
         dtype = statistics_dtype(x.dtype)
-        weight = None if self.weight is None else self._for_each(x, self.weight.to(dtype))
-        return weight, None if self.bias is None else self._for_each(x, self.bias.to(dtype))
+        weight = None if self.weight is None else self._for_each(x, in_dtype(self.weight, dtype))
+        return weight, None if self.bias is None else self._for_each(x, in_dtype(self.bias, dtype))
 
     def _for_each(self, x: Tensor, statistic: Tensor) -> Tensor:
         """A (C,) tensor for an x of k C channels, which are k batches side by side."""
-        batches = x.shape[1] // self.num_features
+        batches = 1 if torch.jit.is_tracing() and self.group_size is None else x.shape[1] // self.num_features
         return statistic if batches == 1 else statistic.repeat(batches)
 
     def versions(self) -> tuple[tuple[int, int], ...]:
@@ -477,7 +489,7 @@ class BatchStatisticsNorm(nn.Module):
             if isinstance(p, nn.Parameter) and not p.is_inference()
         )
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         if self.frozen:
             self.unfrozen_mode, mode = mode, False
         if mode:
@@ -617,12 +629,27 @@ OF_PROCESSES = (
 )
 
 
+# Where a warning is not for the code that calls: in torch, and here.
+_INSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
 @functools.cache
-def warn_once(text: str, stacklevel: int = 4) -> None:
-    """Warn only once in a process: otherwise every layer, in every iteration, would warn of the same mistake."""
-    warnings.warn(text, stacklevel=stacklevel)
+def warn_once(text: str) -> None:
+    """Warn only once in a process: otherwise every layer, in every iteration, would warn of the same mistake.
+
+    The warning names the line of the user's own code by which it came about.
+    """
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def norm_layers(module: nn.Module) -> list[BatchStatisticsNorm]:
-    """All of our layers with batch statistics inside module, each once, in the order of registration."""
+    """All of our layers with batch statistics inside module, each once, in the order of registration.
+
+    Errors: TypeError where module is none.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"a module is needed, such as Network(), and not {module!r}")
     return [layer for layer in module.modules() if isinstance(layer, BatchStatisticsNorm)]

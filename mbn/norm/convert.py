@@ -180,6 +180,8 @@ def _check_not_wrapped(what: str, module: nn.Module, cls: type[nn.Module]) -> No
 
 
 def _check_replace(replace: Replace) -> None:
+    if not isinstance(replace, Mapping):
+        raise TypeError(f"replace must be {{class: function}}, and not {replace!r}")
     for cls, function in replace.items():
         if not isinstance(cls, type) or not callable(function) or isinstance(function, type | nn.Module):
             raise TypeError(
@@ -255,11 +257,13 @@ def to_batch_norm(module: Network) -> Network:
     A layer that `convert` made becomes one of the class that it was before, with its old momentum; num_batches_tracked
     counts also the batches in the memory. Any other layer of ours becomes an `nn.BatchNorm1d/2d/3d`. Its parameters and
     statistics have at least float32, also in a network in half precision, whose inputs torch's BatchNorm takes all the
-    same: a small variance would be 0 in float16.
+    same: a small variance would be 0 in float16. ONNX wants one precision: export `to_batch_norm(model).half()`.
 
     Errors: TypeError, by its name, for a layer that is parametrized or pruned, or has a forward or tensors that a
     BatchNorm has not; RuntimeError under FSDP, which lets nobody copy a module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"to_batch_norm needs a module, and not {module!r}")
     if _is_sharded(module):
         raise RuntimeError(
             "to_batch_norm works on a copy, and FSDP lets nobody copy a module: load its full state dict "

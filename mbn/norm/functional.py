@@ -28,7 +28,19 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision statistics are computed and kept in: float32, or float64 for float64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
+    if dtype.is_complex:  # torch's kernels say that they do not take it
+        return dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32  # torch.promote_types stays in exported graphs
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), of which nothing stays in exported graphs where it has this dtype."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces the code, alone or for ONNX."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()  # torch 2.6 lacks it
 
 
 def per_channel(statistic: Tensor, x: Tensor) -> Tensor:
@@ -276,8 +288,8 @@ def memorized_moments(
     """
     total = n + W
     rho, rest = n / total, W / total
-    # 0 * NaN would be NaN.
-    m, v = torch.where(rest > 0, m, mu), torch.where(rest > 0, v, s2)
+    # 0 * NaN and 0 * inf would be NaN; s2 is inf where x is about 1e19.
+    m, v = torch.where(rest > 0, m, mu), torch.where(rest > 0, v, 0)
     delta = m - mu
     # As few operations as they take: where they are not compiled, each is a kernel to launch.
     mu_hat = torch.addcmul(mu, rest, delta)

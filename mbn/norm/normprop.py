@@ -1,6 +1,7 @@
 """Normalisation propagation: a convolution with filters of unit norm, and a ReLU of mean 0 and variance 1."""
 
 import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,21 +32,25 @@ class UnitConv2d(nn.Conv2d):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        bias=False,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
         *,
-        device=None,
-        dtype=None,
-        **kwargs,
-    ):
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if bias:
             raise ValueError("a unit-norm convolution has its own shift: bias must be False")
-        like = {"device": device, "dtype": dtype}
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False, **like, **kwargs)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode), **like
+        )
         self.gain = nn.Parameter(torch.full((out_channels,), 1 / JACOBIAN, **like))
         self.shift = nn.Parameter(torch.zeros(out_channels, **like))
 

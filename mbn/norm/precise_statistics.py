@@ -41,10 +41,13 @@ def set_precise_statistics(
     meanwhile: no dropout draws, and an nn.BatchNorm normalises by its averages and does not move them. With sync=True
     the statistics are those of all processes.
 
-    Warns where module has none of our layers. Errors: ValueError where batches is empty, or no layer saw a value of it.
+    Warns where module has none of our layers. Errors: ValueError where batches is empty, or no layer saw a value of it;
+    TypeError where it is one tensor.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     """
+    if isinstance(batches, Tensor):  # it would be taken image by image
+        raise TypeError("set_precise_statistics needs batches: a loader, or [images] for a single one")
     if not norm_layers(module):
         warnings.warn("set_precise_statistics found none of our layers: call convert(model) before it", stacklevel=3)
     empty = True

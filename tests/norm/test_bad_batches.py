@@ -200,6 +200,21 @@ def test_no_value_is_read_from_the_device(path, kind, forwards, together):
             net(x).sum().item()
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.9])
+def test_a_square_that_overflows_gives_what_it_gives_in_torch(path, lam):
+    """Values of 1e20 have a variance of inf, and y = beta; without a memory too."""
+    layer = make("mbn paper", dims=2, dtype=torch.float32)
+    for _ in range(2):
+        set_lambda(layer, lam)
+        x = (inputs(8, 3, dtype=torch.float32) * 1e20).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        assert_close(y, layer.bias.expand(8, 3), check_stride=False)
+        assert x.grad.isfinite().all()
+        assert layer.weight.grad.isfinite().all()
+        remember(layer, inputs(8, 3, dtype=torch.float32))
+
+
 # One value a channel.
 
 
@@ -229,6 +244,11 @@ def test_one_value_a_channel_is_refused_where_its_gradient_would_be_zero(path, k
     assert str(ours.value) == str(torchs.value)
     assert unchanged(before, layer)
     assert layer.eval()(torch.randn(shape).double()).shape == shape
+
+
+def test_the_shape_of_one_image_is_named_as_it_came():
+    with pytest.raises(ValueError, match=r"got input size torch\.Size\(\[1, 3, 1, 1\]\)"):
+        make("mbn batch", dims=4)(torch.randn(1, 3, 1, 1).double())
 
 
 @pytest.mark.parametrize("brought", [True, False])

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import typing
 
+import numpy as np
 import pytest
 import torch
 from layer_kinds import SHAPES, shapes, snapshot, unchanged
@@ -12,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import mbn
-from mbn import MemorizedBatchNorm2d, convert, second_forward, to_batch_norm
+from mbn import MemorizedBatchNorm2d, convert, freeze, second_forward, set_lambda, to_batch_norm, unfreeze
 from mbn.norm.base import BatchStatisticsNorm, norm_layers
 from mbn.norm.convert import NORMS
 
@@ -506,6 +507,28 @@ def test_averages_from_a_batch_norm_that_counted_nothing_are_not_copied_over():
 def test_what_is_no_module_is_refused(module):
     with pytest.raises(TypeError, match=r"convert needs a module, such as Network\(\), and not "):
         convert(module)
+
+
+def test_a_replace_that_is_no_mapping_is_refused():
+    with pytest.raises(TypeError, match=r"replace must be \{class: function\}, and not \[1\]"):
+        convert(network(), replace=[1])
+
+
+@pytest.mark.parametrize(
+    "function", [to_batch_norm, norm_layers, freeze, unfreeze, lambda module: set_lambda(module, 1)]
+)
+def test_what_is_no_module_is_refused_in_one_sentence(function):
+    with pytest.raises(TypeError, match=r"a module.* and not 'net'"):
+        function("net")
+
+
+def test_settings_of_other_types_are_refused_or_taken_as_numbers():
+    with pytest.raises(ValueError, match="sync must be True, False or None, not 'yes'"):
+        MemorizedBatchNorm2d(3, sync="yes")
+    for wrong in (True, 1.0, "2", 3):
+        with pytest.raises(ValueError, match="forwards must be 1 or 2, not"):
+            MemorizedBatchNorm2d(3, forwards=wrong)
+    assert type(MemorizedBatchNorm2d(3, forwards=np.int64(2)).forwards) is int
 
 
 @pytest.mark.parametrize("replace", [{"Odd": lambda old: old}, {nn.Linear: MemorizedBatchNorm2d}, {nn.ReLU: nn.ReLU()}])

@@ -151,6 +151,15 @@ def test_a_layer_that_the_batches_do_not_reach_keeps_what_it_has(kind):
         set_precise_statistics(net, [inputs(4, 3, 2, 2)], forward=lambda x: x)
 
 
+def test_a_single_tensor_is_not_taken_for_batches():
+    """It would be taken image by image, and in 1d without an error."""
+    net = make("mbn paper", dims=3)
+    before = snapshot(net)
+    with pytest.raises(TypeError, match=r"needs batches: a loader, or \[images\]"):
+        set_precise_statistics(net, inputs(4, 3, 3))
+    assert unchanged(before, net)
+
+
 def test_a_network_without_our_layers_is_said():
     net = nn.Sequential(nn.BatchNorm2d(3))
     before = copy.deepcopy(net.state_dict())

@@ -306,6 +306,18 @@ def test_eval_after_forgotten_second_forwards_warns_once_in_a_process(layer, no_
     assert warned(model) == []
 
 
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_warning_of_eval_points_to_the_call_however_deep_the_layer_is(depth, no_warning_yet):
+    model = MemorizedBatchNorm1d(3)
+    for _ in range(depth):
+        model = nn.Sequential(model)
+    for _ in range(2):
+        model(torch.randn(4, 3))
+    with pytest.warns(UserWarning, match="remembered nothing") as caught:
+        model.eval()
+    assert caught[0].filename == __file__
+
+
 @layers
 def test_eval_after_one_iteration_without_a_second_forward_warns_too(layer, no_warning_yet):
     """One training forward alone may be a probe; after a step it is not."""

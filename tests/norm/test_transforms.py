@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -243,6 +244,30 @@ def test_an_exported_network_computes_and_remembers_as_the_network(kind, forward
         more = inputs(n, 2, 3, 3, at=n)
         assert_close(exported(more), net(more), **TIGHT)
         assert_close(kept, {name: net.get_buffer(name) for name in kept}, **TIGHT)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="of torch 2.7")
+@kinds
+def test_in_evaluation_an_exported_layer_is_one_operation_as_torchs(kind):
+    """ONNX fuses it with the convolution before it."""
+
+    def operations(net):
+        graph = torch.export.export(net.float().eval(), (inputs(4, 2, 3, 3).float(),)).module().graph
+        return [str(node.target) for node in graph.nodes if node.op == "call_function" and "guard" not in node.name]
+
+    ours, torchs = (operations(ready(network(name, 1, 4), 4, 2, 3, 3)) for name in (kind, "torch"))
+    of_sigma = {"aten.square.default", "aten.sub.Tensor"} if kind == "brn" else set()  # of constants
+    assert torchs.count("aten.batch_norm.default") == 1
+    assert [name for name in ours if name not in of_sigma] == torchs
+
+
+@kinds
+def test_a_trace_in_evaluation_says_no_more_than_torchs(kind):
+    net, x = ready(network(kind, 1, 4), 4, 2, 3, 3).eval(), inputs(4, 2, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(net, x)
+    assert_close(traced(2 * x), net(2 * x), **TIGHT)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -130,16 +130,27 @@ def test_mypy_finds_a_wrong_keyword_in_two_lines_of_a_users_code(user):
     assert 'Unexpected keyword argument "memry"' in said
 
 
+def test_mypy_finds_a_misspelt_name_and_knows_all_by_a_star(user):
+    lines, said = user("from mbn import MemorisedBatchNorm2d", "import mbn", "mbn.set_lamda(None, 0.5)")
+    assert lines == [1, 3], said
+    assert user("from mbn import *", "convert, held, UnitConv2d")[0] == []
+
+
+def test_the_names_of_a_star_are_all_names():
+    assert mbn.__all__ == sorted(mbn._HOME)
+
+
 def test_mypy_knows_the_settings_of_each_norm_and_layer(user):
     right = [
         "from torch import nn",
-        "from mbn import BatchRenorm1d, MemorizedBatchNorm2d, convert, norm_layers, to_batch_norm",
+        "from mbn import BatchRenorm1d, MemorizedBatchNorm2d, UnitConv2d, convert, norm_layers, to_batch_norm",
         "net = nn.Sequential()",
         'convert(net, memory=40, gradient="batch", pretrained_batches=0)',
         'convert(net, "brn", r_max=2.0, warmup_steps=9, sync=True)',
         'convert(net, norm="bn", momentum=None, replace={nn.Linear: lambda layer: layer}, process_group=None)',
         "MemorizedBatchNorm2d(3, 1e-3, memory=40), BatchRenorm1d(3, momentum=0.1)",
         "to_batch_norm(net), [layer.forwards + 1 for layer in norm_layers(net)]",
+        "UnitConv2d(3, 8, 3, dilation=2), MemorizedBatchNorm2d(3).train().forwards",
     ]
     wrong = [
         'convert(net, memory="40")',
@@ -150,6 +161,7 @@ def test_mypy_knows_the_settings_of_each_norm_and_layer(user):
         "MemorizedBatchNorm2d(3, memry=40)",
         "BatchRenorm1d(3, 1e-5, 0.1)",
         'norm_layers(net)[0].forwards + "1"',
+        "UnitConv2d(3, 8, 3, dilatoin=2)",
     ]
     lines, said = user(*right, *wrong)
     assert lines == [len(right) + i + 1 for i in range(len(wrong))], said
