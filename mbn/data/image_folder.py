@@ -115,7 +115,7 @@ def list_images(folder: Path | str) -> Listing:
 def open_folders(dataset: DatasetConfig, root: Path, to_test: bool = False) -> tuple[Files, Files]:
     """The training and the test images under root, labelled by the sorted names of train/'s folders.
 
-    to_test: training images are not needed; train/ is then left out, and may be missing, if val/ has class folders.
+    to_test: training images are not needed, and not looked for: train/ may be missing if val/ has class folders.
     Errors: UserError where a folder is missing or unreadable, a class has no test images, or the numbers are not as
     configured.
     """
@@ -130,20 +130,16 @@ def open_folders(dataset: DatasetConfig, root: Path, to_test: bool = False) -> t
 
 def _open_folders(dataset: DatasetConfig, root: Path, to_test: bool) -> tuple[Files, Files]:
     hidden: list[str] = []
-    if to_test and (root / "val").is_dir() and (classes := _folders(root / "val", hidden)):
-        test = _from_folders(root / "val", classes, hidden)
-        _say_hidden(hidden)
-        check_numbers(dataset, classes=len(classes), test_images=len(test))
-        return Files(root / "train", [], [], []), test
-    for name in ("train", "val"):
+    val_alone = to_test and not (root / "train").is_dir() and (root / "val").is_dir() and _folders(root / "val", [])
+    for name in ("val",) if val_alone else ("train", "val"):
         if not (root / name).is_dir():
             raise UserError(
                 f"{root / name} is missing: machine.data must name a folder with train/<class>/*.JPEG and "
                 "val/<class>/*.JPEG (`python train.py experiment=quickstart` needs no data)."
             )
-    classes = _folders(root / "train", hidden)
-    train = _from_folders(root / "train", classes, hidden)
-    present = _folders(root / "val", hidden)
+    classes = _folders(root / ("val" if val_alone else "train"), hidden)
+    train = Files(root / "train", [], [], []) if to_test else _from_folders(root / "train", classes, hidden)
+    present = classes if val_alone else _folders(root / "val", hidden)
     if present:
         missing = sorted(set(classes) - set(present))
         unknown = sorted(set(present) - set(classes))
@@ -156,14 +152,11 @@ def _open_folders(dataset: DatasetConfig, root: Path, to_test: bool) -> tuple[Fi
         test = _from_folders(root / "val", classes, hidden)
     else:
         test = _flat_val(root, classes, hidden)
-    _say_hidden(hidden)
-    check_numbers(dataset, classes=len(classes), train_images=len(train), test_images=len(test))
-    return train, test
-
-
-def _say_hidden(hidden: list[str]) -> None:
     if hidden:
         print(f"warning: {len(hidden)} hidden files are left out, such as {printable(hidden[0])}.", file=sys.stderr)
+    numbers = {} if to_test else {"train_images": len(train)}
+    check_numbers(dataset, classes=len(classes), **numbers, test_images=len(test))
+    return train, test
 
 
 def _folders(folder: Path, hidden: list[str]) -> list[str]:

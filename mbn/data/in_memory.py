@@ -116,8 +116,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 def own_batches(n: int, size: int, share: Callable[[int], slice], each: bool) -> Iterator[range]:
-    """Which of n images in their order a process tests, in batches: of each batch its share, or batches of its share of
-    all."""
+    """Which of n images in their order a process tests, in batches.
+
+    each: its share of every batch; otherwise batches of its share of all n.
+    """
     if each:
         batches = (range(start, min(start + size, n)) for start in range(0, n, size))
         yield from (batch[share(len(batch))] for batch in batches)

@@ -25,9 +25,10 @@ from mbn.system.files import LOCKED, is_locked
 LOOK = 0.1
 # Seconds after which children that were asked to stop are killed: no iteration and no checkpoint takes so long.
 DEAF_SECONDS = 600.0
-# Seconds that a process needs to import torch, before which it has nothing to save; and a lane to compile, for which
-# the others' tests wait, so that they could not stop in time.
-START_SECONDS, LANE_START_SECONDS = 5.0, 90.0
+# Seconds that a process needs to import torch: before that there is nothing to save.
+START_SECONDS = 5.0
+# Seconds for which a lane compiles. Tests of other lanes wait meanwhile, which then could not stop in time.
+LANE_START_SECONDS = 90.0
 
 
 class StopAll(signals.Stop):

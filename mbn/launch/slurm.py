@@ -34,11 +34,12 @@ class SlurmJob:
 
         A run that another process trains (LOCKED) has not failed; but torchrun gives such runs the code 1.
         """
-        for _ in range(TRIES):
-            code = self._run()
+        code = self._run()
+        for _ in range(TRIES - 1):
             if code != LOCKED:
                 break
             time.sleep(TRY_AGAIN_AFTER)
+            code = self._run()
         if code not in (0, LOCKED):
             raise RuntimeError(f"train.py ended with exit code {code}: see {self.log}")
 
@@ -60,8 +61,8 @@ class SlurmJob:
 
     @staticmethod
     def _answer_interrupt_alone() -> None:
-        # Slurm signals every process of a job, and `checkpoint` signals the run too. A second signal would end the run
-        # before it has saved, so the run blocks Slurm's and answers SIGINT alone.
+        # Slurm signals every process of a job, and `checkpoint` signals the run too, which answers SIGINT alone:
+        # SIGUSR2 would end a torchrun around it at once.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

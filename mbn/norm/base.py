@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -164,7 +165,7 @@ class BatchStatisticsNorm(nn.Module):
             lambda: operator.index(forwards) in (1, 2) and not isinstance(forwards, bool),
             "1 or 2",
         )
-        check_number("sync", sync, lambda: sync is None or isinstance(sync, bool), "True, False or None")
+        check_number("sync", sync, lambda: sync in (None, True, False), "True, False or None")
         check_number("eps", eps, lambda: eps > 0, "above 0")
         check_number(
             "group_size",
@@ -181,7 +182,7 @@ class BatchStatisticsNorm(nn.Module):
         # What forwards write is there from the start: for new attributes torch 2.11 compiles again.
         self.noted, self.deferred, self.tally = (), False, None
         self._waiting, self._forgotten, self._second_run = False, False, False
-        self.sync = True if sync is None and process_group is not None else sync
+        self.sync = (process_group is not None or None) if sync is None else bool(sync)
         self._process_group = _Shared(process_group)
         like = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.ones(num_features, **like)) if affine else None
@@ -474,7 +475,9 @@ class BatchStatisticsNorm(nn.Module):
 
     def _for_each(self, x: Tensor, statistic: Tensor) -> Tensor:
         """A (C,) tensor for an x of k C channels, which are k batches side by side."""
-        batches = 1 if torch.jit.is_tracing() and self.group_size is None else x.shape[1] // self.num_features
+        if torch.jit.is_tracing() and not (self.training and self.group_size):  # a trace warns of what depends on sizes
+            return statistic
+        batches = x.shape[1] // self.num_features
         return statistic if batches == 1 else statistic.repeat(batches)
 
     def versions(self) -> tuple[tuple[int, int], ...]:
@@ -629,8 +632,8 @@ OF_PROCESSES = (
 )
 
 
-# Where a warning is not for the code that calls: in torch, and here.
-_INSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+# Folders whose lines no warning names: torch's, and ours.
+_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 @functools.cache
@@ -648,7 +651,7 @@ def warn_once(text: str) -> None:
 def norm_layers(module: nn.Module) -> list[BatchStatisticsNorm]:
     """All of our layers with batch statistics inside module, each once, in the order of registration.
 
-    Errors: TypeError where module is none.
+    Errors: TypeError where module is no nn.Module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"a module is needed, such as Network(), and not {module!r}")

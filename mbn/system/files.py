@@ -150,7 +150,7 @@ class Lock:
 
     def __init__(self, path: Path, file: IO[str]) -> None:
         self.path, self.file = path, file
-        self.name = f"process {os.getpid()} on {platform.node()}"
+        self.name = f"process {os.getpid()} on {platform.node()}".strip()
         self.named = False
 
     def check(self) -> None:
@@ -170,9 +170,8 @@ class Lock:
             return
         if not same:
             raise UserError(
-                f"{self.path} was removed or replaced while this process held it, so that another one may train there: "
-                "nothing more is written, and the same command goes on from the last checkpoint once no other process "
-                "trains it."
+                f"{self.path} was removed, replaced or taken by another process while this one held it: nothing more "
+                "is written, and the same command goes on from the last checkpoint once no other process trains it."
             )
 
 

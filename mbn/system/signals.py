@@ -130,9 +130,9 @@ class StopRequest:
 class Stop(StopRequest, Answered):
     """Context manager: inside, the first of these signals is noted in `code`. SIGCONT is noted in `continued`.
 
-    The first one exits at once while `nothing_to_save`, as before the first iteration, which may compile for minutes.
-    After it Ctrl-C exits at once, and a line says so after the first Ctrl-C. Others change nothing more: clusters,
-    terminals that are closed and the end of a session often send two.
+    While `nothing_to_save`, as before the first iteration, which may compile for minutes, each exits at once. After the
+    first signal Ctrl-C exits at once (a line says so where the first one was Ctrl-C too), and others change nothing:
+    clusters, terminals that are closed and the end of a session often send two.
     """
 
     first_answer = "stopping: it saves after this iteration; a second Ctrl-C ends it at once, without saving."
@@ -146,12 +146,12 @@ class Stop(StopRequest, Answered):
             self._continue()
             return
         code = CODES[name]
+        if self.nothing_to_save:
+            self._exit(number, "before the first iteration")
         if self.code is not None:
             if name == "SIGINT" and not self.ignores_repeats:
                 self._end(code)
             return
-        if self.nothing_to_save:
-            self._exit(number, "before the first iteration")
         self.code = code
         if name == "SIGINT" and not self.ignores_repeats:
             say(self.first_answer)

@@ -426,6 +426,8 @@ class Run:
             if expected is not None:
                 self.model.eval()
                 controls.check_near(trained.evaluation().error, expected, self.checkpoint_path)
+            # All processes do the same steps: their own conditions, by which each has judged these, may differ.
+            self.state.controls_done = self.processes.from_main(lambda: self.state.controls_done)
             return trained.controls(wanted, self.state.controls_done)
         except StoppedError:
             self._agree(False)  # the signal may have come to another process alone

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mbn.config import Config, distinction, images_before, iterations, iterations_per_epoch, run_name, to_dict
 from mbn.measure.statistics_gap import Statistics, uses_dropout
-from mbn.records import controls, record, sense
+from mbn.records import record, sense
 from mbn.system.errors import UserError
 from mbn.system.processes import ALONE, Processes
 from mbn.system.signals import StopRequest
@@ -162,7 +162,7 @@ class State:
             self.untested = {name: tuple(t.to(self.device) for t in of_one) for name, of_one in untested.items()}
         self.began, self.parts = self.iteration, parts_of(saved)
         measured = saved.get("controls", {})
-        if measured.get("by") == self._measured_by():
+        if measured.get("by") == self.now:  # not of other code, data or devices
             self.controls_done = measured["done"]
 
     def go_on(self) -> None:
@@ -210,13 +210,9 @@ class State:
             "parts": self.parts,
             "replaces": self.replaces,
             "untested": self.untested,
-            "controls": {"by": self._measured_by(), "done": self.controls_done},
+            "controls": {"by": self.now, "done": self.controls_done},
             "anew": self.again,
         }
-
-    def _measured_by(self) -> dict[str, Any]:
-        """What measures in this process: results of another code or device are not taken over."""
-        return {key: self.now[key] for key in controls.BY}
 
     def trained_in(self, mode: str) -> None:
         """Note the mode in this process's part: an iteration that could not be captured has changed it."""

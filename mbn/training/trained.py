@@ -71,7 +71,7 @@ class Trained:
         found = {name: done[name] for name in steps}
         controls = found.pop("precise statistics", {})
         if "rules" in wanted:
-            controls |= {"train_error": found.pop("training error"), "rules": found or None}
+            controls = controls | {"train_error": found.pop("training error"), "rules": found or None}
         return controls
 
     def evaluation(self) -> Evaluation:

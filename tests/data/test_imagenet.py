@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import itertools
 import os
 import pickle
 import re
@@ -253,7 +252,7 @@ def test_a_corrupt_image_ends_a_run_with_one_sentence_that_names_it(copied, tmp_
 def test_what_was_trained_before_a_corrupt_image_is_saved(iteration, copied, tree, tmp_path, small, capsys):
     overrides = ("norm=bn", "batch_size=5", "schedule.epochs=2", "machine.mode=eager")
     run = Run(tmp_path / "left", command(copied, *overrides))
-    (_, index), *_ = next(itertools.islice(from_iteration(iteration, 0, 24, 5), 1))
+    (_, index), *_ = next(from_iteration(iteration, 0, 24, 5))
     path = Path(opened(copied).train.path(index))
     content = path.read_bytes()
     path.write_bytes(b"x" * len(content))
@@ -263,6 +262,17 @@ def test_what_was_trained_before_a_corrupt_image_is_saved(iteration, copied, tre
     path.write_bytes(content)
     assert train.main([*command(copied, *overrides), f"machine.results={run.results}"]) == 0
     assert_same_run(run, trained(tree, tmp_path / "whole", *overrides))
+
+
+def test_to_test_images_training_images_are_not_looked_for_but_their_classes_are(copied):
+    expected = open_folders(described(), copied)[1].labels.tolist()
+    for path in (copied / "train").glob("*/*"):
+        path.unlink()
+    train, test = open_folders(described(), copied, to_test=True)
+    assert (len(train), test.labels.tolist()) == (0, expected)
+    (copied / "val" / CLASSES[1]).rename(copied / "val" / "zz")
+    with pytest.raises(UserError, match=f"/val has no folder {CLASSES[1]}"):  # else others would have its label
+        open_folders(described(), copied, to_test=True)
 
 
 @pytest.mark.parametrize("more", [(), ("--train",)], ids=["test images", "training images"])

@@ -156,6 +156,7 @@ def slow(task):
 def test_the_time_in_which_the_run_was_suspended_does_not_count(monkeypatch, capsys):
     """An hour between two looks: Ctrl-Z, or a container that was paused."""
     monkeypatch.setattr(workers, "POLL", 0.01)
+    monkeypatch.setattr(workers, "LONGEST_LOOK", 0.05)
     monkeypatch.setattr(workers, "time", types.SimpleNamespace(monotonic=itertools.count(0, 3600).__next__))
     assert len(made(slow, tasks=3)) == 3
     assert capsys.readouterr().err == ""

@@ -23,7 +23,7 @@ from mbn.norm.renorm import set_renorm
 from mbn.records import controls, provenance, record
 from mbn.system import cuda_graph
 from mbn.system.signals import StoppedError
-from mbn.training import checkpoint_file
+from mbn.training import checkpoint_file, conditions
 from mbn.training.trained import Trained
 
 PRECISE, RULES = "evaluate.precise=true", "evaluate.rules=true"
@@ -241,8 +241,8 @@ def test_a_signal_stops_a_measurement_and_the_same_command_goes_on(
     assert without(left().record()["controls"], ["by"]) == without(whole(asked).record()["controls"], ["by"])
 
 
-@pytest.mark.parametrize("code", ["the same code", "other code"])
-def test_a_run_stopped_in_its_measurements_keeps_those_that_are_done(code, here, left, whole, monkeypatch):
+@pytest.mark.parametrize("changed", [None, "code", "data"])
+def test_a_run_stopped_in_its_measurements_keeps_those_that_are_done(changed, here, left, whole, monkeypatch):
     """Else it would never end by budgets that are shorter than all measurements together."""
     expected = whole(PRECISE, RULES).record()
     steps = []
@@ -261,10 +261,11 @@ def test_a_run_stopped_in_its_measurements_keeps_those_that_are_done(code, here,
         patch.setattr(Trained, "_train_error", stopped)
         assert here(PRECISE, RULES).code == 75
     assert not left().record_path.exists()
-    if code == "other code":
-        monkeypatch.setattr("mbn.records.provenance.code", lambda: "f" * 64)
+    if changed:
+        now = conditions.conditions
+        monkeypatch.setattr("mbn.training.run.conditions", lambda *given: now(*given) | {changed: "f" * 64})
     assert here(PRECISE, RULES).code == 0
-    again = ["_precise"] if code == "other code" else []
+    again = ["_precise"] if changed else []
     assert steps == ["_precise", *again, "_train_error"]
     assert without(left().record()["controls"], ["by"]) == without(expected["controls"], ["by"])
 

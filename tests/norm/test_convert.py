@@ -525,6 +525,7 @@ def test_what_is_no_module_is_refused_in_one_sentence(function):
 def test_settings_of_other_types_are_refused_or_taken_as_numbers():
     with pytest.raises(ValueError, match="sync must be True, False or None, not 'yes'"):
         MemorizedBatchNorm2d(3, sync="yes")
+    assert MemorizedBatchNorm2d(3, sync=np.True_).sync is True
     for wrong in (True, 1.0, "2", 3):
         with pytest.raises(ValueError, match="forwards must be 1 or 2, not"):
             MemorizedBatchNorm2d(3, forwards=wrong)

@@ -261,9 +261,11 @@ def test_in_evaluation_an_exported_layer_is_one_operation_as_torchs(kind):
     assert [name for name in ours if name not in of_sigma] == torchs
 
 
+@pytest.mark.parametrize("group_size", [None, 2])
 @kinds
-def test_a_trace_in_evaluation_says_no_more_than_torchs(kind):
+def test_a_trace_in_evaluation_says_no_more_than_torchs(kind, group_size):
     net, x = ready(network(kind, 1, 4), 4, 2, 3, 3).eval(), inputs(4, 2, 3, 3)
+    net[1].group_size = group_size
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(net, x)

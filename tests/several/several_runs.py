@@ -17,10 +17,12 @@ import models
 import train
 from mbn import config
 from mbn.norm.base import norm_layers
+from mbn.system import signals
 from mbn.system.processes import NAMES
 from mbn.training import conditions
 from mbn.training import run as training_run
 from mbn.training.iteration import Update
+from mbn.training.trained import Trained
 
 # Six iterations an epoch, the last one of 187 images, which two and three processes do not share evenly.
 RUN = ("dataset=digits", "batch_size=250", "schedule.iterations=12", "machine.threads=1", "machine.device=cpu")
@@ -92,6 +94,8 @@ def command(results, *overrides, run=RUN, float64=True, dropout=0.0, before=lamb
             # What `before` may replace.
             mock.patch.object(Update, "__call__", Update.__call__),
             mock.patch.object(conditions, "provenance", conditions.provenance),
+            mock.patch.object(Trained, "_train_error", Trained._train_error),
+            mock.patch.object(signals, "FINISH_WITHIN", signals.FINISH_WITHIN),
             mock.patch.object(torch.nn.Dropout, "forward", torch.nn.Dropout.forward),
             mock.patch.object(torch, "compile", torch.compile),
             contextlib.redirect_stdout(out),

@@ -21,7 +21,9 @@ from mbn import config
 from mbn.config import REPOSITORY
 from mbn.records import provenance
 from mbn.system import processes as system_processes
+from mbn.system import signals
 from mbn.training import conditions, execution
+from mbn.training.trained import Trained
 
 METHODS = {
     "BN": ("norm=bn",),
@@ -152,6 +154,33 @@ def test_a_signal_to_one_process_stops_all_and_they_go_on_with_the_same_bits(tra
     part, _ = trained(3, *METHODS[method], folder="part", float64=False, dropout=dropout)
     assert_same_run(whole, part)
     assert len(part.record()["parts"]) == 1
+
+
+def test_processes_stopped_in_their_measurements_go_on_with_the_same_ones(trained):
+    """Also if one of them has another name for its device, by which it would not take over what was measured."""
+    whole, _ = trained(2, *METHODS["MBN"], *CONTROLS)
+    _, (_, _, err) = trained(2, *METHODS["MBN"], *CONTROLS, folder="part", code=75, before=stops_in_measurements)
+    assert err.startswith("stopped at iteration 12 of 12")
+    part, _ = trained(2, *METHODS["MBN"], *CONTROLS, folder="part", before=has_another_device)
+    one, two = (without(run.record()["controls"], ["by"]) for run in (whole, part))
+    assert one == two
+
+
+def stops_in_measurements():
+    signals.FINISH_WITHIN = -1.0
+    measure = Trained._train_error
+
+    def stopped(trained):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(trained)
+
+    Trained._train_error = stopped
+
+
+def has_another_device():
+    if dist.get_rank() == 1:
+        conditions.provenance = mock.Mock(wraps=provenance, device_name=lambda _: "cpu: another")
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (2, 3), (1, 2)], ids=str)

@@ -266,7 +266,7 @@ def test_a_lock_file_of_another_user_that_can_be_read_is_locked(tmp_path, forbid
         held.check()
         assert is_locked(path)
         path.unlink()
-        with pytest.raises(UserError, match="was removed or replaced"):
+        with pytest.raises(UserError, match="was removed, replaced or taken"):
             held.check()
     assert not path.exists()
 
@@ -310,7 +310,9 @@ def test_a_lock_that_is_removed_or_replaced_is_noticed(tmp_path, lacks, locks, r
     with lock(path) as held:
         held.check()
         remove(path)
-        with pytest.raises(UserError, match=rf"^{re.escape(str(path))} was removed or replaced [^.]*\.$") as caught:
+        with pytest.raises(
+            UserError, match=rf"^{re.escape(str(path))} was removed, replaced or taken [^.]*\.$"
+        ) as caught:
             held.check()
     assert caught.value.code == 1
 
@@ -322,7 +324,7 @@ def test_the_process_that_came_first_notices_a_second_one_that_got_in(tmp_path, 
     path = tmp_path / "lock"
     with lock(path) as held:
         path.write_text("process 7 on another machine\n")  # into the same file
-        with pytest.raises(UserError, match="was removed or replaced"):
+        with pytest.raises(UserError, match="was removed, replaced or taken"):
             held.check()
 
 
@@ -340,5 +342,5 @@ def test_a_second_process_gets_in_once_the_file_is_removed_and_the_first_one_not
         path.unlink()
         second = subprocess.run([sys.executable, "-c", code, str(path)], cwd=REPOSITORY, capture_output=True, text=True)
         assert second.stdout == "in\n"
-        with pytest.raises(UserError, match="another one may train there"):
+        with pytest.raises(UserError, match="once no other process trains it"):
             held.check()

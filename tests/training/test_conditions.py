@@ -398,7 +398,7 @@ def test_a_lock_that_was_lost_ends_the_run_before_it_writes(here, left, after, m
     after(3, lambda _: (left().folder / "lock").unlink())
     done = here()
     assert done.code == 1
-    assert f"{left().folder / 'lock'} was removed or replaced" in done.err
+    assert f"{left().folder / 'lock'} was removed, replaced or taken by another process" in done.err
     assert not left().checkpoint_path.exists()
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "save", lambda self: (save(self), self.folder.joinpath("lock").unlink()))
