@@ -339,15 +339,17 @@ def test_a_checkpoint_with_other_fields_is_a_sentence_and_stays(here, left, afte
 
 
 def test_a_record_that_appeared_meanwhile_stays(here, left, whole, after):
+    theirs = whole().record_path.read_bytes()  # not trained in the midst of the other
+
     def import_it(_):
         left().record_path.parent.mkdir(parents=True)
-        left().record_path.write_bytes(whole().record_path.read_bytes())
+        left().record_path.write_bytes(theirs)
 
     after(3, import_it)
     done = here()
     assert done.code == 1
     assert f"{left().record_path} appeared while this run was trained, and stays" in done.err
-    assert left().record_path.read_bytes() == whole().record_path.read_bytes()
+    assert left().record_path.read_bytes() == theirs
     left().record_path.rename(left().results / "theirs.json")
     assert "resuming at iteration 8 of 8" in here().out
     assert_same_run(left(), whole())
