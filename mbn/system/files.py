@@ -195,7 +195,9 @@ def lock(path: Path) -> Iterator[Lock]:
             try:
                 file.seek(0)
                 file.truncate()
-                os.write(file.fileno(), f"{held.name}\n".encode())
+                name = f"{held.name}\n".encode()
+                while name:  # a full disk takes a part of it
+                    name = name[os.write(file.fileno(), name) :]
             except OSError as error:
                 raise cannot_write(path, error, len(held.name) + 1) from None
             held.named = True

@@ -72,7 +72,7 @@ def test_a_gpu_is_known_by_its_driver_and_stopped_later_before_the_budget_ends(
     assert script.accelerated(config) == expected
 
     class NoPool:
-        def __init__(self, missing, results, jobs, start, budget, margin):
+        def __init__(self, missing, results, jobs, start, budget, margin, starting):
             margins.append(margin)
 
         def work(self):
