@@ -288,8 +288,9 @@ def memorized_moments(
     """
     total = n + W
     rho, rest = n / total, W / total
-    # 0 * NaN and 0 * inf would be NaN; s2 is inf where x is about 1e19.
-    m, v = torch.where(rest > 0, m, mu), torch.where(rest > 0, v, 0)
+    # 0 * NaN and 0 * inf would be NaN; s2 is inf where x is about 1e20. rest is 0 there: for a 0 torch makes a tensor.
+    counts = rest > 0
+    m, v = torch.where(counts, m, mu), torch.where(counts, v, rest)
     delta = m - mu
     # As few operations as they take: where they are not compiled, each is a kernel to launch.
     mu_hat = torch.addcmul(mu, rest, delta)
