@@ -7,8 +7,8 @@
 #   rented_gpu.sh home OUT [...]                      at home: reproduce.py --import, and checkpoints into results/runs
 #
 # LOAD may hold: wheels/ (packages that the machine lacks), data/ (a folder of data, or restore.py that writes one),
-# inductor.* (an earlier rental's compiled kernels). OUT gets at most 8 files of 16 MB: logs, results, checkpoints and
-# compiled kernels. `train` wants an OUT without an earlier command's results. Checkpoints of unfinished runs in
+# inductor.* (an earlier rental's compiled kernels). OUT gets at most 8 files of 16 MB, 64 MB together: logs, results,
+# checkpoints and compiled kernels. `train` wants an OUT without an earlier command's results. Checkpoints of unfinished runs in
 # results/unfinished/ are continued.
 #
 # MPS=1 rented_gpu.sh train ...: runs are processes instead of threads of one process. They share the GPU through
@@ -22,6 +22,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-/tmp/mbn}
 checkout=$work/checkout
 part=${PART:-15M} # of an archive: so much may a file have that is brought home
+most=${MOST:-62M}  # so much may all files have together
 export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$(nproc)}
 # Up to 32 lanes, each with a stream, may reach the device at a time.
@@ -82,6 +83,18 @@ bring_unfinished() { # what an earlier command of this rental has taken further 
   done
 }
 
+room() { # OUT: how many more parts of archives there is room for
+  local files bytes left
+  files=$(find "$1" -type f | wc -l) bytes=$(find "$1" -type f -printf '%s\n' | awk '{ n += $1 } END { print n + 0 }')
+  left=$(($(numfmt --from=iec "${most^^}") - bytes))
+  if [ "$left" -lt 0 ]; then
+    echo -1
+  else
+    left=$((left / $(numfmt --from=iec "${part^^}")))
+    echo $((left < 8 - files ? left : 8 - files))
+  fi
+}
+
 pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   local results="$work/results" names=() finished=() unfinished=()
   cd "$results"
@@ -99,11 +112,11 @@ pack() { # OUT: at most 8 files: 1 log, 1 archive of results, 6 of the rest
   split_up "$1" unfinished 4 "${unfinished[@]}"
   # A file may change while it is read: compilers can outlive training for a moment.
   (tar cz -C "$work/inductor" . || true) | split -b "$part" - "$1/inductor."
-  if [ -f "$1/inductor.ab" ]; then
-    echo "inductor: more than $part, and half an archive of kernels is useless: left behind"
+  if [ -f "$1/inductor.ab" ] || [ "$(room "$1")" -lt 0 ]; then
+    echo "inductor: more than there is room for, and half an archive of kernels is useless: left behind"
     rm "$1"/inductor.??
   fi
-  split_up "$1" finished "$((8 - $(find "$1" -type f | wc -l)))" "${finished[@]}"
+  split_up "$1" finished "$(room "$1")" "${finished[@]}"
 }
 
 rows() { if [ -f "$1/metrics.jsonl" ]; then wc -l <"$1/metrics.jsonl"; else echo 0; fi; }

@@ -110,8 +110,11 @@ def capture(function: Callable[[], object]) -> Callable[[], None]:
         graph.capture_begin(capture_error_mode="thread_local")  # other threads may use the GPU meanwhile
         try:
             function()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(Exception):  # it fails too, and would hide why
+                graph.capture_end()
+            raise
+        graph.capture_end()
     finally:
         if collects:
             gc.enable()

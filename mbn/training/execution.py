@@ -95,12 +95,14 @@ def choose_mode(
     device: torch.device,
     threads: int,
     processes: Processes = ALONE,
+    left: float = 1.0,
 ) -> str:
     """eager, compile, graph (compiled, then captured) or graph-eager (captured without a compiler).
 
-    auto continues as the run began. A new run uses a graph on CUDA, and is compiled if it is long enough for that to
-    pay. The choice depends on the configuration, the device and the number of threads only, not on measured time, so
-    the same command always makes the same choice. Several processes do not capture: auto is eager or compile for them.
+    auto continues as the run began. A new run, and one that goes on on another kind of device, uses a graph on CUDA,
+    and is compiled if the share of it that is left is long enough for that to pay. The choice depends on the
+    configuration, that share, the device and the number of threads only, not on measured time, so the same command
+    always makes the same choice. Several processes do not capture: auto is eager or compile for them.
 
     Errors: UserError where compile is asked for and there is no compiler, or a graph where there is no CUDA.
     """
@@ -114,7 +116,7 @@ def choose_mode(
         mode = earlier
     elif wanted == "auto":
         modes = ("graph-eager", "graph") if captures else ("eager", "compile")
-        mode = modes[pays_to_compile(config, model, device, threads * processes.size)]
+        mode = modes[pays_to_compile(config, model, device, threads * processes.size, left)]
     if mode in GRAPHS:
         why = cuda_graph.fault(device)
         if why is not None:
@@ -133,10 +135,10 @@ def choose_mode(
     return mode
 
 
-def pays_to_compile(config: Config, model: nn.Module, device: torch.device, threads: int) -> bool:
+def pays_to_compile(config: Config, model: nn.Module, device: torch.device, threads: int, left: float) -> bool:
     if device.type == "cuda":
-        return iterations(config) >= COMPILES_FROM_ITERATIONS
-    return eager_seconds(config, model, device, threads) >= COMPILES_FROM
+        return left * iterations(config) >= COMPILES_FROM_ITERATIONS
+    return left * eager_seconds(config, model, device, threads) >= COMPILES_FROM
 
 
 def eager_seconds(config: Config, model: nn.Module, device: torch.device, threads: int) -> float:

@@ -187,7 +187,8 @@ class Run:
             layer.sync = processes.several  # statistics of the whole batch
         # Another kind of device has other modes: a run that a GPU goes on with is captured.
         mode_before = earlier.get("mode") if torch.device(earlier.get("device", device)).type == device.type else None
-        mode = choose_mode(machine.mode, mode_before, config, model, device, threads, processes)
+        left = 1 - saved["iteration"] / max(saved["length"], 1) if saved else 1.0
+        mode = choose_mode(machine.mode, mode_before, config, model, device, threads, processes, left)
         now = conditions(machine, device, threads, mode, self.data.fingerprint, processes.size)
         trained_with = {key: now[key] for key in ("code", "data", "versions", "mode")}
         processes.check_alike(trained_with, "give all machines the same checkout, packages and data.")

@@ -119,7 +119,8 @@ def checkout(tmp_path):
     return make
 
 
-def test_at_most_8_files_come_home_and_no_checkpoint_that_is_cut_off(rental, checkout, tmp_path):
+@pytest.mark.parametrize(("most", "parts"), [("62M", "ab"), ("56k", "a")], ids=["8 files", "64 MB"])
+def test_at_most_8_files_come_home_and_no_checkpoint_that_is_cut_off(rental, checkout, tmp_path, most, parts):
     """Unfinished runs go first, but not those that are as they were brought along; kernels only if all fit."""
     unfinished = checkout(
         "import os, random\n"
@@ -144,10 +145,10 @@ def test_at_most_8_files_come_home_and_no_checkpoint_that_is_cut_off(rental, che
         (run / "metrics.jsonl").write_text("row\n")
         (run / "checkpoint.pt").write_text("before")
     script = tmp_path / "checkout" / "scripts" / SCRIPT.name
-    said = rental("train", str(tmp_path / "load"), "out", "60s", "table4", script=script, PART="10k")
+    said = rental("train", str(tmp_path / "load"), "out", "60s", "table4", script=script, PART="10k", MOST=most)
     assert " machine.device=cuda " in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("log", "results.tgz", "finished.aa", "finished.ab"),
+        *("log", "results.tgz", *(f"finished.a{letter}" for letter in parts)),
         *(f"unfinished.a{letter}" for letter in "abcd"),
     }
     assert "unfinished: 6 parts of 10k, of which 4 fit" in said

@@ -34,10 +34,10 @@ def faults(monkeypatch):
     return put
 
 
-def chosen(overrides, wanted="auto", earlier=None, threads=2, device=CPU):
+def chosen(overrides, wanted="auto", earlier=None, threads=2, device=CPU, left=1.0):
     run = config.load(overrides.split())
     model = models.build(layers=from_config(run), **config.network(run))
-    return choose_mode(wanted, earlier, run, model, device, threads)
+    return choose_mode(wanted, earlier, run, model, device, threads, left=left)
 
 
 QUICK, LONG = "experiment=quickstart", "model=resnet20"
@@ -66,6 +66,10 @@ QUICK, LONG = "experiment=quickstart", "model=resnet20"
         (QUICK, {"device": CUDA, "wanted": "graph"}, "graph"),
         (LONG, {"device": CUDA, "wanted": "eager"}, "eager"),
         (LONG, {"device": CUDA, "earlier": "eager"}, "eager"),
+        # What is left counts where a run goes on on another kind of device.
+        (f"{LONG} norm=mbn", {"device": CUDA, "left": 0.1}, "graph-eager"),
+        (f"{LONG} norm=mbn", {"device": CUDA, "left": 0.1, "earlier": "graph"}, "graph"),
+        (f"{LONG} schedule.epochs=200", {"left": 0.01}, "eager"),
         # A run that began as a graph goes on without one elsewhere.
         (QUICK, {"earlier": "graph"}, "eager"),
         (QUICK, {"device": CUDA, "earlier": "graph"}, "graph"),

@@ -348,6 +348,8 @@ class NotedGraph:
 
     def capture_end(self):
         self.calls.append("end")
+        if self.calls[-2] != "work":
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def replay(self):
         self.calls.append("replay")
@@ -368,7 +370,7 @@ def test_memory_is_given_back_before_a_capture_unless_that_makes_other_runs_wait
         replay()
         assert calls == ["tidy"] * tidies + ["begin thread_local", "work", "end", "replay"]
         del calls[:]
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):  # and not what ending it raises then
             cuda_graph.capture(lambda: 1 / 0)
     assert calls[-1] == "end"  # else the stream would go on capturing
     assert gc.isenabled()
