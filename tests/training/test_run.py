@@ -275,6 +275,15 @@ def test_a_second_process_learns_who_holds_the_run(here, left):
     assert here().code == 0  # the lock died with its holder
 
 
+def test_what_is_left_of_a_run_decides_whether_it_is_compiled_elsewhere(here, after, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mbn.training.run.choose_mode", lambda *given: (seen.append(given[-1]), "eager")[1])
+    after(2, send("SIGTERM"))
+    assert here().code == 75
+    here()
+    assert seen == [1.0, 0.75]  # of 8 iterations
+
+
 @pytest.mark.parametrize("more", [(), ("machine.again=true",)], ids=["first", "again"])
 def test_a_run_is_locked_while_it_trains(here, left, after, more):
     """Also one that is trained again, for which the folder is emptied first."""
