@@ -8,8 +8,8 @@
 #
 # LOAD may hold: wheels/ (packages that the machine lacks), data/ (a folder of data, or restore.py that writes one),
 # inductor.* (an earlier rental's compiled kernels). OUT gets at most 8 files of 16 MB, 64 MB together: logs, results,
-# checkpoints and compiled kernels. `train` wants an OUT without an earlier command's results. Checkpoints of unfinished runs in
-# results/unfinished/ are continued.
+# checkpoints and compiled kernels. `train` wants an OUT without an earlier command's results. Checkpoints of unfinished
+# runs in results/unfinished/ are continued.
 #
 # MPS=1 rented_gpu.sh train ...: runs are processes instead of threads of one process. They share the GPU through
 # NVIDIA's MPS server, which this script starts and ends.
@@ -22,7 +22,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-/tmp/mbn}
 checkout=$work/checkout
 part=${PART:-15M} # of an archive: so much may a file have that is brought home
-most=${MOST:-62M}  # so much may all files have together
+most=${MOST:-62M} # so much may all files have together
 export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$(nproc)}
 # Up to 32 lanes, each with a stream, may reach the device at a time.

@@ -191,8 +191,7 @@ class DeviceDataset:
         epoch, position = divmod(iteration, -(-n // size))
         block = max(1, BLOCK.get(self.device.type, BLOCK_ELSEWHERE) // size)
         while True:
-            batches = [range(start, min(start + size, n)) for start in range(position * size, n, size)]
-            shares = [batch[self.share(len(batch))] for batch in batches]
+            shares = list(own_batches(n, size, self.share, each=True))[position:]
             own = random_streams.order(self.seed, epoch, n)[list(itertools.chain(*shares))]
             order = torch.from_numpy(own).to(self.device)
             draws = torch.from_numpy(random_streams.crops_and_flips(self.seed, epoch, n, padding)).to(self.device)

@@ -76,6 +76,13 @@ def check_number(name: str, value: object, holds: Callable[[], bool], wanted: st
         raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 
+def whole(value: Any) -> int:
+    """A whole number as an int. Errors: TypeError for what is none, which a bool is not either."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
 class BatchStatisticsNorm(nn.Module):
     """Base of BatchNorm, MemorizedBatchNorm and BatchRenorm.
 
@@ -160,24 +167,18 @@ class BatchStatisticsNorm(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_number(
-            *("forwards", forwards),
-            lambda: operator.index(forwards) in (1, 2) and not isinstance(forwards, bool),
-            "1 or 2",
-        )
+        check_number("forwards", forwards, lambda: whole(forwards) in (1, 2), "1 or 2")
         check_number("sync", sync, lambda: sync in (None, True, False), "True, False or None")
         check_number("eps", eps, lambda: eps > 0, "above 0")
         check_number(
-            "group_size",
-            group_size,
-            lambda: group_size is None or (operator.index(group_size) >= 1 and not isinstance(group_size, bool)),
+            *("group_size", group_size, lambda: group_size is None or whole(group_size) >= 1),
             "a whole number of at least 1 or None",
         )
         self.num_features = num_features
         self.eps = eps
-        self.group_size = None if group_size is None else operator.index(group_size)
+        self.group_size = None if group_size is None else whole(group_size)
         self.affine = affine
-        self.forwards = operator.index(forwards)
+        self.forwards = whole(forwards)
         self.phase = "first"
         # What forwards write is there from the start: for new attributes torch 2.11 compiles again.
         self.noted, self.deferred, self.tally = (), False, None

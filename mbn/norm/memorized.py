@@ -1,7 +1,6 @@
 """Memorized batch normalisation: MemorizedBatchNorm1d, 2d and 3d."""
 
 import contextlib
-import operator
 import warnings
 from math import inf
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BatchStatisticsNorm, Joint, check_number, is_trained, norm_layers
+from .base import BatchStatisticsNorm, Joint, check_number, is_trained, norm_layers, whole
 from .functional import (
     as_values,
     batch_moments,
@@ -122,12 +121,8 @@ class _MemorizedBatchNorm(BatchStatisticsNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine, bias, forwards, group_size, sync, process_group, device, dtype)
-        try:
-            self.memory = operator.index(memory)
-        except TypeError:
-            self.memory = 0
-        if isinstance(memory, bool) or self.memory < 1:
-            raise ValueError(f"memory must be a whole number of at least 1, not {memory!r}")
+        check_number("memory", memory, lambda: whole(memory) >= 1, "a whole number of at least 1")
+        self.memory = whole(memory)
         check_number("decay", decay, lambda: 0 < decay <= 1, "in (0, 1]")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be 'paper' or 'batch', not {gradient!r}")
