@@ -7,7 +7,8 @@ from mbn.tables.run_cells import RunCell
 DIVERGED = "x"
 OF_SEEDS = (
     "Test error in percent. The number after a method counts its forwards (MBN-2: with double forward); batch: MBN "
-    "with our own gradient, `norm.gradient=batch`; other settings are named. Rows with a setting are not in any table. "
+    "with our own gradient, `norm.gradient=batch`; other settings are named. Rows with a setting are not in any "
+    "table, if it is not in brackets. "
     f"`{DIVERGED}`: diverged."
 )
 

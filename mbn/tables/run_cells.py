@@ -13,6 +13,8 @@ from mbn.tables.measures import Record
 
 # Settings that a method's name has, and the batch size, which a place names anyway.
 NOT_OF_PLACES = ("norm=", "norm.", "forwards=", "batch_size=", "schedule.iterations=")
+# Of a table's cells, whose heading says how long they train, network and data are not named again either.
+NOT_OF_TABLES = (*NOT_OF_PLACES, "dataset=", "model=", "schedule.")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def run_cells(tables: dict[str, Table]) -> list[RunCell]:
     found: dict[str, RunCell] = {}
     for cell in planned:
         if cell.name(0) not in found and (runs := all_runs.of(cell)):
-            place = _named(names, cell, [_network_and_batch(cell), heading(cell.grid)])
+            assert cell.overrides is not None
+            settings = [one for one in cell.overrides if not one.startswith(NOT_OF_TABLES)]
+            place = _named(names, cell, [_network_and_batch(cell), *settings, heading(cell.grid)])
             found[cell.name(0)] = RunCell(cell, place, _method(cell), runs, cell.baseline(), True)
     for one in unplanned(all_runs):
         cell = one.cell

@@ -68,6 +68,18 @@ def test_the_labels_name_the_settings_that_no_table_has(tables):
     }
 
 
+def test_a_place_of_a_table_is_told_from_another_by_a_setting_in_brackets(tmp_path):
+    g = grid.read("table4-no-decay")
+    for column in ("BN", "BN no decay", "MBN no decay"):
+        toy_records.write(tmp_path, g.cell("8", column), 0, 16.0)
+    place = "ResNet-56 on CIFAR-10, batch 8"
+    assert [(cell.label, cell.planned) for cell in run_cells(read_tables(read_records(tmp_path)))] == [
+        (f"{place}, BN-1", True),
+        (f"{place} (optimizer.decay_norm=false), BN-1", True),
+        (f"{place} (optimizer.decay_norm=false), MBN-2", True),
+    ]
+
+
 def test_methods_that_share_a_place_have_one_bn(tables):
     bn, mbn = (cell for cell in run_cells(tables) if "gamma" in cell.label)
     assert (bn.method, mbn.method) == ("BN-1", "MBN-2")
