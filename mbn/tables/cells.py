@@ -23,6 +23,7 @@ Records = dict[str, Record]
 # The records of a cell, by seed.
 RecordsBySeed = dict[int, Record]
 NUMBERED = {"resnet": "ResNet", "cifar": "CIFAR"}
+POOLED_APART = "GN, NormProp and cells without weight decay on gamma and beta over their own"  # pooled_with, in words
 
 
 def read_records(results: Path) -> Records:
@@ -108,13 +109,16 @@ def network(cell: Cell) -> str:
 
 def pooled_with(cell: Cell) -> str:
     """The name of the cells with which a cell pools its variance: those of its network and data set whose method has
-    batch statistics, or those of its method, if that has none. GN at a rate that does not suit it must not widen the
-    intervals of claims in which it has no part.
+    batch statistics, or those of its method, if that has none; without weight decay on gamma and beta, again those that
+    have none. GN at a rate that does not suit it, or another way of training, in which seeds differ more, must not
+    widen the intervals of claims in which it has no part.
 
     Example: ResNet-56 on CIFAR-10.
     """
-    method = METHODS[cell.config(0).norm.name]
-    return network(cell) if method.statistics else f"{network(cell)}, {method.label}"
+    config = cell.config(0)
+    method = METHODS[config.norm.name]
+    own = ([] if method.statistics else [method.label]) + ([] if config.optimizer.decay_norm else ["no decay"])
+    return ", ".join([network(cell), *own])
 
 
 def _display(name: str) -> str:

@@ -5,7 +5,7 @@ from mbn.launch.table_status import union
 from mbn.records.provenance import described
 from mbn.records.record import diverged
 from mbn.tables.by_seed import OF_SEEDS, by_seed
-from mbn.tables.cells import Entry, Records, Table, cells_of_runs
+from mbn.tables.cells import POOLED_APART, Entry, Records, Table, cells_of_runs
 from mbn.tables.export import pages_of_cells
 from mbn.tables.measures import BESIDE, Record, Taken
 from mbn.tables.over_seeds import EQUIVALENCE
@@ -53,8 +53,8 @@ def _not_measured(every: list[Place], tables: dict[str, Table]) -> str:
 
 OF_CLAIMS = (
     "Differences of test errors in percentage points, unless another number is named. They are unpaired, and the "
-    "variance is pooled over all cells of our tables that have the same network and data set (of GN and NormProp over "
-    "their own); a cell with one seed borrows it from the others. n: seeds of each cell. Together: the mean over all "
+    f"variance is pooled over all cells of our tables that have the same network and data set ({POOLED_APART}); a cell "
+    "with one seed borrows it from the others. n: seeds of each cell. Together: the mean over all "
     "places that have runs, weighted by precision, and the paper's with the same weights (over several networks with "
     "Satterthwaite's degrees of freedom). The **primary claims** are judged by p after Holm's correction for the three "
     "of them (one that is not measured counts as p = 1); their intervals are not corrected. All others are "

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from mbn.grid import METRICS, Cell
 from mbn.launch.table_status import RunCounts, roughly
 from mbn.tables import claims
-from mbn.tables.cells import Table, heading, heads, label, lines, network
+from mbn.tables.cells import POOLED_APART, Table, heading, heads, label, lines, network
 from mbn.tables.measures import BESIDE, TEST_ERROR, Record
 from mbn.tables.over_seeds import SEEDS, Values, detectable
 
@@ -49,9 +49,9 @@ def main_table(table: Table) -> str:
 
 OF_CLAIMS = (
     "Means over the seeds of each cell, unpaired [95 % interval]; the variance is pooled over all cells of a network "
-    "and data set (of GN and NormProp over their own). A claim holds where the whole interval agrees with it, and does "
-    "not hold where the whole interval contradicts it; otherwise it is undecided. A number of the paper is taken for "
-    "that of one more run of each cell, and excluded where it lies outside the 95 % interval for that. "
+    f"and data set ({POOLED_APART}). A claim holds where the whole interval agrees with it, and does not hold where "
+    "the whole interval contradicts it; otherwise it is undecided. A number of the paper is taken for that of one more "
+    "run of each cell, and excluded where it lies outside the 95 % interval for that. "
     "That two cells are equal holds where the 90 % interval lies inside the margin (two one-sided tests at 5 %). "
     "Together: the mean over the places that have runs, weighted by precision. The primary claims are decided with "
     "corrected p in the [results](../README.md), over all their places; here no p is corrected."
@@ -100,8 +100,7 @@ def _difference_table(table: Table) -> str:
         return f"No run can be compared yet: {'only BN has a number' if bn_has_run else 'BN has not run'}."
     text = (
         "BN: one forward, on the same network, data and schedule. n: seeds of the cell + seeds of BN, unpaired. "
-        "The variance is pooled over all cells of a network and data set, of GN and NormProp over their own. No p is "
-        "corrected."
+        f"The variance is pooled over all cells of a network and data set ({POOLED_APART}). No p is corrected."
     )
     if paper:
         text += " In the last column the paper's difference is taken for that of one more run of each cell."

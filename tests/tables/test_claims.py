@@ -127,6 +127,18 @@ def test_a_claim_at_several_places_has_a_joint_number():
     assert claims.joint(claim, verdicts[1:], several=1).number.mean == pytest.approx(-0.4)
 
 
+def test_cells_without_weight_decay_on_gamma_and_beta_pool_their_variance_apart():
+    """The two cells have the interval of a t test of them alone; across both kinds each has its own kind's variance."""
+    no_decay = grid.read("table4-no-decay")
+    errors = {"BN": [15.0, 15.2], "MBN": [16.0, 16.1], "BN no decay": [16.0, 19.0], "MBN no decay": [15.5, 15.6]}
+    runs = all_runs(no_decay, {("8", k): {s: {"test_error": e} for s, e in enumerate(v)} for k, v in errors.items()})
+    found = {claim.number: claims.judge(claim, runs)[0].number for claim in no_decay.claims}
+    apart = stats.ttest_ind(errors["MBN no decay"], errors["BN no decay"]).confidence_interval(0.95)
+    assert found["MBN no decay - BN no decay"].interval() == pytest.approx(tuple(apart))
+    with_decay, without = (0.02 + 0.005) / 2, (4.5 + 0.005) / 2
+    assert found["BN - BN no decay"].precision ** -1 == pytest.approx(with_decay / 2 + without / 2)
+
+
 def test_places_without_a_number_say_why():
     table4 = grid.read("table4")
     lost, sound = {"test_error": None, "diverged_at": 7}, {"test_error": 6.0}
