@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from mbn.methods import METHODS
-from mbn.tables.cells import Table, network
+from mbn.tables.cells import Table, network, pooled_with
 from mbn.tables.measures import TEST_ERROR, Record
 from mbn.tables.over_seeds import (
     CONFIDENCE,
@@ -42,8 +42,8 @@ OF_DIFFERENCES = (
     "Differences [95 % interval], in percentage points. Pooled: as in the tables. Welch: each cell has a variance of "
     "its own. Permutation: the p of so large a difference of means, over all ways to deal the runs to the two cells. "
     "Paired: Student's test of the differences between runs of equal seeds, which share initial weights, the "
-    "order of images and their augmentation. Allowing for GPUs: least squares over the runs of the network and data "
-    "set, test error = the cell's mean + b (1 if the run was on a GPU, in part or whole), with one variance for all. "
+    "order of images and their augmentation. Allowing for GPUs: least squares over the runs whose variance is "
+    "pooled, test error = the mean of the cell + b (1 if the run was on a GPU, in part or whole), with one variance. "
     "r: the correlation of equal seeds, from three on. Several networks together: the mean of their differences, "
     "weighted by precision. GN and NormProp are left out."
 )
@@ -55,7 +55,7 @@ OF_PRIMARY = (
     "pooled, without any one of the claim's runs."
 )
 OF_CELLS = (
-    "That cells differ in their variance is tested where a network has two cells with three seeds or more: Brown and "
+    "That cells differ in their variance is tested where two cells that pool it have three seeds or more: Brown and "
     "Forsythe's test goes by distances from the median, Levene's by those from the mean. A large p does not show that "
     "the variances are equal."
 )
@@ -87,10 +87,10 @@ class Difference:
 def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
     """Nothing where no two cells that are compared have two runs each."""
     cells = [cell for cell in cells if cell.planned and METHODS[cell.cell.config(0).norm.name].statistics]
-    of_network: dict[str, list[RunCell]] = {}
+    of_group: dict[str, list[RunCell]] = {}
     for cell in cells:
-        of_network.setdefault(network(cell.cell), []).append(cell)
-    effects = {name: GpuEffect.fit(some) for name, some in of_network.items()}
+        of_group.setdefault(pooled_with(cell.cell), []).append(cell)
+    effects = {group: GpuEffect.fit(some) for group, some in of_group.items()}
     compared = _compared(tables, cells)
     rows = [_row(pair, effects) for pair in compared]
     if not rows:
@@ -105,7 +105,7 @@ def robustness_page(tables: dict[str, Table], cells: list[RunCell]) -> str:
     known = [f"- {name}: {effect.sentence()}" for name, effect in effects.items() if effect]
     parts += ["\n".join(known) or "No cell has runs on a GPU and others.", "## Standard deviations"]
     parts += [pipes(_deviations(cells)), OF_CELLS]
-    if tested := _equal_variances(of_network):
+    if tested := _equal_variances(of_group):
         parts.append("\n".join(tested))
     return "\n\n".join(parts) + "\n"
 
@@ -209,8 +209,8 @@ def _corrected(column: list[Difference | None]) -> list[str]:
 def paired_over_places(claim: Place, cells: list[RunCell]) -> Contrast:
     """A primary claim's mean over its places by the differences between runs of equal seeds.
 
-    At each place their mean, whose variance is pooled over the places of a network and data set; the weights of places
-    are those of the claim's own number. Empty where a measured place has no pair.
+    At each place their mean, whose variance is pooled over places as in the tables; the weights of places are those of
+    the claim's own number. Empty where a measured place has no pair.
     """
     by_name = {cell.cell.name(0): cell for cell in cells}
     differences: dict[str, Values] = {}
@@ -219,7 +219,7 @@ def paired_over_places(claim: Place, cells: list[RunCell]) -> Contrast:
         x, y = (by_name[cell.name(0)] for cell in part.claim.cells[part.verdict.place])
         a, b = _errors(x), _errors(y)
         differences[x.cell.name(0)] = {seed: a[seed] - b[seed] for seed in a.keys() & b.keys()}
-        group_of[x.cell.name(0)] = network(x.cell)
+        group_of[x.cell.name(0)] = pooled_with(x.cell)
     if not differences or not all(differences.values()):
         return Contrast()
     spreads = {
@@ -240,7 +240,7 @@ def _difference_of(number: Contrast) -> Difference | None:
 
 
 def allowing_for_gpus(number: Contrast, effects: "dict[str, GpuEffect | None]") -> Difference | None:
-    """The same weighted sum of cells' means by the fits of their networks; of several, with Satterthwaite's degrees of
+    """The same weighted sum of cells' means by the fits of their groups; of several, with Satterthwaite's degrees of
     freedom. None where one of them has no fit.
     """
     of_group: dict[str, dict[str, float]] = {}
@@ -361,10 +361,10 @@ def _deviations(cells: list[RunCell]) -> list[list[str]]:
     return rows
 
 
-def _equal_variances(of_network: dict[str, list[RunCell]]) -> list[str]:
-    """A line for each network and data set with two cells of three seeds or more, of which one varies."""
+def _equal_variances(of_group: dict[str, list[RunCell]]) -> list[str]:
+    """A line for each group that pools its variance, with two cells of three seeds or more, of which one varies."""
     lines = []
-    for name, cells in of_network.items():
+    for name, cells in of_group.items():
         errors = [[*_errors(cell).values()] for cell in cells if len(_errors(cell)) >= LEAST]
         if len(errors) > 1 and any(len({*some}) > 1 for some in errors):
             tests = f"Brown and Forsythe's {_levene(errors, 'median')}, Levene's {_levene(errors, 'mean')}"

@@ -126,6 +126,18 @@ def test_an_unbalanced_difference_is_corrected(tmp_path):
     assert f"- ResNet-56 on CIFAR-10, 2 cells: {tested}" in page
 
 
+def test_runs_without_weight_decay_on_gamma_and_beta_change_no_fit_of_the_others(tmp_path):
+    lines = written(tmp_path, BALANCED)
+    before = robustness_page(lines, run_cells(lines)).splitlines()
+    cell = grid.read("table4-no-decay").cell("8", "BN no decay")
+    for seed, error in enumerate([14.0, 19.0, 30.0]):
+        toy_records.write(tmp_path, cell, seed, error)
+    tables = read_tables(read_records(tmp_path))
+    after = robustness_page(tables, run_cells(tables)).splitlines()
+    assert [line for line in before if line not in after] == []
+    assert any("(optimizer.decay_norm=false)" in line for line in after)
+
+
 def primary_line(tables):
     page = robustness_page(tables, run_cells(tables))
     (line,) = [line for line in page.splitlines() if line.startswith("| MBN < BN |")]
