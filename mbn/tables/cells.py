@@ -117,8 +117,8 @@ def pooled_with(cell: Cell) -> str:
     """
     config = cell.config(0)
     method = METHODS[config.norm.name]
-    own = ([] if method.statistics else [method.label]) + ([] if config.optimizer.decay_norm else ["no decay"])
-    return ", ".join([network(cell), *own])
+    name = network(cell) if method.statistics else f"{network(cell)}, {method.label}"
+    return name if config.optimizer.decay_norm else f"{name} without weight decay on gamma and beta"
 
 
 def _display(name: str) -> str:

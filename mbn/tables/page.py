@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from mbn.grid import METRICS, Cell
 from mbn.launch.table_status import RunCounts, roughly
 from mbn.tables import claims
-from mbn.tables.cells import POOLED_APART, Table, heading, heads, label, lines, network
+from mbn.tables.cells import POOLED_APART, Table, heading, heads, label, lines, pooled_with
 from mbn.tables.measures import BESIDE, TEST_ERROR, Record
 from mbn.tables.over_seeds import SEEDS, Values, detectable
 
@@ -108,13 +108,13 @@ def _difference_table(table: Table) -> str:
 
 
 def detectable_sentence(tables: list[Table]) -> str:
-    """The standard deviation of test errors of each network, and what the planned seeds would show; or nothing, where
-    another number is asked for."""
+    """The standard deviation of test errors of each group of cells that pool it, and what the planned seeds would show;
+    or nothing, where another number is asked for."""
     if tables[0].seeds != SEEDS:
         return ""
     cells = [cell for table in tables for cell in table.grid.cells if cell.overrides is not None]
     said = []
-    for name in dict.fromkeys(map(network, cells)):
+    for name in dict.fromkeys(map(pooled_with, cells)):
         spread = tables[0].all_runs.spread(name, TEST_ERROR)
         if spread.sd is not None:
             of = f"standard deviation {spread.sd:.2f}, known with {spread.freedom} degrees of freedom"

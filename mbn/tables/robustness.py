@@ -51,8 +51,8 @@ OF_PRIMARY = (
     "The mean over all places of a claim that have runs, except in one column weighted by precision as in the tables; "
     "p after Holm's correction for the three claims is in brackets. Equal weights: every place counts alike, as all "
     "will once each cell has its five seeds. Paired: at each place the mean of the differences between runs of equal "
-    "seeds, whose variance is pooled over the places of a network and data set. One run left out: the corrected p, "
-    "pooled, without any one of the claim's runs."
+    "seeds, whose variance is pooled over places as in the tables. One run left out: the corrected p, pooled, without "
+    "any one of the claim's runs."
 )
 OF_CELLS = (
     "That cells differ in their variance is tested where two cells that pool it have three seeds or more: Brown and "

@@ -590,3 +590,14 @@ def test_committed_tables_follow_from_committed_records():
         assert text == replace_part(text, part, mark), f"{path}: a record has come or gone: run scripts/tables.py"
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
             assert (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_what_the_planned_seeds_would_show_goes_by_the_cells_that_pool_their_variance(tmp_path):
+    g = grid.read("table4-no-decay")
+    for column, errors in {"BN": [15.0, 15.2], "BN no decay": [16.0, 19.0]}.items():
+        for seed, error in enumerate(errors):
+            toy_records.write(tmp_path, g.cell("8", column), seed, error)
+    sentence = page_module.detectable_sentence([read_tables(read_records(tmp_path))["table4-no-decay"]])
+    assert "on ResNet-56 on CIFAR-10 (standard deviation 0.14, known with 1 degrees of freedom), " in sentence
+    of_others = "(standard deviation 2.12, known with 1 degrees of freedom) with 80 % power."
+    assert sentence.endswith(f" on ResNet-56 on CIFAR-10 without weight decay on gamma and beta {of_others}")

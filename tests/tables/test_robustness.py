@@ -127,8 +127,8 @@ def test_an_unbalanced_difference_is_corrected(tmp_path):
 
 
 def test_runs_without_weight_decay_on_gamma_and_beta_change_no_fit_of_the_others(tmp_path):
-    lines = written(tmp_path, BALANCED)
-    before = robustness_page(lines, run_cells(lines)).splitlines()
+    alone = written(tmp_path, BALANCED)
+    before = robustness_page(alone, run_cells(alone)).splitlines()
     cell = grid.read("table4-no-decay").cell("8", "BN no decay")
     for seed, error in enumerate([14.0, 19.0, 30.0]):
         toy_records.write(tmp_path, cell, seed, error)
